@@ -1,0 +1,240 @@
+"""YAML and command-line overrides in, one typed Recipe out. The only importer of hydra and omegaconf."""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from smolpost import schema
+from smolpost.errors import UserError
+
+ROOMS = ("recipes", "data_gen", "merge")  # folders that stand beside the library in a clone and inside it in a wheel
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        recipe: The whole pipeline, typed.
+        stage: The one stage meant, or None for all; not a part of the recipe, so it changes no cache key.
+        overrides: The command line's `key=value` words without `stage=`, to be repeated by the stages' commands.
+        accelerate: Name of the accelerate config under recipes/accelerate.
+        launch_flags: Values of it that the command line changed, e.g. {"num_processes": 2}.
+    """
+
+    recipe: schema.Recipe
+    stage: str | None
+    overrides: tuple[str, ...]
+    accelerate: str
+    launch_flags: dict
+
+
+def room(name: str) -> Path:
+    """The folder `name` of ROOMS: beside the library in a clone, inside it in an installed wheel."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
+def load(words: list[str]) -> Request:
+    """Compose the recipe that the command line's `key=value` words describe.
+
+    Raises:
+        UserError: A word is no `key=value`, a group, key or value does not exist or has the wrong type, or the parts
+            of the recipe do not fit together.
+    """
+    stage = None
+    overrides = []
+    for word in words:
+        if word.startswith("stage="):
+            stage = word.removeprefix("stage=")
+        else:
+            overrides.append(word)
+    store = ConfigStore.instance()
+    store.store(name="recipe_schema", node=schema.Recipe)
+    for kind, node in schema.STAGE_KINDS.items():
+        store.store(group="schema", name=kind, node=node)
+    config, accelerate = _compose(overrides)
+    recipe = _typed(config)
+    check(recipe)
+    file_values = OmegaConf.to_container(OmegaConf.load(room("recipes") / "accelerate" / f"{accelerate}.yaml"))
+    launch_flags = {k: v for k, v in recipe.accelerate.items() if file_values.get(k) != v}
+    return Request(recipe, stage, tuple(overrides), accelerate, launch_flags)
+
+
+def _compose(overrides: list[str]) -> tuple[DictConfig, str]:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(room("recipes").resolve()), version_base="1.3"):
+            config = compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, overrides)) from None
+    accelerate = config.hydra.runtime.choices.get("accelerate")
+    with open_dict(config):
+        del config["hydra"]
+    if accelerate is None:
+        raise UserError(f"pipeline {config.pipeline} chooses no accelerate config; add `/accelerate: single` to it")
+    return config, accelerate
+
+
+def _typed(config: DictConfig) -> schema.Recipe:
+    """Dataclasses all the way down; keys forced in with `+` and unresolved values are found here."""
+    for name, stage in config.stages.items():
+        kind = stage.get("kind") if isinstance(stage, DictConfig) else None
+        if kind not in schema.STAGE_KINDS:
+            kinds = ", ".join(schema.STAGE_KINDS)
+            raise UserError(f"stages.{name}.kind={kind} is not a stage kind; give one of: {kinds}")
+        unknown = set(stage) - {f.name for f in dataclasses.fields(schema.STAGE_KINDS[kind])}
+        if unknown:
+            raise UserError(_unknown_key(f"stages.{name}.{sorted(unknown)[0]}", sorted(set(stage) - unknown)))
+    missing = sorted(k for k in OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
+    try:
+        OmegaConf.resolve(config)
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error, [])) from None
+
+
+# ---------------------------------------------------------------- errors in one line
+
+
+def _one_line(error: Exception, overrides: list[str]) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException):
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={name} does not exist; choose one of: {', '.join(error.options or ['(none)'])}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument {error.override!r}; write key=value, and quote values that hold = or ,"
+    text = str(cause).splitlines()[0]
+    key = getattr(cause, "full_key", None)
+    if re.search(r"not in struct|not in '\w+'", text) and key:
+        return _unknown_key(key, _keys_beside(key, overrides))
+    if "Could not override" in text and "No match in the defaults list" in str(error):
+        return f"{text.split(chr(39))[1]} is not a group of this pipeline; groups: model, data, accelerate"
+    value = next((o.split("=", 1)[1] for o in overrides if key and o.lstrip("+").startswith(key + "=")), None)
+    if key and value is not None:
+        return f"{key}={value}: {text[0].lower()}{text[1:]}"
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if missing or "InterpolationToMissingValue" in type(cause).__name__:
+        name = missing.group(1) if missing else text
+        return f"{name.rpartition(' ')[2]} has no value; give it as KEY=VALUE"
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _keys_beside(key: str, overrides: list[str]) -> list[str]:
+    """The keys that exist where `key` was looked for, in the recipe without the failing words."""
+    groups = [o for o in overrides if o.split("=", 1)[0] in ("pipeline", "model", "data", "accelerate")]
+    try:
+        config, _ = _compose(groups)
+    except UserError:
+        return []
+    parent = key.rpartition(".")[0]
+    node = OmegaConf.select(config, parent) if parent else config
+    return [str(k) for k in node] if isinstance(node, DictConfig) else []
+
+
+def _unknown_key(key: str, choices: list[str]) -> str:
+    parent, _, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {parent + '.' if parent else ''}{near[0]}? " if near else ""
+    return (
+        f"{key} is not a key of the recipe; {hint}keys{' of ' + parent if parent else ''}: {', '.join(sorted(choices))}"
+    )
+
+
+# ---------------------------------------------------------------- do the parts fit together?
+
+
+def check(recipe: schema.Recipe) -> None:
+    """Refuse a recipe whose values cannot mean anything.
+
+    Raises:
+        UserError: With the full key, the value, and what would do.
+    """
+    _check_choices(recipe, "")
+    for name, stage in recipe.stages.items():
+        _check_choices(stage, f"stages.{name}.")
+        if isinstance(stage, schema.TrainStage):
+            _check_training(name, stage)
+        if isinstance(stage, schema.MergeStage):
+            total = sum(stage.inputs.values())
+            if abs(total - 1) > 1e-6:
+                raise UserError(f"stages.{name}.inputs sum to {total:g}; weights of a linear merge sum to 1")
+            if stage.base not in stage.inputs:
+                raise UserError(
+                    f"stages.{name}.base={stage.base} is no input; choose one of: {', '.join(stage.inputs)}"
+                )
+        for key, parent in stage.parents():
+            if parent == "checkpoint" and not recipe.model.checkpoint:
+                raise UserError(
+                    f"stages.{name}.{key}=checkpoint, but model.checkpoint has no value; give it as model.checkpoint=ID"
+                )
+            if parent != "checkpoint" and parent not in recipe.stages:
+                stages = ", ".join([*recipe.stages, "checkpoint"])
+                raise UserError(
+                    f"stages.{name}.{key}={parent} is not a stage of {recipe.pipeline}; choose one of: {stages}"
+                )
+        for key, mixture in stage.mixtures():
+            if mixture not in recipe.data:
+                known = ", ".join(recipe.data)
+                raise UserError(f"stages.{name}.{key}={mixture} is not a mixture under data; choose one of: {known}")
+    if recipe.evaluation.heldout is not None and recipe.evaluation.heldout not in recipe.data:
+        raise UserError(
+            f"evaluation.heldout={recipe.evaluation.heldout} is not a mixture under data; "
+            f"choose one of: {', '.join(recipe.data)}, or null"
+        )
+    for mixture, rows in recipe.data.items():
+        for source, spec in rows.sources.items():
+            if spec.weight <= 0:
+                raise UserError(f"data.{mixture}.sources.{source}.weight={spec.weight:g} must be above 0")
+            if spec.stage is not None and spec.stage not in recipe.stages:
+                raise UserError(
+                    f"data.{mixture}.sources.{source}.stage={spec.stage} is not a stage of {recipe.pipeline}"
+                )
+
+
+def _check_choices(node: object, prefix: str) -> None:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        options = f.metadata.get("choices")
+        if options and value not in options:
+            raise UserError(f"{prefix}{f.name}={value} is not a choice; choose one of: {', '.join(options)}")
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if dataclasses.is_dataclass(item) and f.name != "stages":
+                    _check_choices(item, f"{prefix}{f.name}.{key}.")
+
+
+def _check_training(name: str, stage: schema.TrainStage) -> None:
+    minimum = {
+        "max_seq_len": 2, "global_batch_size": 1, "micro_batch_size": 1, "logging_steps": 1, "save_steps": 1,
+        "save_total_limit": 2, "max_steps": 1,
+    }  # fmt: skip
+    for key, least in minimum.items():
+        value = getattr(stage, key)
+        if value is not None and value < least:
+            raise UserError(f"stages.{name}.{key}={value} is below {least}, its least value")
+    for key in ("learning_rate", "num_epochs", "max_grad_norm", "adam_epsilon") + (
+        ("beta",) if stage.kind == "apo" else ()
+    ):
+        if getattr(stage, key) <= 0:
+            raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} must be above 0")
+    for key in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(stage, key) < 1:
+            raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} is outside [0, 1)")
+    if not stage.seeds or len(set(stage.seeds)) != len(stage.seeds):
+        raise UserError(f"stages.{name}.seeds={stage.seeds} must name at least one seed, each once")
+    if stage.kind == "apo" and stage.overlong == "split":
+        raise UserError(f"stages.{name}.overlong=split cannot be done to a pair; choose one of: refuse, truncate, drop")

@@ -1,0 +1,281 @@
+"""The fields of a recipe. A name that is not here is a typo; `recipe.py` says so with the full key.
+
+Every field says its meaning and unit. Fields marked `in_key=False` cannot change a stage's result
+(to float tolerance), so changing them never redoes a finished stage.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"  # OmegaConf's mark for a value the recipe must give
+
+
+def tuning(default: Any) -> Any:
+    """A field that changes how a stage runs, never what it makes: left out of the stage's cache key."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"in_key": False})
+    return field(default=default, metadata={"in_key": False})
+
+
+def choice(*options: str) -> Any:
+    """A field that takes one of the options; the first is the default."""
+    return field(default=options[0], metadata={"choices": options})
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass
+class Source:
+    """One set of rows inside a mixture."""
+
+    path: str = MISSING  # JSONL or Parquet file, `datasets` folder, or Hub id
+    stage: str | None = None  # the path is relative to this stage's output folder
+    subset: str | None = None  # Hub config name, e.g. SFT
+    split: str = "train"  # of a `datasets` folder or Hub id
+    revision: str | None = None  # Hub commit or tag
+    weight: float = 1.0  # share of the rows kept after a seeded shuffle; above 1 repeats rows
+    first_row: int = 0  # rows before this one are left out (a held-out tail and its training head share a file)
+    max_rows: int | None = None  # at most this many rows, counted from first_row
+
+
+@dataclass
+class Mixture:
+    sources: dict[str, Source] = field(default_factory=dict)  # name in reports -> rows
+    seed: int = 0  # of the per-source subsampling and of the shuffle
+    shuffle: bool = True  # false keeps file order, source after source: a curriculum
+
+
+# ---------------------------------------------------------------- model
+
+
+@dataclass
+class Architecture:
+    """SmolLM3Config's fields for a model trained from scratch (transformers' names)."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 32768
+    rope_theta: float = 2000000.0
+    rope_scaling: dict[str, Any] | None = None
+    no_rope_layer_interval: int = 4
+    no_rope_layers: list[int] | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+
+
+@dataclass
+class Model:
+    checkpoint: str | None = None  # Hub id or folder that stages without a parent start from; null: the init stage
+    revision: str | None = None
+    architecture: Architecture = field(default_factory=Architecture)
+    attn_implementation: str = tuning("sdpa")  # transformers' attention backends by name
+
+
+# ---------------------------------------------------------------- stages
+
+
+@dataclass
+class Stage:
+    kind: str = MISSING
+
+    def parents(self) -> list[tuple[str, str]]:
+        """(key, stage name or "checkpoint") of every checkpoint this stage reads."""
+        return []
+
+    def mixtures(self) -> list[tuple[str, str]]:
+        """(key, mixture name) of every mixture under `data` this stage reads."""
+        return []
+
+
+@dataclass
+class TaskBlock:
+    """Rows of one synthetic task at one difficulty (`data/tasks.py` says what each task looks like)."""
+
+    task: str = choice("recall", "copy", "chase")
+    rows: int = MISSING
+    length: int = 64  # characters of the user turn: copy the longest, recall exactly, chase ignores it
+    pairs: int = 8  # recall: key-value pairs in the context
+    queries: int = 8  # recall: keys asked for, drawn with replacement
+    hops: int = 4  # chase: edges to follow
+    think: bool = False  # chase: the reply writes the visited nodes in a think block
+
+
+@dataclass
+class TaskFile:
+    blocks: dict[str, TaskBlock] = field(default_factory=dict)  # in file order
+    replay: float = 0.0  # share of rows drawn from earlier blocks instead of the current one, in [0, 1)
+
+
+@dataclass
+class TasksStage(Stage):
+    """Synthetic tasks with checkable answers, as SmolTalk2 JSONL files `NAME.jsonl`."""
+
+    kind: str = "tasks"
+    seed: int = 0
+    files: dict[str, TaskFile] = field(default_factory=dict)
+
+
+@dataclass
+class InitStage(Stage):
+    """A tokenizer built from the pipeline's own data, and random weights."""
+
+    kind: str = "init"
+    tokenizer: str = choice("bpe", "char")  # byte-level BPE, or one token per character
+    vocab_size: int = 8192  # tokens, special ones included; the target for bpe, ignored by char
+    tokenizer_data: list[str] = field(default_factory=list)  # mixtures whose text the tokenizer is built from
+    template: str = "chatml"  # chat template stored with the checkpoint
+    seed: int = 0
+
+    def mixtures(self):
+        return [("tokenizer_data", name) for name in self.tokenizer_data]
+
+
+@dataclass
+class TrainStage(Stage):
+    """What SFT and APO stages share."""
+
+    init_from: str = MISSING  # stage name, or "checkpoint": model.checkpoint
+    data: str = MISSING  # mixture name under data
+    template: str = "smollm3"  # chat template: a name under smolpost/chat/templates or a .jinja file
+    today: str = "08 July 2025"  # date rendered into training text; frozen, or prepared data would change daily
+    last_turn_only: bool = False  # train the last assistant turn alone
+    max_seq_len: int = MISSING  # tokens per row
+    overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
+    learning_rate: float = MISSING  # peak
+    min_lr_ratio: float = 0.1  # of the peak, where the cosine ends; linear ends at 0
+    lr_scheduler: str = choice("cosine", "linear", "constant")  # after the warmup
+    warmup_ratio: float = 0.03  # of all steps
+    max_grad_norm: float = 0.2
+    weight_decay: float = 0.1  # not on embeddings, norms and biases
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    num_epochs: float = 1.0
+    max_steps: int | None = None  # optimizer steps; overrides num_epochs
+    global_batch_size: int = MISSING  # rows (sft: packs, apo: pairs) per optimizer step, on any number of ranks
+    seeds: list[int] = field(default_factory=lambda: [42])  # one checkpoint each; several make NAME-SEED
+    precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
+    rope_theta: float | None = None  # new RoPE base, for long-context stages
+    max_position_embeddings: int | None = None  # new longest context, tokens
+    micro_batch_size: int = tuning(1)  # rows per rank and forward pass
+    gradient_checkpointing: bool = tuning(True)
+    logging_steps: int = tuning(10)
+    save_steps: int = tuning(500)  # optimizer steps between resumable checkpoints
+    save_total_limit: int = tuning(2)  # resumable checkpoints kept; 2 at least, or a kill while saving loses all
+    report_to: list[str] = tuning(["tensorboard"])
+
+    def parents(self):
+        return [("init_from", self.init_from)]
+
+    def mixtures(self):
+        return [("data", self.data)]
+
+
+@dataclass
+class SFTStage(TrainStage):
+    kind: str = "sft"
+    packing: str = choice("bfd", "wrapped", "none")
+    shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
+
+
+@dataclass
+class APOStage(TrainStage):
+    kind: str = "apo"
+    loss: str = "apo_zero"  # TRL's name: apo_zero, apo_down, sigmoid (DPO), ipo, robust, ...
+    beta: float = 0.05  # scale on the log-ratios, per nat; > 0
+    label_smoothing: float = 0.0  # for losses that take one (robust)
+    warmup_ratio: float = 0.1
+    learning_rate: float = 1e-6
+
+
+@dataclass
+class PairsStage(Stage):
+    """Preference rows: a stronger checkpoint's reply is chosen, a weaker one's rejected."""
+
+    kind: str = "pairs"
+    prompts: str = MISSING  # mixture name; each row's messages up to its last assistant turn
+    chosen_from: str = MISSING  # stage of the stronger checkpoint
+    rejected_from: str = MISSING  # stage of the weaker checkpoint
+    template: str = "smollm3"  # of both checkpoints' prompts
+    today: str = "08 July 2025"
+    max_new_tokens: int = 256
+    temperature: float = 0.6
+    top_p: float = 0.95
+    keep: str = choice("different", "chosen_right", "right_and_wrong")  # the last two compare with the row's answer
+    seed: int = 0
+    batch_size: int = 64  # prompts per generate call; in the key, as it decides each batch's random numbers
+
+    def parents(self):
+        return [("chosen_from", self.chosen_from), ("rejected_from", self.rejected_from)]
+
+    def mixtures(self):
+        return [("prompts", self.prompts)]
+
+
+@dataclass
+class MergeStage(Stage):
+    """A weighted mean of checkpoints; a stage with several seeds stands for their equal-weight soup."""
+
+    kind: str = "merge"
+    inputs: dict[str, float] = field(default_factory=dict)  # stage name or "checkpoint" -> weight; they sum to 1
+    base: str = MISSING  # the input whose config, tokenizer and chat template the result has
+    dtype: str = choice("float32", "bfloat16")  # of the merged weights on disk; sums are fp32 throughout
+
+    def parents(self):
+        return [("inputs", name) for name in self.inputs]
+
+
+STAGE_KINDS = {stage.kind: stage for stage in (TasksStage, InitStage, SFTStage, APOStage, PairsStage, MergeStage)}
+MODEL_KINDS = ("sft", "apo", "merge")  # kinds that make a model worth evaluating
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Retrieval:
+    """Key-value recall by context length."""
+
+    style: str = choice("sentences", "symbols")  # natural text, or the miniature's alphabet
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])  # tokens of prompt and answer together
+    num_prompts: int = 16  # per length
+    pairs: int = 8  # needles in each context
+    queries: int = 1  # needles asked for in each prompt
+
+
+@dataclass
+class Evaluation:
+    heldout: str | None = "heldout"  # mixture for loss and accuracy; null: neither
+    loss_rows: int = 200  # rows per mode
+    accuracy_rows: int = 100  # prompts, each answered in both modes
+    answer_pattern: str = r"(?s)(.*)"  # first group of the last match in the text after the think block is the answer
+    max_new_tokens: int = 256
+    batch_size: int = 50  # prompts per generate call, rows per loss call
+    retrieval: Retrieval | None = field(default_factory=Retrieval)
+    today: str = "08 July 2025"
+    seed: int = 0
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass
+class Recipe:
+    pipeline: str = MISSING  # name; runs go to run_dir/pipeline
+    run_dir: str = "runs"
+    data_root: str | None = None  # folder that data files may be given relative to
+    model: Model = field(default_factory=Model)
+    data: dict[str, Mixture] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)  # name -> one of STAGE_KINDS
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    accelerate: dict[str, Any] = field(default_factory=dict)  # content of the chosen file under recipes/accelerate
