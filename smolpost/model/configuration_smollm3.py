@@ -6,8 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Only these rope types stretch the context by one number; longrope and llama3 bring their own fields, which the
-# library checks.
+# The types that stretch the context by one number; the library only warns where it is unusable. Fields that single
+# types need besides are left to the library's check.
 _ROPE_TYPES_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
 

@@ -257,7 +257,9 @@ class SmolLM3Model(SmolLM3PreTrainedModel):
 
     Packed rows: position ids that restart within a row mark a new document, and documents never see each other.
     Stock transformers needs `use_cache=False` and no attention mask for that, and leaks otherwise. Here neither
-    matters, as long as the caller passes no cache of its own: see `_padding_mask`.
+    matters, as long as the caller passes no cache of its own: see `_padding_mask`. Under torch.compile a mask of ones
+    cannot be recognised, so compiled training on packed rows must leave the mask out. A cache returned for a packed
+    row holds all of its documents and is not meant to be continued.
     """
 
     def __init__(self, config: SmolLM3Config):
@@ -316,6 +318,7 @@ class SmolLM3Model(SmolLM3PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        # Not strict: `from_pretrained(folder, num_hidden_layers=n)` keeps the first n layers and the whole list.
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             hidden_states = layer(
                 hidden_states,
@@ -363,8 +366,8 @@ class SmolLM3Model(SmolLM3PreTrainedModel):
         rows, implementation = inputs_embeds.shape[0], self.config._attn_implementation
         if rows > 1 and implementation.startswith("flash_attention") and "cu_seq_lens_q" not in attention_kwargs:
             raise ValueError(
-                f"{implementation} separates packed documents in a batch of 1 row only, got {rows}: they would see each "
-                "other; pass cu_seq_lens_q and its companions, or flatten the batch into one row"
+                f"{implementation} separates packed documents in a batch of 1 row only, got {rows}: they would see "
+                "each other; pass cu_seq_lens_q and its companions, or flatten the batch into one row"
             )
         return None
 

@@ -1,0 +1,161 @@
+"""Conversations to text: which template, with which variables, and which characters the policy wrote.
+
+The template alone decides the text. What is added here is what Arrow and JSON files do to rows on the way: keys
+filled with None count as missing, and tool-call arguments kept as JSON strings become the objects they mean.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from smolpost.errors import UserError
+
+_FOLDER = Path(__file__).parent / "templates"
+
+# SmolTalk2's columns: a row may carry them whether or not the template reads them.
+_ROW_KWARGS = ("custom_instructions", "enable_thinking", "python_tools", "xml_tools")
+
+
+def load_template(name):
+    """The text of a chat template.
+
+    Args:
+        name: A template of this package (the file's name without `.jinja`), or the path of a .jinja file.
+    Raises:
+        UserError: There is no such template.
+    """
+    known = {path.stem: path for path in sorted(_FOLDER.glob("*.jinja"))}
+    path = known.get(str(name), Path(name))
+    if path.suffix != ".jinja" or not path.is_file():
+        raise UserError(
+            f"chat template {str(name)!r} does not exist; use one of {', '.join(known)} or the path of a .jinja file"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def template_hash(text):
+    """16 hex digits (sha256) that name a template's text in manifests and cache keys."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
+    """The text of a conversation under the tokenizer's chat template.
+
+    Args:
+        tokenizer: Only its `chat_template` is used.
+        messages: OpenAI-style messages; a key holding None counts as missing.
+        template_kwargs: SmolTalk2's `chat_template_kwargs` (custom_instructions, enable_thinking, python_tools,
+            xml_tools) or other variables of the template; None, "" and [] mean "not given".
+        tools: JSON schemas (dicts) or documented functions, as `apply_chat_template` takes them.
+        today: The date the header shows, a fixed text: the clock would make cached tokens change every day.
+        add_generation_prompt: End with what precedes a reply at inference.
+    Raises:
+        UserError: The template refuses the messages, or an argument has the wrong type.
+    """
+    text, _ = _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
+    return text
+
+
+def render_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
+    """`render`, with the characters the policy has to produce.
+
+    Returns:
+        text, and a list of (start, end) into it, ascending and disjoint: one per trained assistant message, from the
+        first character after the generation prompt up to and including the stop token.
+    Raises:
+        UserError: As `render`, or the template marks no generation spans.
+    """
+    if not re.search(r"{%-?\s*generation", _template_of(tokenizer)):
+        raise UserError(
+            "the chat template marks no {% generation %} spans, so no token would be trained; "
+            "use smollm3 or chatml, or add the tags around each reply"
+        )
+    return _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
+
+
+def _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt):
+    template = _template_of(tokenizer)
+    _check_tools(tools)
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[_as_the_template_reads(messages)],
+            tools=tools or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            today=today,
+            **_checked_variables(template_kwargs, template),
+        )
+    except jinja2.exceptions.TemplateError as error:
+        raise UserError(str(error)) from error
+    return texts[0], spans[0]
+
+
+def _template_of(tokenizer):
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; set its chat_template to load_template('smollm3')")
+    return tokenizer.get_chat_template()
+
+
+def clean_messages(messages):
+    """Messages without the keys that hold None, as Arrow fills them where rows of a dataset differ.
+
+    Raises:
+        UserError: A message is not a dict.
+    """
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UserError(f"messages[{i}]={message!r:.80} is not a message; expected an object with role and content")
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _as_the_template_reads(messages):
+    """Clean messages whose tool calls hold objects, which is also how servers hand a history to the template."""
+    messages = clean_messages(messages)
+    for message in messages:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+        elif message.get("function_call"):
+            message["function_call"] = _with_parsed_arguments(message["function_call"])
+    return messages
+
+
+def _with_parsed_arguments(call):
+    """A tool call whose arguments are the object their JSON string means; text that is no JSON object stays."""
+    if call.get("function"):
+        return {**call, "function": _with_parsed_arguments(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except json.JSONDecodeError:
+            return call
+        if isinstance(parsed, dict):
+            return {**call, "arguments": parsed}
+    return call
+
+
+def _check_tools(tools):
+    for i, tool in enumerate(tools or []):
+        if not isinstance(tool, dict) and not callable(tool):
+            raise UserError(f"tools[{i}]={tool!r:.80} is not a JSON schema; pass finished strings as xml_tools")
+
+
+def _checked_variables(template_kwargs, template):
+    """The template's variables, without the keys that hold None.
+
+    None must never reach a template as a value: a test for truth would read it as "thinking off".
+    """
+    variables = {key: value for key, value in (template_kwargs or {}).items() if value is not None}
+    thinking = variables.get("enable_thinking", True)
+    if not isinstance(thinking, bool):
+        raise UserError(f"chat_template_kwargs.enable_thinking={thinking!r} is not a boolean; use true or false")
+    for key in variables:
+        reserved = key in ("messages", "tools", "today", "add_generation_prompt")
+        if reserved or (key not in _ROW_KWARGS and key not in template):
+            raise UserError(f"chat_template_kwargs.{key} is not a variable a row can set; use {', '.join(_ROW_KWARGS)}")
+    return variables
