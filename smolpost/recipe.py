@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
@@ -95,11 +95,13 @@ def _typed(config: DictConfig) -> schema.Recipe:
         unknown = set(stage) - {f.name for f in dataclasses.fields(schema.STAGE_KINDS[kind])}
         if unknown:
             raise UserError(_unknown_key(f"stages.{name}.{sorted(unknown)[0]}", sorted(set(stage) - unknown)))
-    missing = sorted(k for k in OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(config) - {"data_root"})
+        if missing:
+            raise UserError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
         OmegaConf.resolve(config)
+        if OmegaConf.is_missing(config, "data_root"):  # no data file is named under it
+            config.data_root = None
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error, [])) from None
@@ -124,10 +126,9 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     value = next((o.split("=", 1)[1] for o in overrides if key and o.lstrip("+").startswith(key + "=")), None)
     if key and value is not None:
         return f"{key}={value}: {text[0].lower()}{text[1:]}"
-    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
-    if missing or "InterpolationToMissingValue" in type(cause).__name__:
-        name = missing.group(1) if missing else text
-        return f"{name.rpartition(' ')[2]} has no value; give it as KEY=VALUE"
+    if isinstance(cause, InterpolationToMissingValueError):
+        name = text.rpartition(" ")[2]
+        return f"{name} has no value and {key} is named under it; give it as {name}=VALUE"
     return f"{key}: {text}" if key and key not in text else text
 
 
@@ -236,5 +237,9 @@ def _check_training(name: str, stage: schema.TrainStage) -> None:
             raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} is outside [0, 1)")
     if not stage.seeds or len(set(stage.seeds)) != len(stage.seeds):
         raise UserError(f"stages.{name}.seeds={stage.seeds} must name at least one seed, each once")
+    if stage.kind == "apo" and not 0 <= stage.label_smoothing < 0.5:
+        raise UserError(f"stages.{name}.label_smoothing={stage.label_smoothing:g} is outside [0, 0.5)")
+    if stage.kind == "apo" and stage.loss == "exo_pair" and stage.label_smoothing == 0:
+        raise UserError(f"stages.{name}.loss=exo_pair needs label_smoothing above 0; its paper takes 1e-3")
     if stage.kind == "apo" and stage.overlong == "split":
         raise UserError(f"stages.{name}.overlong=split cannot be done to a pair; choose one of: refuse, truncate, drop")

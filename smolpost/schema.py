@@ -10,6 +10,12 @@ from typing import Any
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 
 
+PREFERENCE_LOSSES = (
+    "apo_zero", "apo_down", "sigmoid", "ipo", "robust", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+    "aot", "aot_unpaired", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+
 def tuning(default: Any) -> Any:
     """A field that changes how a stage runs, never what it makes: left out of the stage's cache key."""
     if isinstance(default, list):
@@ -185,15 +191,16 @@ class TrainStage(Stage):
 class SFTStage(TrainStage):
     kind: str = "sft"
     packing: str = choice("bfd", "wrapped", "none")
+    loss_on: str = choice("assistant", "all")  # tokens that train: assistant turns with their stop token, or every one
     shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
 
 
 @dataclass
 class APOStage(TrainStage):
     kind: str = "apo"
-    loss: str = "apo_zero"  # TRL's name: apo_zero, apo_down, sigmoid (DPO), ipo, robust, ...
+    loss: str = choice(*PREFERENCE_LOSSES)  # TRL's names; sigmoid is DPO
     beta: float = 0.05  # scale on the log-ratios, per nat; > 0
-    label_smoothing: float = 0.0  # for losses that take one (robust)
+    label_smoothing: float = 0.0  # share of flipped pairs that robust, exo_pair and sigmoid assume, in [0, 0.5)
     warmup_ratio: float = 0.1
     learning_rate: float = 1e-6
 
@@ -273,7 +280,7 @@ class Evaluation:
 class Recipe:
     pipeline: str = MISSING  # name; runs go to run_dir/pipeline
     run_dir: str = "runs"
-    data_root: str | None = None  # folder that data files may be given relative to
+    data_root: str | None = MISSING  # the user's data folder, where the pipeline's data files are named under it
     model: Model = field(default_factory=Model)
     data: dict[str, Mixture] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)  # name -> one of STAGE_KINDS

@@ -1,0 +1,43 @@
+# One environment in .venv, built from pyproject.toml under constraints.txt.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo test test-all lint bench wheel clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch first and under the constraint: a later resolver then finds it installed and fetches no other build.
+.venv/demo: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/test: .venv/demo
+	$(PIP) --editable '.[deepspeed,dev]'
+	touch $@
+
+demo: .venv/demo  ## the whole chain in miniature: about 10 minutes on 2 cores, ends in a table
+	.venv/bin/smolpost run pipeline=tiny
+
+test: .venv/test  ## the test suite without its slow part
+	$(PY) -m pytest -m 'not slow'
+
+test-all: .venv/test  ## the whole test suite
+	$(PY) -m pytest
+
+lint: .venv/test  ## ruff, check and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: .venv/test  ## every benchmark beside its peer, results in benchmarks/results
+	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done
+
+wheel: .venv/test  ## build a wheel into dist/
+	rm -rf build dist
+	$(PY) -m build --wheel --no-isolation
+
+clean:  ## remove the environment and what was built
+	rm -rf .venv build dist *.egg-info

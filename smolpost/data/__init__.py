@@ -1,0 +1,1 @@
+"""From files to prepared rows: sources, mixtures, synthetic tasks, packing, preparation, collation."""

@@ -1,0 +1,321 @@
+"""Rows to tokenized, masked and packed datasets: all that happens to a row between its file and the trainer.
+
+N rows, D documents (rows, or pieces of them under the split policy), T tokens of all rows one after another.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from smolpost.chat.masks import encode_batch, encode_pair
+from smolpost.data.collate import IGNORE_INDEX
+from smolpost.data.dataset_folder import CHUNK_TOKENS, concatenated, write_dataset
+from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
+from smolpost.data.report import format_report, new_source, percentiles, write_report
+from smolpost.data.sources import validate_row
+from smolpost.errors import UserError
+from smolpost.schema import APOStage, SFTStage, TrainStage
+
+__all__ = ["format_report", "prepare_apo", "prepare_sft"]
+
+BATCH_ROWS = 256  # of one tokenizer call
+END_OF_TEXT = "<|end_of_text|>"
+THINK = "<think>"
+UNTRAINED = "without a trained token"
+OVERLONG = "overlong"
+
+Rows = list[tuple[str, dict]]  # (source name, row)
+
+
+# ---------------------------------------------------------------- sft
+
+
+@dataclass
+class Documents:
+    """What gets packed: row [D], and start and stop [D] into Tokens.ids."""
+
+    row: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> "Documents":
+        return Documents(self.row[chosen], self.start[chosen], self.stop[chosen])
+
+    def lengths(self) -> np.ndarray:
+        return self.stop - self.start
+
+
+def prepare_sft(stage: SFTStage, rows: Rows, tokenizer, folder: Path) -> dict:
+    """Tokenize, mask and pack conversations and texts into a `datasets` folder.
+
+    Columns: input_ids, labels (not shifted; -100 where not trained and on the first token of every document, which
+    nothing predicts), seq_lengths (tokens of each document in the pack). `wrapped` packs cut rows wherever a pack
+    ends, so stage.overlong is for `bfd` and `none`.
+
+    Args:
+        rows: As `mixtures.mix` returns them.
+        tokenizer: Its chat template is the stage's.
+        folder: Exists and is empty.
+    Returns:
+        The report, also written as data_report.json.
+    Raises:
+        UserError: A row is refused or overlong, or a source has no trained token; the folder may hold a part.
+    """
+    check_not_empty(stage, rows)
+    tokens = tokenize(stage, rows, tokenizer)
+    documents = whole_rows(tokens) if stage.packing == "wrapped" else fit(stage, rows, tokens)
+    documents, pieces, plan = pack(stage, tokens, documents)
+    sources = sft_sources(stage, rows, tokens, documents, pieces, tokenizer)
+    check_trained(sources)
+    types = {"input_ids": "int32", "labels": "int32", "seq_lengths": "int32"}
+    write_dataset(folder, types, pack_chunks(tokens, pieces, plan))
+    num_tokens = int(plan.pack_lengths().sum())
+    return write_report(
+        folder,
+        {"kind": stage.kind, "packing": stage.packing, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
+        sources,
+        packs=plan.num_packs,
+        tokens_per_pack=num_tokens / plan.num_packs,
+        fill_percent=100 * num_tokens / (plan.num_packs * stage.max_seq_len),
+    )
+
+
+def whole_rows(tokens: Tokens) -> Documents:
+    return Documents(np.arange(len(tokens.is_text)), tokens.offsets[:-1], tokens.offsets[1:])
+
+
+def fit(stage: SFTStage, rows: Rows, tokens: Tokens) -> Documents:
+    """The rows as documents of at most max_seq_len tokens, by the stage's policy."""
+    documents, limit = whole_rows(tokens), stage.max_seq_len
+    overlong = documents.lengths() > limit
+    if not overlong.any():
+        return documents
+    if stage.overlong == "refuse":
+        refuse_overlong(stage, rows, documents.lengths(), "split")
+    if stage.overlong == "drop":
+        return documents[~overlong]
+    if stage.overlong == "truncate":
+        return Documents(documents.row, documents.start, np.minimum(documents.stop, documents.start + limit))
+    num_pieces = -(-documents.lengths() // limit)
+    pieces = documents[np.repeat(documents.row, num_pieces)]
+    nth = np.arange(len(pieces.row)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    start = pieces.start + nth * limit
+    return Documents(pieces.row, start, np.minimum(pieces.stop, start + limit))
+
+
+def pack(stage: SFTStage, tokens: Tokens, documents: Documents) -> tuple[Documents, Documents, PackPlan]:
+    """Leave out documents that train nothing, plan the packs and unlabel the first token of every piece.
+
+    Returns:
+        The documents kept, the pieces of the plan in its order, and the plan.
+    """
+    tokens.trained[documents.start] = False
+    documents = documents[count_true(tokens.trained, documents) > 0]
+    lengths = documents.lengths()
+    if stage.packing == "bfd":
+        plan = best_fit_decreasing(lengths, stage.max_seq_len)
+    else:
+        plan = wrapped(lengths, stage.max_seq_len) if stage.packing == "wrapped" else unpacked(lengths)
+    origin = documents.start[plan.document]
+    pieces = Documents(documents.row[plan.document], origin + plan.start, origin + plan.stop)
+    tokens.trained[pieces.start] = False
+    return documents, pieces, plan
+
+
+def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan) -> Iterator[dict]:
+    """Columns of the packs, about CHUNK_TOKENS tokens at a time."""
+    piece_lengths, pack_lengths = pieces.lengths(), plan.pack_lengths()
+    chunk_of_pack = np.cumsum(pack_lengths) // CHUNK_TOKENS
+    edges = np.flatnonzero(np.diff(chunk_of_pack, prepend=-1, append=np.iinfo(np.int64).max))
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        chosen = slice(plan.pack_offsets[first], plan.pack_offsets[last])
+        lengths = piece_lengths[chosen]
+        place = np.arange(lengths.sum()) + np.repeat(pieces.start[chosen] - (np.cumsum(lengths) - lengths), lengths)
+        ids = tokens.ids[place]
+        labels = np.where(tokens.trained[place], ids, IGNORE_INDEX)
+        yield {
+            "input_ids": (ids, pack_lengths[first:last]),
+            "labels": (labels, pack_lengths[first:last]),
+            "seq_lengths": (lengths, np.diff(plan.pack_offsets[first : last + 1])),
+        }
+
+
+def sft_sources(stage, rows, tokens: Tokens, documents: Documents, pieces: Documents, tokenizer) -> dict[str, dict]:
+    """The report's entry of each source, in order of first appearance."""
+    num_rows, read = len(rows), np.diff(tokens.offsets)
+    kept = np.bincount(documents.row, documents.lengths(), num_rows).astype(np.int64)
+    trained = np.bincount(pieces.row, count_true(tokens.trained, pieces), num_rows).astype(np.int64)
+    num_pieces = np.bincount(pieces.row, minlength=num_rows)
+    think = np.add.reduceat(tokens.trained & (tokens.ids == token_id(tokenizer, THINK)), tokens.offsets[:-1]) > 0
+    is_overlong = (read > stage.max_seq_len) & (stage.packing != "wrapped")
+    is_kept = kept > 0
+    is_truncated = is_overlong & is_kept & (stage.overlong == "truncate")
+    reason = np.where(is_overlong & (stage.overlong == "drop"), OVERLONG, UNTRAINED)
+
+    sources = {}
+    names = np.array([name for name, _ in rows])
+    for name in dict.fromkeys(names.tolist()):
+        here = names == name
+        lost = (read - kept)[here]
+        cut = is_truncated[here]
+        sources[name] = new_source() | {
+            "rows_read": int(here.sum()),
+            "rows_kept": int(is_kept[here].sum()),
+            "rows_truncated": int(cut.sum()),
+            "rows_split": int((num_pieces[here] > 1).sum()),
+            "think_rows": int((think & is_kept)[here].sum()),
+            "no_think_rows": int((~think & ~tokens.is_text & is_kept)[here].sum()),
+            "tokens_read": int(read[here].sum()),
+            "tokens_trained": int(trained[here].sum()),
+            "tokens_masked": int((kept - trained)[here].sum()),
+            "tokens_truncated": int(lost[cut].sum()),
+            "tokens_dropped": int(lost[~cut].sum()),
+            "dropped": dict(Counter(reason[here & ~is_kept].tolist())),
+            "length_percentiles": percentiles(read[here]),
+        }
+    return sources
+
+
+# ---------------------------------------------------------------- apo
+
+
+def prepare_apo(stage: APOStage, rows: Rows, tokenizer, folder: Path) -> dict:
+    """Tokenize and mask preference pairs into a `datasets` folder, one pair per row.
+
+    Columns: prompt_ids, chosen_ids, rejected_ids, and chosen_mask, rejected_mask: 1 where the policy is scored, 0 on
+    user and tool turns inside a completion. max_seq_len bounds the prompt with the longer completion.
+
+    Args, Returns and Raises: As prepare_sft; stage.overlong may not be split.
+    """
+    check_not_empty(stage, rows)
+    if stage.overlong == "split":
+        raise UserError(f"overlong=split in the apo stage on data={stage.data}: pairs cannot be split; use drop")
+    sources, lengths = {}, {}
+    write_dataset(folder, PAIR_TYPES, pair_chunks(fitted_pairs(stage, rows, tokenizer, sources, lengths)))
+    for name, entry in sources.items():
+        entry["length_percentiles"] = percentiles(lengths[name])
+    check_trained(sources)
+    pairs = sum(entry["rows_kept"] for entry in sources.values())
+    num_tokens = sum(entry["tokens_trained"] + entry["tokens_masked"] for entry in sources.values())
+    return write_report(
+        folder,
+        {"kind": stage.kind, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
+        sources,
+        pairs=pairs,
+        tokens_per_pair=num_tokens / pairs,
+    )
+
+
+def fitted_pairs(stage: APOStage, rows: Rows, tokenizer, sources: dict, lengths: dict) -> Iterator[dict]:
+    """The columns of each pair that is kept; what happened to all of them goes into sources and lengths."""
+    think = token_id(tokenizer, THINK)
+    for i, (name, row) in enumerate(tqdm(rows, desc=f"prepare {stage.data}", unit="pair", disable=None)):
+        pair = pair_columns(stage, i, name, row, tokenizer)
+        entry = sources.setdefault(name, new_source())
+        entry["rows_read"] += 1
+        entry["tokens_read"] += num_ids(pair)
+        length = longest_side(pair)
+        lengths.setdefault(name, []).append(length)
+        overlong = length > stage.max_seq_len
+        if overlong and stage.overlong == "refuse":
+            all_lengths = [longest_side(pair_columns(stage, k, *named, tokenizer)) for k, named in enumerate(rows)]
+            refuse_overlong(stage, rows, np.array(all_lengths), None)
+        room = stage.max_seq_len - len(pair["prompt_ids"])
+        fitted = {key: ids if key == "prompt_ids" else ids[: max(room, 0)] for key, ids in pair.items()}
+        reason = drop_reason(stage, fitted, overlong)
+        if reason:
+            entry["dropped"][reason] = entry["dropped"].get(reason, 0) + 1
+            entry["tokens_dropped"] += num_ids(pair)
+            continue
+        scored = int(fitted["chosen_mask"].sum() + fitted["rejected_mask"].sum())
+        has_think = bool((fitted["chosen_ids"][fitted["chosen_mask"] == 1] == think).any())
+        entry["rows_kept"] += 1
+        entry["rows_truncated"] += int(overlong)
+        entry["think_rows" if has_think else "no_think_rows"] += 1
+        entry["tokens_trained"] += scored
+        entry["tokens_masked"] += num_ids(fitted) - scored
+        entry["tokens_truncated"] += num_ids(pair) - num_ids(fitted)
+        yield fitted
+
+
+def drop_reason(stage: APOStage, pair: dict[str, np.ndarray], overlong: bool) -> str | None:
+    if overlong and stage.overlong == "drop":
+        return OVERLONG
+    if not (pair["chosen_mask"].any() and pair["rejected_mask"].any()):
+        return UNTRAINED
+    if np.array_equal(pair["chosen_ids"], pair["rejected_ids"]):
+        return "equal after truncation" if overlong else "equal once rendered"
+    return None
+
+
+def pair_chunks(pairs: Iterator[dict]) -> Iterator[dict]:
+    """Pairs gathered to about CHUNK_TOKENS tokens at a time."""
+    gathered, size = [], 0
+    for pair in pairs:
+        gathered.append(pair)
+        size += num_ids(pair)
+        if size >= CHUNK_TOKENS:
+            yield pair_chunk(gathered)
+            gathered, size = [], 0
+    yield pair_chunk(gathered)
+
+
+def pair_chunk(pairs: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {
+        key: (
+            concatenated([pair[key] for pair in pairs], dtype),
+            np.array([len(pair[key]) for pair in pairs], np.int64),
+        )
+        for key, dtype in PAIR_TYPES.items()
+    }
+
+
+def num_ids(pair: dict[str, np.ndarray]) -> int:
+    return sum(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def longest_side(pair: dict[str, np.ndarray]) -> int:
+    """Tokens of the prompt with the longer completion."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+# ---------------------------------------------------------------- both
+
+
+def count_true(flags: np.ndarray, spans: Documents) -> np.ndarray:
+    """[D] how many flags are set in each span."""
+    counts = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
+    return counts[spans.stop] - counts[spans.start]
+
+
+def refuse_overlong(stage: TrainStage, rows: Rows, lengths: np.ndarray, also: str | None) -> None:
+    overlong = np.flatnonzero(lengths > stage.max_seq_len)
+    i = int(overlong[0])
+    name, row = rows[i]
+    others = f"; {len(overlong)} of {len(rows)} rows are too long, the longest has {lengths.max()}"
+    policies = " or ".join(filter(None, ("truncate", also, "drop")))
+    raise UserError(
+        f"{where_of(i, row)} (source {name}): has {lengths[i]} tokens, above max_seq_len={stage.max_seq_len}{others}; "
+        f"raise max_seq_len or set overlong to {policies}"
+    )
+
+
+def check_not_empty(stage: TrainStage, rows: Rows) -> None:
+    if not rows:
+        raise UserError(f"data={stage.data} gives no rows to prepare; expected at least one")
+
+
+def check_trained(sources: dict[str, dict]) -> None:
+    """Refuse a source of which nothing is left to train on."""
+    for name, entry in sources.items():
+        if not entry["tokens_trained"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
+            raise UserError(
+                f"source {name}: none of its {entry['rows_read']} rows has a trained token ({reasons}); "
+                "check its roles and train flags, raise max_seq_len, or remove it from the mixture"
+            )

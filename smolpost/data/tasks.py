@@ -1,0 +1,185 @@
+"""Synthetic tasks with checkable answers, as SmolTalk2 rows: what a miniature learns to retrieve and to reason.
+
+Symbols: keys and nodes are uppercase letters, values lowercase letters, noise digits; one character is one token of a
+character tokenizer. Needles in natural text serve every other tokenizer.
+"""
+
+import json
+from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
+
+import numpy as np
+
+from smolpost.errors import UserError
+from smolpost.schema import TaskBlock, TaskFile
+
+KEYS = np.array(list(ascii_uppercase))
+VALUES = np.array(list(ascii_lowercase))
+NOISE = np.array(list(digits))
+CYCLE_NODES = 8
+SYSTEM = {"role": "system", "content": "/system_override"}  # the smollm3 template drops its header for it
+
+CITIES = """
+Lisbon Oslo Nairobi Quito Hanoi Prague Dakar Lima Seoul Tunis Riga Havana Cairo Vienna Accra Dublin Athens Bogota Tokyo
+Warsaw Rabat Sofia Manila Zagreb Kyiv Muscat Berlin Tbilisi Ankara Madrid Panama Tirana Jakarta Helsinki Kigali Tallinn
+Montevideo Reykjavik Lusaka Valletta
+""".split()
+SUBJECTS = ("The baker", "A neighbour", "The old captain", "My cousin", "The gardener", "A tired clerk", "The teacher")
+ACTIONS = ("painted", "carried", "forgot", "repaired", "borrowed", "admired", "washed", "photographed")
+THINGS = ("a wooden chair", "two green bottles", "the long ladder", "a basket of pears", "the kitchen clock", "a map")
+TIMES = ("before breakfast", "after the rain", "on a quiet evening", "during the market", "without saying a word")
+
+
+# ---------------------------------------------------------------- one row of each task
+
+
+def copy_row(rng: np.random.Generator, length: int) -> dict:
+    """Repeat a random string of 3 to `length` characters."""
+    alphabet = np.concatenate((KEYS, VALUES, NOISE))
+    text = "".join(rng.choice(alphabet, rng.integers(3, length + 1)))
+    return task_row(text, text, f"copy_{length}")
+
+
+def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int) -> dict:
+    """Find values by their keys in noise: user `40#Kv77#Qa1?QKQ`, reply `QaKvQa`.
+
+    Args:
+        rng: Source of all randomness.
+        length: Characters of the user turn, at least 3 * pairs + 1 + queries.
+        pairs: Distinct keys in the context, 1 to 26.
+        queries: Keys asked for, drawn with replacement: no answer follows from what was not yet asked.
+    """
+    context = length - 1 - queries
+    text = rng.choice(NOISE, context)
+    keys, values = rng.choice(KEYS, pairs, replace=False), rng.choice(VALUES, pairs)
+    # Places in the context with each pair shrunk to one character, then widened again: every layout is equally likely.
+    places = np.sort(rng.choice(context - 2 * pairs, pairs, replace=False)) + 2 * np.arange(pairs)
+    text[places], text[places + 1], text[places + 2] = "#", keys, values
+    asked = rng.integers(pairs, size=queries)
+    answer = "".join(keys[i] + values[i] for i in asked)
+    return task_row("".join(text) + "?" + "".join(keys[asked]), answer, f"recall_{length}")
+
+
+def chase_row(rng: np.random.Generator, hops: int, think: bool) -> dict:
+    """Follow `hops` edges of a random cycle of 8 nodes: user `>AC>SA...@S`, reply the node reached.
+
+    With think, the reply first writes the visited nodes, the start included, in a think block.
+    """
+    cycle = rng.choice(KEYS, CYCLE_NODES, replace=False)
+    edges = [f">{cycle[i]}{cycle[(i + 1) % CYCLE_NODES]}" for i in rng.permutation(CYCLE_NODES)]
+    visited = "".join(cycle[(rng.integers(CYCLE_NODES) + np.arange(hops + 1)) % CYCLE_NODES])
+    answer = f"<think>\n{visited}\n</think>\n{visited[-1]}" if think else visited[-1]
+    mode = "think" if think else "no_think"
+    return task_row("".join(edges) + f"@{visited[0]}", answer, f"chase_{hops}_{mode}", think=think)
+
+
+def needle_row(rng: np.random.Generator, num_fillers: int, pairs: int, queries: int) -> dict:
+    """Find access codes among filler sentences; the row's `references` are the codes asked for, see share_found.
+
+    Args:
+        rng: Source of all randomness.
+        num_fillers: Filler sentences, which decide the length.
+        pairs: Needles, 1 to len(CITIES), at random places.
+        queries: Distinct needles asked for at the end, 1 to pairs.
+    """
+    cities = rng.choice(CITIES, pairs, replace=False)
+    codes = (1000 + rng.choice(9000, pairs, replace=False)).astype(str)
+    parts = (SUBJECTS, ACTIONS, THINGS, TIMES)
+    sentences = [" ".join(rng.choice(part) for part in parts) + "." for _ in range(num_fillers)]
+    for place, city, code in zip(rng.integers(num_fillers + 1, size=pairs), cities, codes, strict=True):
+        sentences.insert(place, f"The access code for {city} is {code}.")
+    asked = rng.choice(pairs, queries, replace=False)
+    names = " and ".join(cities[asked])
+    question = f"What is the access code for {names}?" if queries == 1 else f"What are the access codes for {names}?"
+    references = codes[asked].tolist()
+    row = task_row(" ".join([*sentences, question]), ", ".join(references), f"needles_{num_fillers}")
+    return {**row, "references": references}
+
+
+def share_found(reply: str, references: list[str]) -> float:
+    """Share of the references that occur in the reply, whatever their case, in [0, 1]."""
+    return sum(reference.lower() in reply.lower() for reference in references) / len(references)
+
+
+def task_row(user: str, assistant: str, source: str, *, think: bool = False) -> dict:
+    return {
+        "messages": [SYSTEM, {"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
+        "chat_template_kwargs": {
+            "custom_instructions": "",
+            "enable_thinking": think,
+            "python_tools": [],
+            "xml_tools": [],
+        },
+        "source": source,
+    }
+
+
+# ---------------------------------------------------------------- files of rows
+
+
+def write_tasks(files: dict[str, TaskFile], seed: int, folder: Path) -> dict[str, int]:
+    """Write `NAME.jsonl` into the folder for each file, blocks in order.
+
+    A file depends on the seed and its own name and settings, not on the other files.
+
+    Returns:
+        Rows of each file.
+    Raises:
+        UserError: A setting is infeasible; nothing is written.
+    """
+    if seed < 0:
+        raise UserError(f"seed={seed} is below 0; use 0 or more")
+    for name, file in files.items():
+        check_file(f"files.{name}", file)
+    num_rows = {}
+    for name, file in files.items():
+        lines = [json.dumps(row) for row in file_rows(file, np.random.default_rng([seed, *name.encode()]))]
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        num_rows[name] = len(lines)
+    return num_rows
+
+
+def file_rows(file: TaskFile, rng: np.random.Generator):
+    """The rows of a file, one by one; a replayed row is a new one of an earlier block's task."""
+    blocks = list(file.blocks.values())
+    for i, block in enumerate(blocks):
+        for _ in range(block.rows):
+            replayed = i > 0 and rng.random() < file.replay
+            yield block_row(blocks[rng.integers(i)] if replayed else block, rng)
+
+
+def block_row(block: TaskBlock, rng: np.random.Generator) -> dict:
+    if block.task == "copy":
+        return copy_row(rng, length=block.length)
+    if block.task == "recall":
+        return recall_row(rng, length=block.length, pairs=block.pairs, queries=block.queries)
+    return chase_row(rng, hops=block.hops, think=block.think)
+
+
+def check_file(key: str, file: TaskFile) -> None:
+    if not file.blocks:
+        raise UserError(f"{key}.blocks is empty; give at least one block")
+    if not 0 <= file.replay < 1:
+        raise UserError(f"{key}.replay={file.replay} is outside [0, 1); use a share such as 0.2")
+    for name, block in file.blocks.items():
+        check_block(f"{key}.blocks.{name}", block)
+
+
+def check_block(key: str, block: TaskBlock) -> None:
+    if block.task not in ("copy", "recall", "chase"):
+        raise UserError(f"{key}.task={block.task} is unknown; use copy, recall or chase")
+    counts = {"copy": ("rows",), "recall": ("rows", "pairs", "queries"), "chase": ("rows", "hops")}[block.task]
+    for count in counts:
+        if getattr(block, count) < 1:
+            raise UserError(f"{key}.{count}={getattr(block, count)} is below 1; raise it")
+    if block.task == "copy" and block.length < 3:
+        raise UserError(f"{key}.length={block.length} is below 3, the shortest string to copy; raise it")
+    if block.task == "recall":
+        if block.pairs > len(KEYS):
+            raise UserError(f"{key}.pairs={block.pairs} is above {len(KEYS)}, the number of keys; lower it")
+        shortest = 3 * block.pairs + 1 + block.queries
+        if block.length < shortest:
+            raise UserError(
+                f"{key}.length={block.length} is below 3 x pairs + 1 + queries = {shortest}; "
+                "raise it, or lower pairs or queries"
+            )

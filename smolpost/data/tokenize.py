@@ -1,0 +1,157 @@
+"""Rows to token ids and the mask of the policy's tokens, as flat arrays.
+
+N rows, T tokens of all rows one after another.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from tqdm import tqdm
+
+from smolpost.chat.masks import encode_batch, encode_pair
+from smolpost.data.sources import validate_row
+from smolpost.errors import UserError
+from smolpost.schema import APOStage, SFTStage
+
+BATCH_ROWS = 256  # of one tokenizer call
+END_OF_TEXT = "<|end_of_text|>"
+
+Rows = list[tuple[str, dict]]  # (source name, row)
+
+PAIR_TYPES = {
+    "prompt_ids": "int32",
+    "chosen_ids": "int32",
+    "rejected_ids": "int32",
+    "chosen_mask": "int8",
+    "rejected_mask": "int8",
+}
+
+
+@dataclass
+class Tokens:
+    """All rows, tokenized.
+
+    Attributes:
+        ids: [T] int32.
+        trained: [T] bool, False on the first token of each row.
+        offsets: [N + 1] row i is ids[offsets[i]:offsets[i + 1]].
+        is_text: [N] bool: plain text, not a conversation.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    is_text: np.ndarray
+
+
+def tokenize(stage: SFTStage, rows: Rows, tokenizer) -> Tokens:
+    ids, trained, lengths, is_text = [], [], [], []
+    with tqdm(total=len(rows), desc=f"prepare {stage.data}", unit="row", disable=None) as bar:
+        for first in range(0, len(rows), BATCH_ROWS):
+            batch = list(enumerate(rows[first : first + BATCH_ROWS], start=first))
+            shapes = [sft_shape(i, name, row) for i, (name, row) in batch]
+            encoded = encode_rows(stage, batch, shapes, tokenizer)
+            ids.append(np.fromiter(chain.from_iterable(row_ids for row_ids, _ in encoded), np.int32))
+            trained.append(np.fromiter(chain.from_iterable(row_trained for _, row_trained in encoded), bool))
+            lengths += [len(row_ids) for row_ids, _ in encoded]
+            is_text += [shape == "text" for shape in shapes]
+            bar.update(len(batch))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    tokens = Tokens(np.concatenate(ids), np.concatenate(trained), offsets, np.array(is_text))
+    tokens.trained[offsets[:-1]] = False
+    return tokens
+
+
+def sft_shape(i: int, name: str, row: dict) -> str:
+    shape = validate_row(row, where_of(i, row))
+    if shape == "preference":
+        raise UserError(
+            f"{where_of(i, row)} (source {name}): is a preference row in an sft stage; "
+            "expected messages or text; take the source out of the mixture"
+        )
+    return shape
+
+
+def encode_rows(stage: SFTStage, batch, shapes: list[str], tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """(ids, trained) of each row, conversations and texts in one tokenizer call each."""
+    chats = [(i, row) for (i, (_, row)), shape in zip(batch, shapes, strict=True) if shape == "messages"]
+    texts = [row["text"] for (_, (_, row)), shape in zip(batch, shapes, strict=True) if shape == "text"]
+    encoded = {"messages": iter(encode_chats(stage, chats, tokenizer)), "text": iter(encode_texts(texts, tokenizer))}
+    return [next(encoded[shape]) for shape in shapes]
+
+
+def encode_chats(stage: SFTStage, chats: list[tuple[int, dict]], tokenizer):
+    def encoded(some):
+        return encode_batch(
+            tokenizer,
+            [row["messages"] for _, row in some],
+            template_kwargs=[row.get("chat_template_kwargs") for _, row in some],
+            tools=[row.get("tools") for _, row in some],
+            today=stage.today,
+            last_turn_only=stage.last_turn_only,
+        )
+
+    try:
+        return encoded(chats)
+    except UserError:
+        for i, row in chats:  # one by one, to find the row and name it
+            try:
+                encoded([(i, row)])
+            except UserError as error:
+                raise UserError(f"{where_of(i, row)}: {error}") from error
+        raise
+
+
+def encode_texts(texts: list[str], tokenizer):
+    """The text's tokens and the token that ends it, all trained."""
+    if not texts:
+        return []
+    end = token_id(tokenizer, END_OF_TEXT)
+    end = tokenizer.eos_token_id if end is None else end
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return [([*ids, end], [True] * (len(ids) + 1)) for ids in tokenizer(texts, **options)["input_ids"]]
+
+
+def pair_columns(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> dict[str, np.ndarray]:
+    where = where_of(i, row)
+    if validate_row(row, where) != "preference":
+        raise UserError(
+            f"{where} (source {name}): has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
+            "take the source out of the mixture"
+        )
+    try:
+        pair = encode_pair(
+            tokenizer,
+            row["chosen"],
+            row["rejected"],
+            template_kwargs=row.get("chat_template_kwargs"),
+            tools=row.get("tools"),
+            today=stage.today,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    columns = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.chosen_trained, pair.rejected_trained)
+    arrays = {key: np.array(column, PAIR_TYPES[key]) for key, column in zip(PAIR_TYPES, columns, strict=True)}
+    if stage.last_turn_only:
+        for key in ("chosen_mask", "rejected_mask"):
+            arrays[key] = last_run(arrays[key])
+    return arrays
+
+
+def last_run(mask: np.ndarray) -> np.ndarray:
+    """The mask with its last run of ones alone: the last reply, as headers part one reply from the next."""
+    ones = np.flatnonzero(mask)
+    breaks = np.flatnonzero(np.diff(ones) > 1)
+    kept = np.zeros_like(mask)
+    kept[ones[breaks[-1] + 1 :] if len(breaks) else ones] = 1
+    return kept
+
+
+def where_of(i: int, row: dict) -> str:
+    """File and row number where the row knows them, else its place in the mixture."""
+    return getattr(row, "where", f"row {i + 1} of the mixture")
+
+
+def token_id(tokenizer, token: str) -> int | None:
+    return tokenizer.get_vocab().get(token)

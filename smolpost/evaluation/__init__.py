@@ -1,0 +1,1 @@
+"""What a checkpoint can do: held-out loss and answers in both modes, recall by context length."""

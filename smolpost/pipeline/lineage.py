@@ -1,0 +1,198 @@
+"""Where every stage's result lies and under which key: what a result depends on, and nothing else."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolpost import schema
+from smolpost.chat.render import load_template
+from smolpost.data.sources import fingerprint
+from smolpost.errors import UserError
+from smolpost.pipeline import manifest
+from smolpost.pipeline.manifest import code_version, digest
+from smolpost.pipeline.plan import StagePlan, plan
+from smolpost.recipe import Request
+
+CODE = {  # the parts of the library that decide a step's result
+    "tasks": ("data/tasks.py",),
+    "init": ("chat", "model", "data/sources.py", "data/mixtures.py"),
+    "prepare": ("chat", "data"),
+    "sft": ("model", "training"),
+    "apo": ("model", "training"),
+    "pairs": ("chat", "model", "synthesis"),
+    "merge": ("merging",),
+    "evaluate": ("chat", "data", "evaluation", "model"),
+}
+# Settings of a training stage that decide its prepared rows.
+PREPARING = (
+    "template",
+    "today",
+    "last_turn_only",
+    "max_seq_len",
+    "overlong",
+    "packing",
+)
+
+
+@dataclass(frozen=True)
+class Located:
+    """A stage of the plan with its place on disk.
+
+    Attributes:
+        plan: The stage.
+        key: Its cache key; another key is another folder, so nothing finished is ever overwritten.
+        folder: run_dir/pipeline/NAME-KEY.
+        prepared: Folder of the prepared rows of a training stage, else None.
+        evaluation: File of its evaluation, or None where there is none.
+        inputs: Checkpoint name -> folder or Hub id, with its weight.
+        data: The mixtures the stage reads, by name, with every path resolved.
+        parent_keys: Parent's name -> its key; for the manifest.
+    """
+
+    plan: StagePlan
+    key: str
+    folder: Path
+    prepared: Path | None
+    evaluation: Path | None
+    inputs: dict[str, tuple[str, float]]
+    data: dict[str, schema.Mixture]
+    parent_keys: dict[str, str]
+
+    def finished(self) -> bool:
+        return (manifest.read(self.folder) or {}).get("key") == self.key
+
+
+class Lineage:
+    """Keys and folders of all stages of one request, worked out parents first.
+
+    Raises:
+        UserError: A data file does not exist, or a local base checkpoint has no manifest.
+    """
+
+    def __init__(self, request: Request):
+        self.recipe = request.recipe
+        self.root = Path(self.recipe.run_dir) / self.recipe.pipeline
+        self.stages: dict[str, Located] = {}
+        self._fingerprints: dict[str, str] = {}
+        for stage in plan(request):
+            self.stages[stage.name] = self._locate(stage)
+
+    def mixture(self, name: str) -> schema.Mixture:
+        """The mixture with the paths of stage outputs and data files filled in."""
+        mixture = self.recipe.data[name]
+        sources = {}
+        for key, source in mixture.sources.items():
+            if source.stage is not None:
+                path = str(self.stages[source.stage].folder / source.path)
+                source = dataclasses.replace(source, path=path, stage=None)
+            sources[key] = source
+        return dataclasses.replace(mixture, sources=sources)
+
+    def require(self, name: str) -> None:
+        """Refuse to start from a stage that is not finished.
+
+        Raises:
+            UserError: With the command that finishes it.
+        """
+        if name != "checkpoint" and not self.stages[name].finished():
+            raise UserError(
+                f"stage {name} is not finished: {self.stages[name].folder} has no {manifest.FILE}; "
+                f"run `smolpost run pipeline={self.recipe.pipeline} stage={name}` with the same settings first"
+            )
+
+    def _locate(self, stage: StagePlan) -> Located:
+        config, kind = stage.config, stage.config.kind
+        mixtures = [name for _, name in config.mixtures()]
+        parent_keys = {name: self._checkpoint_key(name) for name in stage.weights}
+        parts = {"kind": kind, "parents": parent_keys, "seed": stage.seed, "code": code_version(*CODE[kind])}
+        prepared = None
+        if isinstance(config, schema.TrainStage):
+            prepare_key = self._prepare_key(config)
+            prepared = self.root / "prepared" / f"{stage.stage}-{prepare_key}"
+            parts |= {
+                "prepared": prepare_key,
+                "config": _keyed(config, without=(*PREPARING, "seeds", "init_from", "data")),
+            }
+        else:
+            parts |= {"config": _keyed(config, without=()), "data": [self._mixture_key(m) for m in mixtures]}
+        if kind in ("init", "pairs"):
+            parts["template"] = load_template(config.template)
+        if kind == "init":
+            parts["architecture"] = self.recipe.model.architecture
+        if kind == "merge":
+            parts["weights"] = stage.weights
+        key = digest(parts)
+        return Located(
+            plan=stage,
+            key=key,
+            folder=self.root / f"{stage.name}-{key}",
+            prepared=prepared,
+            evaluation=self._evaluation(stage, key),
+            inputs={name: (self._checkpoint(name), weight) for name, weight in stage.weights.items()},
+            data={name: self.mixture(name) for name in mixtures},
+            parent_keys=parent_keys | {name: self.stages[name].key for name in stage.data_stages},
+        )
+
+    def _checkpoint(self, name: str) -> str:
+        return self.recipe.model.checkpoint if name == "checkpoint" else str(self.stages[name].folder)
+
+    def _checkpoint_key(self, name: str) -> str:
+        if name != "checkpoint":
+            return self.stages[name].key
+        checkpoint = self.recipe.model.checkpoint
+        if not Path(checkpoint).is_dir():
+            return f"{checkpoint}@{self.recipe.model.revision or 'main'}"
+        found = manifest.read(Path(checkpoint))
+        if found is None:
+            raise UserError(
+                f"model.checkpoint={checkpoint} has no {manifest.FILE}: it is unfinished, or comes from elsewhere; "
+                f"`smolpost adopt {checkpoint}` checks its files and writes one"
+            )
+        return found["key"]
+
+    def _mixture_key(self, name: str) -> str:
+        mixture = self.recipe.data[name]
+        sources = {}
+        for key, source in mixture.sources.items():
+            rows = self.stages[source.stage].key if source.stage else self._fingerprint(source)
+            sources[key] = [rows, dataclasses.asdict(source) | ({} if source.stage else {"path": None})]
+        return digest({"sources": sources, "order": list(sources), "seed": mixture.seed, "shuffle": mixture.shuffle})
+
+    def _fingerprint(self, source: schema.Source) -> str:
+        identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
+        if identity not in self._fingerprints:
+            self._fingerprints[identity] = fingerprint(source)
+        return self._fingerprints[identity]
+
+    def _prepare_key(self, config: schema.TrainStage) -> str:
+        settings = {name: getattr(config, name) for name in PREPARING if hasattr(config, name)}
+        return digest(
+            {
+                "kind": config.kind,
+                "tokenizer": self._tokenizer_key(config.init_from),
+                "settings": settings,
+                "template": load_template(config.template),
+                "data": self._mixture_key(config.data),
+                "code": code_version(*CODE["prepare"]),
+            }
+        )
+
+    def _tokenizer_key(self, name: str) -> str:
+        """Key of the checkpoint whose tokenizer `name` passes on: training and merging leave it as it is."""
+        while name != "checkpoint" and self.stages[name].plan.base:
+            name = self.stages[name].plan.base
+        return self._checkpoint_key(name)
+
+    def _evaluation(self, stage: StagePlan, key: str) -> Path | None:
+        if stage.config.kind not in schema.MODEL_KINDS:
+            return None
+        spec = self.recipe.evaluation
+        heldout = self._mixture_key(spec.heldout) if spec.heldout else None
+        found = digest({"model": key, "spec": spec, "heldout": heldout, "code": code_version(*CODE["evaluate"])})
+        return self.root / "evaluations" / f"{stage.name}-{found}.json"
+
+
+def _keyed(config: schema.Stage, without: tuple[str, ...]) -> dict:
+    """The settings that can change a stage's result."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata.get("in_key", True) and f.name not in without]
+    return {f.name: getattr(config, f.name) for f in fields}

@@ -1,0 +1,188 @@
+"""A recipe as an ordered list of stages with their exact commands. Reads and writes no file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolpost import schema
+from smolpost.errors import UserError
+from smolpost.recipe import Request, room
+
+JOBS = {"tasks": "data_gen/tasks.py", "pairs": "data_gen/preference_pairs.py", "merge": "merge/linear.py"}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage to run, for one seed.
+
+    Attributes:
+        name: The stage's name, with `-SEED` where the stage has several seeds.
+        stage: The stage's name in the recipe.
+        seed: Training seed, or None for kinds without one.
+        config: The recipe's stage.
+        weights: Checkpoint inputs: plan name (or "checkpoint") -> weight; 1 where the stage starts from it.
+        base: The input that the result's config and tokenizer come from, or None for kinds that make no model.
+        data_stages: Names of the plans whose output files this stage's mixtures read.
+        commands: Command lines in order, as a user would type them.
+    """
+
+    name: str
+    stage: str
+    seed: int | None
+    config: schema.Stage
+    weights: dict[str, float]
+    base: str | None
+    data_stages: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([name for name in self.weights if name != "checkpoint"] + list(self.data_stages)))
+
+
+def plan(request: Request) -> list[StagePlan]:
+    """Every stage of the recipe, parents before children, otherwise in the recipe's order.
+
+    Raises:
+        UserError: Stages depend on one another in a circle, or a stage starts from one with several seeds.
+    """
+    stages = request.recipe.stages
+    plans: dict[str, StagePlan] = {}
+    for stage in _ordered(request.recipe):
+        config = stages[stage]
+        seeds = config.seeds if isinstance(config, schema.TrainStage) else [None]
+        for seed in seeds:
+            name = f"{stage}-{seed}" if len(seeds) > 1 else stage
+            plans[name] = StagePlan(
+                name=name,
+                stage=stage,
+                seed=seed,
+                config=config,
+                weights=_weights(stage, config, stages),
+                base=_base(config, stages),
+                data_stages=tuple(sorted(_data_stages(config, request.recipe))),
+                commands=_commands(name, stage, config, request),
+            )
+    return list(plans.values())
+
+
+def select(plans: list[StagePlan], stage: str | None) -> list[StagePlan]:
+    """The plans that `stage=` means: a plan's own name, or a stage's with all its seeds; all when None.
+
+    Raises:
+        UserError: No plan has that name.
+    """
+    if stage is None:
+        return plans
+    chosen = [p for p in plans if stage in (p.name, p.stage)]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(n for p in plans for n in (p.stage, p.name)))
+        raise UserError(f"stage={stage} is not a stage of this pipeline; choose one of: {names}")
+    return chosen
+
+
+def select_one(plans: list[StagePlan], stage: str | None) -> StagePlan:
+    """The one plan that a single-stage command means.
+
+    Raises:
+        UserError: `stage=` is absent, unknown, or names several seeds.
+    """
+    if stage is None:
+        raise UserError(f"no stage given; add stage=NAME, one of: {', '.join(p.name for p in plans)}")
+    chosen = select(plans, stage)
+    if len(chosen) > 1:
+        raise UserError(f"stage={stage} has several seeds; choose one of: {', '.join(p.name for p in chosen)}")
+    return chosen[0]
+
+
+def shown(path: Path) -> str:
+    """The path as a user in this directory would type it: relative where it lies below, absolute elsewhere."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _data_stages(config: schema.Stage, recipe: schema.Recipe) -> set[str]:
+    mixtures = [recipe.data[name] for _, name in config.mixtures()]
+    return {source.stage for mixture in mixtures for source in mixture.sources.values() if source.stage}
+
+
+def _ordered(recipe: schema.Recipe) -> list[str]:
+    """Depth-first topological order; stable in the recipe's own order."""
+    done: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            raise UserError(f"stages depend on one another in a circle: {' -> '.join([*path, name])}")
+        if name in done:
+            return
+        config = recipe.stages[name]
+        needs = [p for _, p in config.parents() if p != "checkpoint"]
+        for parent in dict.fromkeys([*needs, *sorted(_data_stages(config, recipe))]):
+            visit(parent, (*path, name))
+        done.append(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+    return done
+
+
+def _weights(name: str, config: schema.Stage, stages: dict) -> dict[str, float]:
+    if isinstance(config, schema.MergeStage):
+        flat: dict[str, float] = {}
+        for parent, weight in config.inputs.items():
+            for leaf, share in _flatten(parent, weight, stages).items():
+                flat[leaf] = flat.get(leaf, 0.0) + share
+        return flat
+    for key, parent in config.parents():
+        seeds = getattr(stages.get(parent), "seeds", [None])
+        if len(seeds) > 1:
+            choices = ", ".join(f"{parent}-{seed}" for seed in seeds)
+            raise UserError(
+                f"stages.{name}.{key}={parent} has several seeds ({choices}); soup them in a merge stage first"
+            )
+    return {parent: 1.0 for _, parent in config.parents()}
+
+
+def _flatten(parent: str, weight: float, stages: dict) -> dict[str, float]:
+    """Checkpoints behind a merge input: a soup is taken apart, so a merge of it rounds once, not twice."""
+    config = stages.get(parent)
+    if isinstance(config, schema.MergeStage):
+        flat: dict[str, float] = {}
+        for name, share in config.inputs.items():
+            for leaf, part in _flatten(name, weight * share, stages).items():
+                flat[leaf] = flat.get(leaf, 0.0) + part
+        return flat
+    seeds = getattr(config, "seeds", [None])
+    if len(seeds) > 1:
+        return {f"{parent}-{seed}": weight / len(seeds) for seed in seeds}
+    return {parent: weight}
+
+
+def _base(config: schema.Stage, stages: dict) -> str | None:
+    if isinstance(config, schema.TrainStage):
+        return config.init_from
+    if not isinstance(config, schema.MergeStage):
+        return None
+    name = config.base
+    while isinstance(stages.get(name), schema.MergeStage):
+        name = stages[name].base
+    return next(iter(_flatten(name, 1.0, stages)))
+
+
+def _commands(name: str, stage: str, config: schema.Stage, request: Request) -> tuple[tuple[str, ...], ...]:
+    words = (*request.overrides, f"stage={name}")
+    evaluate = ("smolpost", "evaluate", *words)
+    if config.kind in JOBS:
+        folder, _, file = JOBS[config.kind].partition("/")
+        job = ("python", shown(room(folder) / file), *words)
+        return (job, evaluate) if config.kind in schema.MODEL_KINDS else (job,)
+    if config.kind == "init":
+        return (("smolpost", "init", *words),)
+    launch = ["--quiet", "--config_file", shown(room("recipes") / "accelerate" / f"{request.accelerate}.yaml")]
+    for key, value in request.launch_flags.items():
+        launch += [f"--{key}", str(value)]
+    return (
+        ("smolpost", "prepare", *words),
+        ("accelerate", "launch", *launch, "-m", "smolpost.train", *words),
+        evaluate,
+    )

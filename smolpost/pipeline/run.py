@@ -1,0 +1,179 @@
+"""Walk a plan: skip what is finished, continue what was cut, and end in one table."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.rule import Rule
+
+from smolpost import schema
+from smolpost.pipeline import manifest
+from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.plan import select
+from smolpost.recipe import Request
+
+PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
+    "smolpost": [sys.executable, "-m", "smolpost.cli"],
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}
+
+
+def status(stage: Located) -> tuple[str, str]:
+    """What `run` will do with the stage, and why: ("done" | "evaluate" | "resume" | "run", reason)."""
+    if stage.finished():
+        if stage.evaluation is None or stage.evaluation.is_file():
+            return "done", ""
+        return "evaluate", "not evaluated with these settings yet"
+    if stage.folder.is_dir():
+        steps = sorted(int(c.name.removeprefix("checkpoint-")) for c in stage.folder.glob("checkpoint-*"))
+        return "resume", f"at step {steps[-1]}" if steps else "from its beginning"
+    return "run", _changes(stage)
+
+
+def _changes(stage: Located) -> str:
+    """How the stage differs from its newest finished namesake."""
+    earlier = []
+    for folder in stage.folder.parent.glob(f"{stage.plan.name}-*"):
+        found = manifest.read(folder) if folder.is_dir() else None
+        if found and found.get("stage") == stage.plan.name:
+            earlier.append(found)
+    if not earlier:
+        return "new"
+    last = max(earlier, key=lambda m: m["finished"])
+    now = json.loads(json.dumps(dataclasses.asdict(stage.plan.config)))
+    changed = [f"{k} {last['config'].get(k)} -> {v}" for k, v in now.items() if last["config"].get(k) != v]
+    changed += [f"{name} is another" for name, key in stage.parent_keys.items() if last["parents"].get(name) != key]
+    return f"changed: {', '.join(changed) or 'data or code'} ({stage.plan.name}-{last['key']} is kept)"
+
+
+def run(request: Request, console: Console) -> int:
+    """Run every stage that `stage=` means, with what it needs first; the exit code.
+
+    Raises:
+        UserError: The recipe or its data cannot be used.
+    """
+    lineage = Lineage(request)
+    wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
+    began = time.monotonic()
+    for number, name in enumerate(wanted, 1):
+        stage = lineage.stages[name]
+        word, reason = status(stage)
+        console.print(Rule(f"{number}/{len(wanted)} {name}: {word}{f' ({reason})' if reason else ''}", align="left"))
+        if word == "done":
+            continue
+        for command in stage.plan.commands:
+            if word == "evaluate" and command[:2] != ("smolpost", "evaluate"):
+                continue
+            code = execute(command, console)
+            if code:
+                return _stopped(name, command, code, console)
+    return _conclude(lineage, wanted, time.monotonic() - began, console)
+
+
+def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
+    wanted = set(names)
+    for name in reversed(lineage.stages):  # children come after their parents
+        if name in wanted:
+            wanted.update(lineage.stages[name].plan.parents)
+    return [name for name in lineage.stages if name in wanted]
+
+
+def execute(command: tuple[str, ...], console: Console) -> int:
+    """Run one command of a plan in the foreground; its exit code, negative for a signal.
+
+    On ctrl-C the command gets the signal from the terminal, too; it is waited for, so nothing runs on unseen.
+    """
+    console.print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
+    process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+        raise
+
+
+def _stopped(name: str, command: tuple[str, ...], code: int, console: Console) -> int:
+    if code == 2:  # the command has said in one line what is wrong
+        return 2
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    console.print(f"stage {name}: `{' '.join(command[:2])}` {how}; the same command continues here", soft_wrap=True)
+    return 1
+
+
+def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Console) -> int:
+    from smolpost.evaluation.evaluate import results_table
+
+    stages, evaluations = {}, {}
+    for name in names:
+        stage = lineage.stages[name]
+        found = manifest.read(stage.folder)
+        stages[name] = {
+            "kind": found["kind"],
+            "folder": str(stage.folder),
+            "key": stage.key,
+            "seconds": found["seconds"],
+        }
+        if stage.evaluation:
+            evaluations[name] = json.loads(stage.evaluation.read_text())
+            stages[name]["evaluation"] = evaluations[name]
+    models = [name for name in names if stages[name]["kind"] in schema.MODEL_KINDS]
+    final = stages[models[-1]]["folder"] if models else None
+    results = Path(lineage.root) / "results.json"
+    manifest.write_json(results, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
+    if evaluations:
+        console.print(results_table(evaluations))
+    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {results}; final model: {final}", soft_wrap=True)
+    return 0
+
+
+def describe(request: Request, console: Console) -> None:
+    """Print the stages in order: what will be done and why, their settings and their exact commands.
+
+    Raises:
+        UserError: The recipe or its data cannot be used.
+    """
+    lineage = Lineage(request)
+    plans = select([s.plan for s in lineage.stages.values()], request.stage)
+    console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", highlight=False)
+    for number, plan in enumerate(plans, 1):
+        stage = lineage.stages[plan.name]
+        word, reason = status(stage)
+        console.print(
+            Rule(f"{number}. {plan.name} ({plan.config.kind}): {word}{f', {reason}' if reason else ''}", align="left")
+        )
+        for line in _settings(stage, lineage.recipe):
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+        for command in plan.commands:
+            console.print(f"  $ {' '.join(command)}", highlight=False, soft_wrap=True, style="bold")
+
+
+def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
+    lines = [f"folder: {stage.folder}"]
+    if stage.inputs:
+        weighted = len(stage.inputs) > 1 or stage.plan.config.kind == "merge"
+        inputs = [
+            f"{weight:g} x {name}" if weighted and stage.plan.base else name
+            for name, (_, weight) in stage.inputs.items()
+        ]
+        lines.append(
+            f"from: {', '.join(inputs)}" + (f" ({recipe.model.checkpoint})" if "checkpoint" in stage.inputs else "")
+        )
+    for name, mixture in stage.data.items():
+        rows = ", ".join(f"{key} x {source.weight:g}" for key, source in mixture.sources.items())
+        lines.append(f"data {name}: {rows}")
+    shown = dataclasses.asdict(stage.plan.config)
+    for key in ("kind", "init_from", "data", "seeds", "files", "inputs"):
+        shown.pop(key, None)
+    if stage.plan.seed is not None:
+        shown = {"seed": stage.plan.seed} | shown
+    lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
+    return lines

@@ -1,0 +1,226 @@
+"""What each command of a plan does: find the inputs, call the library, finish the folder with a manifest."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from smolpost import schema
+from smolpost.chat.render import load_template, render, template_hash
+from smolpost.data.mixtures import mix
+from smolpost.errors import UserError
+from smolpost.pipeline import manifest
+from smolpost.pipeline.lineage import Lineage, Located
+
+PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
+
+
+def make(lineage: Lineage, stage: Located, fill: Callable[[Located, Path], dict], *, resumable: bool = False) -> Path:
+    """Make a stage's folder unless it is finished.
+
+    Args:
+        fill: Writes the stage's files into the folder it is given and returns a report for the manifest.
+        resumable: `fill` works in the stage's own folder and goes on with what an earlier try left there; otherwise
+            it gets a new folder that takes the stage's place in one rename.
+    Raises:
+        UserError: A parent is not finished, or what `fill` raises.
+    """
+    for parent in stage.plan.parents:
+        lineage.require(parent)
+    with manifest.lock(stage.folder):
+        if stage.finished():
+            print(f"{stage.folder} is finished", flush=True)
+        elif resumable:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            finish(lineage, stage, stage.folder, fill)
+        else:
+            with manifest.building(stage.folder) as part:
+                finish(lineage, stage, part, fill)
+    return stage.folder
+
+
+def finish(lineage: Lineage, stage: Located, folder: Path, fill: Callable[[Located, Path], dict]) -> None:
+    began = time.monotonic()
+    report = fill(stage, folder)
+    config = stage.plan.config
+    manifest.write(
+        folder,
+        pipeline=lineage.recipe.pipeline,
+        stage=stage.plan.name,
+        kind=config.kind,
+        key=stage.key,
+        seed=stage.plan.seed,
+        parents=stage.parent_keys,
+        weights=stage.plan.weights,
+        prepared=str(stage.prepared) if stage.prepared else None,
+        config=dataclasses.asdict(config),
+        recipe_hash=manifest.digest(lineage.recipe),
+        template_hash=template_hash(load_template(config.template)) if hasattr(config, "template") else None,
+        report=report,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dict:
+    """A tokenizer from the stage's mixtures, and a model with random weights."""
+    import torch
+
+    from smolpost.chat.tokenizer import build_tokenizer
+    from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = stage.plan.config
+    template = load_template(config.template)
+    texts = []
+    for mixture in stage.data.values():
+        for _, row in mix(mixture):
+            texts.extend(_texts(row, template))
+    tokenizer = build_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size, template=config.template)
+    torch.manual_seed(config.seed)
+    model = SmolLM3ForCausalLM(
+        SmolLM3Config(
+            **dataclasses.asdict(architecture),
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_text|>"),
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{parameters:,} parameters, {len(tokenizer):,} tokens in the vocabulary, from {len(texts):,} texts", flush=True
+    )
+    return {"parameters": parameters, "vocab_size": len(tokenizer), "texts": len(texts)}
+
+
+def _texts(row: dict, template: str) -> list[str]:
+    if "text" in row:
+        return [row["text"]]
+    conversations = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
+    shell = SimpleNamespace(chat_template=template)
+    kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
+    return [render(shell, c, template_kwargs=kwargs, tools=tools, today="08 July 2025") for c in conversations]
+
+
+def prepare(lineage: Lineage, stage: Located) -> Path:
+    """Tokenize, mask and pack a training stage's rows, once for all its seeds."""
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    from smolpost.data.prepare import format_report, prepare_apo, prepare_sft
+
+    config = stage.plan.config
+    if stage.prepared is None:
+        raise UserError(
+            f"stage={stage.plan.name} is a {config.kind} stage; only sft and apo stages have rows to prepare"
+        )
+    for parent in stage.plan.parents:
+        lineage.require(parent)
+    with manifest.lock(stage.prepared):
+        if manifest.read(stage.prepared):
+            print(f"{stage.prepared} is prepared", flush=True)
+            return stage.prepared
+        start, _ = stage.inputs[config.init_from]
+        tokenizer = AutoTokenizer.from_pretrained(start, revision=lineage.recipe.model.revision)
+        tokenizer.chat_template = load_template(config.template)
+        with manifest.building(stage.prepared) as part:
+            prepare_rows = prepare_apo if config.kind == "apo" else prepare_sft
+            report = prepare_rows(config, mix(stage.data[config.data]), tokenizer, part)
+            manifest.write(part, kind="prepared", key=stage.prepared.name.rpartition("-")[2], report=report)
+    Console().print(format_report(report))
+    return stage.prepared
+
+
+def train(lineage: Lineage, stage: Located) -> None:
+    """One rank of one training stage. Rank 0 prepares missing rows while the others wait on the file, not on NCCL."""
+    from smolpost.training.checkpoints import remove_all
+    from smolpost.training.environment import detect
+
+    config = stage.plan.config
+    if stage.prepared is None:
+        raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; smolpost.train runs sft and apo stages")
+    environment = detect(config.precision)
+    for parent in stage.plan.parents:
+        lineage.require(parent)
+    if environment.rank == 0:
+        prepare(lineage, stage)
+    while not manifest.read(stage.prepared):
+        time.sleep(0.5)
+    if environment.rank == 0:
+        make(lineage, stage, lambda s, folder: _train(lineage, s, folder, environment), resumable=True)
+        remove_all(stage.folder)
+        print(f"{stage.folder}", flush=True)
+    elif not stage.finished():
+        _train(lineage, stage, stage.folder, environment)
+
+
+def _train(lineage: Lineage, stage: Located, folder: Path, environment) -> dict:
+    from smolpost.training.train import train as train_stage
+
+    config, model = stage.plan.config, lineage.recipe.model
+    start, _ = stage.inputs[config.init_from]
+    metrics = train_stage(
+        stage.plan.stage,
+        config,
+        seed=stage.plan.seed,
+        start=start,
+        revision=model.revision if config.init_from == "checkpoint" else None,
+        prepared=stage.prepared,
+        out=folder,
+        attn_implementation=model.attn_implementation,
+        environment=environment,
+    )
+    rows = manifest.read(stage.prepared)["report"]
+    return metrics | {"data": rows}
+
+
+def evaluate(lineage: Lineage, stage: Located) -> dict:
+    """Loss, accuracy and retrieval of a stage's model; worked out once per model and evaluation settings."""
+    from rich.console import Console
+
+    from smolpost.evaluation.evaluate import evaluate as evaluate_model
+    from smolpost.evaluation.evaluate import results_table
+    from smolpost.model.loading import load_for_inference
+
+    if stage.evaluation is None:
+        raise UserError(f"stage={stage.plan.name} is a {stage.plan.config.kind} stage; it makes no model to evaluate")
+    if stage.evaluation.is_file():
+        return json.loads(stage.evaluation.read_text())
+    lineage.require(stage.plan.name)
+    model, tokenizer = load_for_inference(str(stage.folder))
+    spec = lineage.recipe.evaluation
+    heldout = lineage.mixture(spec.heldout) if spec.heldout else None
+    results = evaluate_model(model, tokenizer, spec, heldout)
+    manifest.write_json(stage.evaluation, results)
+    Console().print(results_table({stage.plan.name: results}))
+    return results
+
+
+def adopt(folder: Path) -> None:
+    """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key.
+
+    Raises:
+        UserError: The folder is no checkpoint of safetensors, or has a manifest already.
+    """
+    import hashlib
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if manifest.read(folder):
+        raise UserError(f"{folder} has a {manifest.FILE} already")
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    names = [f.name for f in files]
+    for needed in ("config.json", "tokenizer.json"):
+        if needed not in names:
+            raise UserError(f"{folder} has no {needed}; a checkpoint has config.json, tokenizer.json and *.safetensors")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{folder} has no *.safetensors; weights in other formats are not loaded")
+    hashes = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = manifest.write(folder, kind="adopted", key=manifest.digest(hashes), files=hashes)
+    print(f"{folder} adopted with key {found['key']}")

@@ -1,0 +1,1 @@
+"""Data made by models: preference pairs of a stronger and a weaker checkpoint."""

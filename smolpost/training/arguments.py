@@ -1,0 +1,51 @@
+"""A stage's settings in the words of transformers' TrainingArguments."""
+
+from pathlib import Path
+
+from smolpost.schema import TrainStage
+from smolpost.training.batch_size import grad_accum_steps
+from smolpost.training.environment import Environment
+
+SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environment: Environment) -> dict:
+    """Keyword arguments that SFTConfig and DPOConfig take alike.
+
+    Raises:
+        UserError: The global batch does not divide over the ranks.
+    """
+    return {
+        "output_dir": str(out),
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": environment.use_cpu,
+        "bf16": environment.bf16,
+        "per_device_train_batch_size": stage.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps(
+            name, stage.global_batch_size, stage.micro_batch_size, environment.world_size
+        ),
+        "gradient_checkpointing": stage.gradient_checkpointing,
+        "num_train_epochs": stage.num_epochs,
+        "max_steps": stage.max_steps or -1,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[stage.lr_scheduler],
+        "lr_scheduler_kwargs": {"min_lr_rate": stage.min_lr_ratio} if stage.lr_scheduler == "cosine" else {},
+        "warmup_steps": stage.warmup_ratio,  # a float below 1 is a share of all steps
+        "max_grad_norm": stage.max_grad_norm,
+        "optim": "adamw_torch",
+        "weight_decay": stage.weight_decay,
+        "adam_beta1": stage.adam_beta1,
+        "adam_beta2": stage.adam_beta2,
+        "adam_epsilon": stage.adam_epsilon,
+        "logging_steps": stage.logging_steps,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps,
+        "save_total_limit": stage.save_total_limit,
+        "report_to": list(stage.report_to),
+        "remove_unused_columns": False,  # the prepared columns are exactly what the collator needs
+        "dataloader_pin_memory": not environment.use_cpu,
+        "average_tokens_across_devices": True,
+        "eval_strategy": "no",
+    }
