@@ -84,7 +84,7 @@ class Model:
     checkpoint: str | None = None  # Hub id or folder that stages without a parent start from; null: the init stage
     revision: str | None = None
     architecture: Architecture = field(default_factory=Architecture)
-    attn_implementation: str = tuning("sdpa")  # transformers' attention backends by name
+    attn_implementation: str = tuning("documents")  # for training; ours, or transformers' backends by name
 
 
 # ---------------------------------------------------------------- stages

@@ -46,7 +46,7 @@ def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_
     """The text of a conversation under the tokenizer's chat template.
 
     Args:
-        tokenizer: Only its `chat_template` is used.
+        tokenizer: Only its `chat_template` is used; the text of a template will do.
         messages: OpenAI-style messages; a key holding None counts as missing.
         template_kwargs: SmolTalk2's `chat_template_kwargs` (custom_instructions, enable_thinking, python_tools,
             xml_tools) or other variables of the template; None, "" and [] mean "not given".
@@ -96,6 +96,8 @@ def _render(tokenizer, messages, template_kwargs, tools, today, add_generation_p
 
 
 def _template_of(tokenizer):
+    if isinstance(tokenizer, str):
+        return tokenizer
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; set its chat_template to load_template('smollm3')")
     return tokenizer.get_chat_template()

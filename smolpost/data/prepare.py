@@ -6,30 +6,26 @@ N rows, D documents (rows, or pieces of them under the split policy), T tokens o
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from smolpost.chat.masks import encode_batch, encode_pair
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.dataset_folder import CHUNK_TOKENS, concatenated, write_dataset
 from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
 from smolpost.data.report import format_report, new_source, percentiles, write_report
-from smolpost.data.sources import validate_row
+from smolpost.data.tokenize import PAIR_TYPES, Rows, Tokens, tokenize_pair, tokenize_rows, where_of
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, SFTStage, TrainStage
 
 __all__ = ["format_report", "prepare_apo", "prepare_sft"]
 
-BATCH_ROWS = 256  # of one tokenizer call
-END_OF_TEXT = "<|end_of_text|>"
 THINK = "<think>"
 UNTRAINED = "without a trained token"
 OVERLONG = "overlong"
-
-Rows = list[tuple[str, dict]]  # (source name, row)
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 # ---------------------------------------------------------------- sft
@@ -67,7 +63,7 @@ def prepare_sft(stage: SFTStage, rows: Rows, tokenizer, folder: Path) -> dict:
         UserError: A row is refused or overlong, or a source has no trained token; the folder may hold a part.
     """
     check_not_empty(stage, rows)
-    tokens = tokenize(stage, rows, tokenizer)
+    tokens = tokenize_rows(stage, rows, tokenizer)
     documents = whole_rows(tokens) if stage.packing == "wrapped" else fit(stage, rows, tokens)
     documents, pieces, plan = pack(stage, tokens, documents)
     sources = sft_sources(stage, rows, tokens, documents, pieces, tokenizer)
@@ -96,7 +92,9 @@ def fit(stage: SFTStage, rows: Rows, tokens: Tokens) -> Documents:
     if not overlong.any():
         return documents
     if stage.overlong == "refuse":
-        refuse_overlong(stage, rows, documents.lengths(), "split")
+        i = int(overlong.argmax())
+        others = f"; {overlong.sum()} of {len(rows)} rows are too long, the longest has {documents.lengths().max()}"
+        raise overlong_error(stage, i, *rows[i], documents.lengths()[i], others, "truncate, split or drop")
     if stage.overlong == "drop":
         return documents[~overlong]
     if stage.overlong == "truncate":
@@ -132,7 +130,7 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan) -> Iterator[d
     piece_lengths, pack_lengths = pieces.lengths(), plan.pack_lengths()
     chunk_of_pack = np.cumsum(pack_lengths) // CHUNK_TOKENS
     edges = np.flatnonzero(np.diff(chunk_of_pack, prepend=-1, append=np.iinfo(np.int64).max))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         chosen = slice(plan.pack_offsets[first], plan.pack_offsets[last])
         lengths = piece_lengths[chosen]
         place = np.arange(lengths.sum()) + np.repeat(pieces.start[chosen] - (np.cumsum(lengths) - lengths), lengths)
@@ -149,12 +147,15 @@ def sft_sources(stage, rows, tokens: Tokens, documents: Documents, pieces: Docum
     """The report's entry of each source, in order of first appearance."""
     num_rows, read = len(rows), np.diff(tokens.offsets)
     kept = np.bincount(documents.row, documents.lengths(), num_rows).astype(np.int64)
-    trained = np.bincount(pieces.row, count_true(tokens.trained, pieces), num_rows).astype(np.int64)
-    num_pieces = np.bincount(pieces.row, minlength=num_rows)
-    think = np.add.reduceat(tokens.trained & (tokens.ids == token_id(tokenizer, THINK)), tokens.offsets[:-1]) > 0
+    trained = np.bincount(documents.row, count_true(tokens.trained, documents), num_rows).astype(np.int64)
+    think_tokens = tokens.trained & (tokens.ids == tokenizer.convert_tokens_to_ids(THINK))
+    think = count_true(think_tokens, whole_rows(tokens)) > 0
+    unknown = count_true(tokens.ids == tokenizer.unk_token_id, whole_rows(tokens))
     is_overlong = (read > stage.max_seq_len) & (stage.packing != "wrapped")
     is_kept = kept > 0
     is_truncated = is_overlong & is_kept & (stage.overlong == "truncate")
+    is_wrapped_over = np.bincount(pieces.row, minlength=num_rows) > 1
+    is_split = is_wrapped_over | (is_overlong & is_kept & (stage.overlong == "split"))
     reason = np.where(is_overlong & (stage.overlong == "drop"), OVERLONG, UNTRAINED)
 
     sources = {}
@@ -167,10 +168,11 @@ def sft_sources(stage, rows, tokens: Tokens, documents: Documents, pieces: Docum
             "rows_read": int(here.sum()),
             "rows_kept": int(is_kept[here].sum()),
             "rows_truncated": int(cut.sum()),
-            "rows_split": int((num_pieces[here] > 1).sum()),
+            "rows_split": int(is_split[here].sum()),
             "think_rows": int((think & is_kept)[here].sum()),
             "no_think_rows": int((~think & ~tokens.is_text & is_kept)[here].sum()),
             "tokens_read": int(read[here].sum()),
+            "tokens_unknown": int(unknown[here].sum()),
             "tokens_trained": int(trained[here].sum()),
             "tokens_masked": int((kept - trained)[here].sum()),
             "tokens_truncated": int(lost[cut].sum()),
@@ -213,18 +215,18 @@ def prepare_apo(stage: APOStage, rows: Rows, tokenizer, folder: Path) -> dict:
 
 def fitted_pairs(stage: APOStage, rows: Rows, tokenizer, sources: dict, lengths: dict) -> Iterator[dict]:
     """The columns of each pair that is kept; what happened to all of them goes into sources and lengths."""
-    think = token_id(tokenizer, THINK)
+    think_id = tokenizer.convert_tokens_to_ids(THINK)
     for i, (name, row) in enumerate(tqdm(rows, desc=f"prepare {stage.data}", unit="pair", disable=None)):
-        pair = pair_columns(stage, i, name, row, tokenizer)
+        pair = tokenize_pair(stage, i, name, row, tokenizer)
         entry = sources.setdefault(name, new_source())
         entry["rows_read"] += 1
         entry["tokens_read"] += num_ids(pair)
+        entry["tokens_unknown"] += sum(int((pair[key] == tokenizer.unk_token_id).sum()) for key in ID_COLUMNS)
         length = longest_side(pair)
         lengths.setdefault(name, []).append(length)
         overlong = length > stage.max_seq_len
         if overlong and stage.overlong == "refuse":
-            all_lengths = [longest_side(pair_columns(stage, k, *named, tokenizer)) for k, named in enumerate(rows)]
-            refuse_overlong(stage, rows, np.array(all_lengths), None)
+            raise overlong_error(stage, i, name, row, length, "", "truncate or drop")
         room = stage.max_seq_len - len(pair["prompt_ids"])
         fitted = {key: ids if key == "prompt_ids" else ids[: max(room, 0)] for key, ids in pair.items()}
         reason = drop_reason(stage, fitted, overlong)
@@ -233,7 +235,7 @@ def fitted_pairs(stage: APOStage, rows: Rows, tokenizer, sources: dict, lengths:
             entry["tokens_dropped"] += num_ids(pair)
             continue
         scored = int(fitted["chosen_mask"].sum() + fitted["rejected_mask"].sum())
-        has_think = bool((fitted["chosen_ids"][fitted["chosen_mask"] == 1] == think).any())
+        has_think = bool((fitted["chosen_ids"][fitted["chosen_mask"] == 1] == think_id).any())
         entry["rows_kept"] += 1
         entry["rows_truncated"] += int(overlong)
         entry["think_rows" if has_think else "no_think_rows"] += 1
@@ -262,7 +264,8 @@ def pair_chunks(pairs: Iterator[dict]) -> Iterator[dict]:
         if size >= CHUNK_TOKENS:
             yield pair_chunk(gathered)
             gathered, size = [], 0
-    yield pair_chunk(gathered)
+    if gathered:
+        yield pair_chunk(gathered)
 
 
 def pair_chunk(pairs: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -276,7 +279,7 @@ def pair_chunk(pairs: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def num_ids(pair: dict[str, np.ndarray]) -> int:
-    return sum(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return sum(len(pair[key]) for key in ID_COLUMNS)
 
 
 def longest_side(pair: dict[str, np.ndarray]) -> int:
@@ -288,19 +291,18 @@ def longest_side(pair: dict[str, np.ndarray]) -> int:
 
 
 def count_true(flags: np.ndarray, spans: Documents) -> np.ndarray:
-    """[D] how many flags are set in each span."""
-    counts = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
-    return counts[spans.stop] - counts[spans.start]
+    """[D] how many flags are set in each span; the spans ascend and do not overlap."""
+    if len(spans.row) == 0:
+        return np.zeros(0, np.int64)
+    edges = np.stack((spans.start, spans.stop), axis=1).ravel()
+    if edges[-1] == len(flags):
+        edges = edges[:-1]  # the last segment runs to the end by itself
+    return np.add.reduceat(flags, edges, dtype=np.int64)[::2]
 
 
-def refuse_overlong(stage: TrainStage, rows: Rows, lengths: np.ndarray, also: str | None) -> None:
-    overlong = np.flatnonzero(lengths > stage.max_seq_len)
-    i = int(overlong[0])
-    name, row = rows[i]
-    others = f"; {len(overlong)} of {len(rows)} rows are too long, the longest has {lengths.max()}"
-    policies = " or ".join(filter(None, ("truncate", also, "drop")))
-    raise UserError(
-        f"{where_of(i, row)} (source {name}): has {lengths[i]} tokens, above max_seq_len={stage.max_seq_len}{others}; "
+def overlong_error(stage: TrainStage, i: int, name: str, row: dict, length: int, others: str, policies: str):
+    return UserError(
+        f"{where_of(i, row)} (source {name}): has {length} tokens, above max_seq_len={stage.max_seq_len}{others}; "
         f"raise max_seq_len or set overlong to {policies}"
     )
 

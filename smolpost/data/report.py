@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
+TITLES = ("rows", "think", "tokens", "trained", "masked", "cut", "dropped", "p50/p99/max")
 COUNTS = (
     "rows_read",
     "rows_kept",
@@ -16,6 +18,7 @@ COUNTS = (
     "think_rows",
     "no_think_rows",
     "tokens_read",
+    "tokens_unknown",
     "tokens_trained",
     "tokens_masked",
     "tokens_truncated",
@@ -26,7 +29,8 @@ COUNTS = (
 def new_source() -> dict:
     """The entry of a source nothing is known of: tokens_read is trained + masked + truncated + dropped.
 
-    think_rows train a think block; texts are neither think nor no-think rows.
+    think_rows train a think block; texts are neither think nor no-think rows. tokens_unknown, of those read, stand
+    for characters the tokenizer has no token for.
     """
     return {**dict.fromkeys(COUNTS, 0), "dropped": {}, "length_percentiles": {}}
 
@@ -58,49 +62,52 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
 
 
 def format_report(report: dict) -> Table:
-    """A row per source and one for the whole."""
+    """A row per source and one for the whole, in rounded numbers that fit a terminal; data_report.json has them all."""
     settings, totals = report["settings"], report["totals"]
-    table = Table(title=", ".join(f"{key} {value}" for key, value in settings.items()), caption=caption(totals))
+    title = ", ".join(f"{key} {value}" for key, value in settings.items())
+    table = Table(title=title, caption=caption(totals), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("source")
-    for title in (
-        "rows",
-        "think / no",
-        "tokens",
-        "trained",
-        "masked",
-        "truncated",
-        "split",
-        "dropped",
-        "p50 / p99 / max",
-    ):
-        table.add_column(title, justify="right")
+    for name in TITLES:
+        table.add_column(name, justify="right", no_wrap=True)
     for name, entry in report["sources"].items():
         table.add_row(name, *cells(entry))
-    table.add_section()
-    table.add_row("all", *cells(totals))
+    if len(report["sources"]) > 1:
+        table.add_section()
+        table.add_row("all", *cells(totals))
     return table
 
 
 def cells(entry: dict) -> list[str]:
-    reasons = "\n".join(f"{count:,} {reason}" for reason, count in entry["dropped"].items())
     lengths = entry.get("length_percentiles", {})
     return [
-        f"{entry['rows_kept']:,} of {entry['rows_read']:,}",
-        f"{entry['think_rows']:,} / {entry['no_think_rows']:,}",
-        f"{entry['tokens_read']:,}",
-        f"{entry['tokens_trained']:,}",
-        f"{entry['tokens_masked']:,}",
-        f"{entry['rows_truncated']:,} rows, {entry['tokens_truncated']:,}",
-        f"{entry['rows_split']:,}",
-        reasons or "0",
-        " / ".join(f"{lengths[key]:,}" for key in ("50", "99", "100") if key in lengths),
+        f"{entry['rows_read']:,}",
+        f"{entry['think_rows'] / max(1, entry['rows_kept']):.0%}",
+        short(entry["tokens_read"]),
+        short(entry["tokens_trained"]),
+        short(entry["tokens_masked"]),
+        f"{entry['rows_truncated'] + entry['rows_split']:,}",
+        f"{sum(entry['dropped'].values()):,}",
+        "/".join(short(lengths[key]) for key in ("50", "99", "100") if key in lengths),
     ]
+
+
+def short(number: int) -> str:
+    """1,234 -> 1.23k: three digits and a unit."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def caption(totals: dict) -> str:
     if "packs" in totals:
-        return (
+        whole = (
             f"{totals['packs']:,} packs of {totals['tokens_per_pack']:,.0f} tokens on average, "
             f"{totals['fill_percent']:.1f}% full"
         )
-    return f"{totals['pairs']:,} pairs of {totals['tokens_per_pair']:,.0f} tokens on average"
+    else:
+        whole = f"{totals['pairs']:,} pairs of {totals['tokens_per_pair']:,.0f} tokens on average"
+    notes = [f"{count:,} rows dropped: {reason}" for reason, count in totals["dropped"].items()]
+    if totals["tokens_unknown"]:
+        notes.append(f"{totals['tokens_unknown']:,} tokens unknown to the tokenizer")
+    return "; ".join([whole, *notes])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import pyarrow as pa
@@ -115,8 +115,7 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """One row per line that is not blank."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as lines:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -231,11 +230,6 @@ def check_pair(row: dict, where: str) -> None:
         raise UserError(f"{where}: prompt is a {type(prompt).__name__}; expected a string or a list of messages")
     for key in ("chosen", "rejected"):
         check_messages(row[key], f"{where}: {key}")
-        if row[key][-1]["role"] != "assistant":
-            raise UserError(
-                f"{where}: {key} ends with a turn of role {row[key][-1]['role']}; expected an assistant turn; "
-                "cut the turns after the last reply"
-            )
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
     if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
@@ -243,6 +237,10 @@ def check_pair(row: dict, where: str) -> None:
             f"{where}: chosen and rejected share no prompt; expected two full conversations that begin with the same "
             "messages; put the prompt's messages before both replies"
         )
+    shared = next(i for i, pair in enumerate(zip_longest(chosen, rejected)) if pair[0] != pair[1])
+    for key in ("chosen", "rejected"):
+        if not any(message["role"] == "assistant" for message in row[key][shared:]):
+            raise UserError(f"{where}: {key} has no assistant turn after the shared prompt; there is nothing to prefer")
 
 
 def check_messages(messages, where: str) -> None:

@@ -19,11 +19,14 @@ NOISE = np.array(list(digits))
 CYCLE_NODES = 8
 SYSTEM = {"role": "system", "content": "/system_override"}  # the smollm3 template drops its header for it
 
-CITIES = """
-Lisbon Oslo Nairobi Quito Hanoi Prague Dakar Lima Seoul Tunis Riga Havana Cairo Vienna Accra Dublin Athens Bogota Tokyo
-Warsaw Rabat Sofia Manila Zagreb Kyiv Muscat Berlin Tbilisi Ankara Madrid Panama Tirana Jakarta Helsinki Kigali Tallinn
-Montevideo Reykjavik Lusaka Valletta
-""".split()
+# fmt: off
+CITIES = (
+    "Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Prague", "Dakar", "Lima", "Seoul", "Tunis", "Riga",
+    "Havana", "Cairo", "Vienna", "Accra", "Dublin", "Athens", "Bogota", "Tokyo", "Warsaw", "Rabat", "Sofia",
+    "Manila", "Zagreb", "Kyiv", "Muscat", "Berlin", "Tbilisi", "Ankara", "Madrid", "Panama", "Tirana",
+    "Jakarta", "Helsinki", "Kigali", "Tallinn", "Montevideo", "Reykjavik", "Lusaka", "Valletta",
+)
+# fmt: on
 SUBJECTS = ("The baker", "A neighbour", "The old captain", "My cousin", "The gardener", "A tired clerk", "The teacher")
 ACTIONS = ("painted", "carried", "forgot", "repaired", "borrowed", "admired", "washed", "photographed")
 THINGS = ("a wooden chair", "two green bottles", "the long ladder", "a basket of pears", "the kitchen clock", "a map")

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from smolpost.chat.masks import encode_batch, encode_pair
+from smolpost.chat.masks import encode, encode_batch, encode_pair
 from smolpost.data.sources import validate_row
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, SFTStage
@@ -45,7 +45,7 @@ class Tokens:
     is_text: np.ndarray
 
 
-def tokenize(stage: SFTStage, rows: Rows, tokenizer) -> Tokens:
+def tokenize_rows(stage: SFTStage, rows: Rows, tokenizer) -> Tokens:
     ids, trained, lengths, is_text = [], [], [], []
     with tqdm(total=len(rows), desc=f"prepare {stage.data}", unit="row", disable=None) as bar:
         for first in range(0, len(rows), BATCH_ROWS):
@@ -59,6 +59,8 @@ def tokenize(stage: SFTStage, rows: Rows, tokenizer) -> Tokens:
             bar.update(len(batch))
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     tokens = Tokens(np.concatenate(ids), np.concatenate(trained), offsets, np.array(is_text))
+    if stage.loss_on == "all":
+        tokens.trained[:] = True
     tokens.trained[offsets[:-1]] = False
     return tokens
 
@@ -82,22 +84,16 @@ def encode_rows(stage: SFTStage, batch, shapes: list[str], tokenizer) -> list[tu
 
 
 def encode_chats(stage: SFTStage, chats: list[tuple[int, dict]], tokenizer):
-    def encoded(some):
-        return encode_batch(
-            tokenizer,
-            [row["messages"] for _, row in some],
-            template_kwargs=[row.get("chat_template_kwargs") for _, row in some],
-            tools=[row.get("tools") for _, row in some],
-            today=stage.today,
-            last_turn_only=stage.last_turn_only,
-        )
-
+    options = {"today": stage.today, "last_turn_only": stage.last_turn_only}
+    kwargs = [row.get("chat_template_kwargs") for _, row in chats]
+    tools = [row.get("tools") for _, row in chats]
+    messages = [row["messages"] for _, row in chats]
     try:
-        return encoded(chats)
+        return encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
     except UserError:
-        for i, row in chats:  # one by one, to find the row and name it
-            try:
-                encoded([(i, row)])
+        for (i, row), turns, variables, functions in zip(chats, messages, kwargs, tools, strict=True):
+            try:  # one by one, to name the row
+                encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options)
             except UserError as error:
                 raise UserError(f"{where_of(i, row)}: {error}") from error
         raise
@@ -107,13 +103,14 @@ def encode_texts(texts: list[str], tokenizer):
     """The text's tokens and the token that ends it, all trained."""
     if not texts:
         return []
-    end = token_id(tokenizer, END_OF_TEXT)
-    end = tokenizer.eos_token_id if end is None else end
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    if end is None or end == tokenizer.unk_token_id:
+        end = tokenizer.eos_token_id
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return [([*ids, end], [True] * (len(ids) + 1)) for ids in tokenizer(texts, **options)["input_ids"]]
 
 
-def pair_columns(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> dict[str, np.ndarray]:
+def tokenize_pair(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> dict[str, np.ndarray]:
     where = where_of(i, row)
     if validate_row(row, where) != "preference":
         raise UserError(
@@ -151,7 +148,3 @@ def last_run(mask: np.ndarray) -> np.ndarray:
 def where_of(i: int, row: dict) -> str:
     """File and row number where the row knows them, else its place in the mixture."""
     return getattr(row, "where", f"row {i + 1} of the mixture")
-
-
-def token_id(tokenizer, token: str) -> int | None:
-    return tokenizer.get_vocab().get(token)

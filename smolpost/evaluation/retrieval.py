@@ -60,7 +60,7 @@ def retrieval(model, tokenizer, spec, *, today, seed, batch_size=16):
             contains the code.
         today: Date rendered into the header.
         seed: Of the prompts; >= 0. Prompt i starts from the same random numbers at every length.
-        batch_size: Prompts per generate call at the shortest length, fewer at longer ones for the same number of tokens.
+        batch_size: Prompts per generate call at the shortest length; fewer at longer ones, for as many tokens.
     Returns:
         {length: {"found": share of asked values found, in [0, 1], "prompt_tokens": mean tokens of a prompt}}.
     Raises:

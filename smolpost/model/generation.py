@@ -92,8 +92,10 @@ def derive_seed(*parts):
 
 def stop_token_ids(tokenizer):
     """Tokens that end a reply: the end of a ChatML turn where there is one, and the tokenizer's end of text."""
-    candidates = {tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id}
-    return sorted(candidates - {None})
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the unknown token's id, if any, where it has none
+    if turn_end is not None and tokenizer.convert_ids_to_tokens(turn_end) != "<|im_end|>":
+        turn_end = None
+    return sorted({turn_end, tokenizer.eos_token_id} - {None})
 
 
 def padding_token_id(tokenizer):

@@ -1,4 +1,4 @@
-"""Make the Auto classes of this process resolve `model_type: smollm3` to our classes."""
+"""Make the Auto classes of this process resolve `model_type: smollm3` to our classes, and know our attention."""
 
 from transformers import (
     AutoConfig,
@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from smolpost.model import attention
 from smolpost.model.configuration_smollm3 import SmolLM3Config
 from smolpost.model.modeling_smollm3 import (
     SmolLM3ForCausalLM,
@@ -36,3 +37,4 @@ def register() -> None:
     AutoConfig.register(SmolLM3Config.model_type, SmolLM3Config, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(SmolLM3Config, model_class, exist_ok=True)
+    attention.register()

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 from smolpost import schema
 from smolpost.chat.render import load_template, render, template_hash
@@ -100,9 +99,8 @@ def _texts(row: dict, template: str) -> list[str]:
     if "text" in row:
         return [row["text"]]
     conversations = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
-    shell = SimpleNamespace(chat_template=template)
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    return [render(shell, c, template_kwargs=kwargs, tools=tools, today="08 July 2025") for c in conversations]
+    return [render(template, c, template_kwargs=kwargs, tools=tools, today="08 July 2025") for c in conversations]
 
 
 def prepare(lineage: Lineage, stage: Located) -> Path:

@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from smolpost.chat.masks import encode
-from smolpost.chat.render import render, render_spans
+from smolpost.chat.render import load_template, render, render_spans
 from smolpost.errors import UserError
 
 DAY = "01 July 2025"
@@ -131,6 +131,12 @@ def test_system_override_without_text_leaves_no_system_turn(bpe):
     assert with_tool.startswith("<|im_start|>system\n## Tools\n\n### XML Tools\n\n")
     kept = text_of(bpe, messages, template_kwargs={"custom_instructions": "Row."})
     assert kept == "<|im_start|>system\nRow.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_chatml_has_no_header_to_override():
+    messages = [{"role": "system", "content": "/system_override"}, USER]
+    chatml = load_template("chatml")
+    assert render(chatml, messages, today=DAY) == render(chatml, [USER], today=DAY)
 
 
 def test_later_system_message_is_a_turn_of_its_own(bpe):

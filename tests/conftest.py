@@ -1,0 +1,20 @@
+"""Shared by all tests: no network, no noise, and where the real rows lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """Folder of the real GSM8K rows that lie beside the checkout."""
+    folder = ROOT.parent / "shared" / "data" / "gsm8k"
+    if not folder.is_dir():
+        pytest.skip("the real rows of ../shared/data/gsm8k are not here")
+    return folder

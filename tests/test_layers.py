@@ -1,0 +1,65 @@
+"""DESIGN's floors: a file imports only from floors below its own, and neighbours on a floor do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parent.parent / "smolpost"
+FLOORS = {
+    "schema": 0, "errors": 0,
+    "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1,
+    "training": 2, "synthesis": 2, "evaluation": 2,
+    "recipe": 3,
+    "pipeline": 4, "report": 4,
+    "cli": 5, "train": 5,
+}  # fmt: skip
+NEIGHBOURS = {("data", "chat"), ("train", "cli")}  # the exceptions on one floor
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level rooms of smolpost that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module != "smolpost" else [f"smolpost.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found.update(name.split(".")[1] for name in names if name.startswith("smolpost."))
+    return found - {"__version__"}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", sorted(LIBRARY.rglob("*.py")), ids=lambda f: str(f.relative_to(LIBRARY)))
+def test_imports_go_down(file):
+    own = room(file)
+    if own == "__init__":
+        assert imports(file) == set()
+        return
+    for other in imports(file) - {own}:
+        below = FLOORS[other] < FLOORS[own]
+        assert below or (own, other) in NEIGHBOURS, (
+            f"{own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})"
+        )
+
+
+def test_only_recipe_knows_hydra():
+    for file in LIBRARY.rglob("*.py"):
+        if room(file) != "recipe":
+            assert "omegaconf" not in file.read_text() and "import hydra" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("folder", ["data_gen", "merge"])
+def test_jobs_are_thin(folder):
+    for file in (LIBRARY.parent / folder).glob("*"):
+        if file.suffix != ".py":
+            continue
+        tree = ast.parse(file.read_text())
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)), file
+        assert len(file.read_text().splitlines()) <= 80, file
+        assert file.name != "__init__.py"

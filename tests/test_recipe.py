@@ -1,0 +1,129 @@
+"""Every pipeline composes; every wrong word is one line that names the full key and what would do."""
+
+from pathlib import Path
+
+import pytest
+
+from smolpost import recipe, schema
+from smolpost.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = "pipeline=tiny"
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        recipe.load(list(words))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_published_values_of_the_recipe():
+    """FACTS section 1: the handbook's and the blog's numbers, stage by stage."""
+    stages = recipe.load(["pipeline=smollm3"]).recipe.stages
+    mid, sft, apo = stages["mid"], stages["sft"], stages["apo"]
+    assert (mid.template, mid.packing, mid.num_epochs, mid.max_seq_len) == ("chatml", "wrapped", 4, 32768)
+    assert (sft.template, sft.packing, sft.num_epochs, sft.max_seq_len) == ("smollm3", "bfd", 4, 65536)
+    for stage in (mid, sft):
+        assert (stage.learning_rate, stage.warmup_ratio, stage.global_batch_size) == (2e-5, 0.03, 128)
+    assert (apo.loss, apo.beta, apo.learning_rate, apo.warmup_ratio) == ("apo_zero", 0.05, 1e-6, 0.1)
+    assert (apo.num_epochs, apo.max_seq_len, apo.global_batch_size) == (1, 24576, 32)
+    for stage in (mid, sft, apo):
+        assert (stage.min_lr_ratio, stage.max_grad_norm, stage.adam_beta1, stage.adam_beta2) == (0.1, 0.2, 0.9, 0.95)
+        assert stage.weight_decay == 0.1
+    assert stages["merge"].inputs == {"soup": 0.9, "checkpoint": 0.1}
+
+
+def test_published_mixture_weights():
+    data = recipe.load(["pipeline=smollm3"]).recipe.data
+    assert len(data["sft"].sources) == 25
+    weights = {s.split.partition("[")[0]: s.weight for s in data["sft"].sources.values() if s.weight != 1}
+    assert weights == {
+        "smoltalk_smollm3_smol_magpie_ultra_no_think": 0.5,
+        "OpenHermes_2.5_no_think": 0.5,
+        "OpenThoughts3_1.2M_no_think_no_think": 0.4,
+        "smoltalk_multilingual8_Qwen3_32B_think": 0.3,
+        "OpenThoughts3_1.2M_think": 0.02,
+    }
+    assert [s.weight for s in data["preference"].sources.values()] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "pipeline").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_pipeline_composes(file):
+    request = recipe.load([f"pipeline={file.stem}", "data_root=somewhere"])
+    assert request.recipe.pipeline == file.stem
+    assert all(type(s) is schema.STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
+
+
+def test_stage_is_a_choice_not_a_setting():
+    request = recipe.load([TINY, "stage=sft", "stages.sft.learning_rate=1e-3"])
+    assert request.stage == "sft"
+    assert request.overrides == (TINY, "stages.sft.learning_rate=1e-3")
+    assert request.recipe.stages["sft"].learning_rate == 1e-3
+
+
+def test_accelerate_values_become_launcher_flags():
+    request = recipe.load([TINY, "accelerate=ddp", "accelerate.num_processes=2"])
+    assert (request.accelerate, request.launch_flags) == ("ddp", {"num_processes": 2})
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["pipeline=smollm4"], "pipeline=smollm4 does not exist; choose one of: gsm8k, smollm3, tiny"),
+        (["model=huge"], "model=huge does not exist; choose one of: small, smollm3_3b, tiny"),
+        (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, single, zero2, zero3"),
+        (
+            ["stages.sft.lerning_rate=1"],
+            "stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate?",
+        ),
+        (["+stages.sft.foo=1"], "stages.sft.foo is not a key of the recipe"),
+        (
+            ["stages.stf.beta=1"],
+            "stages.stf is not a key of the recipe; did you mean stages.sft? keys of stages: apo, base",
+        ),
+        (["nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
+        (
+            ["stages.sft.learning_rate=fast"],
+            "stages.sft.learning_rate=fast: value 'fast' of type 'str' could not be converted to Float",
+        ),
+        (
+            ["model.architecture.hidden_size=1.5"],
+            "model.architecture.hidden_size=1.5: value '1.5' of type 'float' could not be",
+        ),
+        (["stages.sft.packing=ffd"], "stages.sft.packing=ffd is not a choice; choose one of: bfd, wrapped, none"),
+        (["stages.apo.loss=dpo"], "stages.apo.loss=dpo is not a choice; choose one of: apo_zero, apo_down, sigmoid"),
+        (
+            ["stages.apo.overlong=split"],
+            "stages.apo.overlong=split cannot be done to a pair; choose one of: refuse, truncate, drop",
+        ),
+        (["stages.apo.beta=0"], "stages.apo.beta=0 must be above 0"),
+        (["stages.sft.warmup_ratio=3"], "stages.sft.warmup_ratio=3 is outside [0, 1)"),
+        (["stages.sft.save_total_limit=1"], "stages.sft.save_total_limit=1 is below 2, its least value"),
+        (["stages.apo.seeds=[1,1]"], "stages.apo.seeds=[1, 1] must name at least one seed, each once"),
+        (["stages.sft.data=stf"], "stages.sft.data=stf is not a mixture under data; choose one of:"),
+        (["stages.sft.init_from=mad"], "stages.sft.init_from=mad is not a stage of tiny; choose one of:"),
+        (["stages.sft.init_from=checkpoint"], "stages.sft.init_from=checkpoint, but model.checkpoint has no value"),
+        (
+            ["stages.merge.inputs.long_context=0.3"],
+            "stages.merge.inputs sum to 1.2; weights of a linear merge sum to 1",
+        ),
+        (
+            ["stages.sft.kind=ppo"],
+            "stages.sft.kind=ppo is not a stage kind; give one of: tasks, init, sft, apo, pairs, merge",
+        ),
+        (["stages.sft.max_seq_len"], "cannot read the argument 'stages.sft.max_seq_len'; write key=value"),
+        (
+            ["data_root=a=b"],
+            "cannot read the argument 'data_root=a=b'; write key=value, and quote values that hold = or ,",
+        ),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(words, text):
+    assert refusal(TINY, *words).startswith(text)
+
+
+def test_a_data_file_needs_its_root():
+    assert refusal("pipeline=gsm8k").startswith(
+        "data_root has no value and data.mid.sources.gsm8k.path is named under it"
+    )
