@@ -5,7 +5,6 @@ In small what the recipe did with Qwen3-32B (chosen) against Qwen3-0.6B (rejecte
 python data_gen/preference_pairs.py pipeline=tiny stage=pairs
 """
 
-from smolpost.chat.render import load_template
 from smolpost.cli import job
 from smolpost.data.mixtures import mix
 from smolpost.model.loading import load_for_inference
@@ -14,12 +13,11 @@ from smolpost.synthesis.pairs import sample_pairs
 
 def pairs(stage, folder):
     config = stage.plan.config
-    samplers = []
-    for name in (config.chosen_from, config.rejected_from):
-        model, tokenizer = load_for_inference(stage.inputs[name][0])
-        tokenizer.chat_template = load_template(config.template)
-        samplers.append((model, tokenizer))
-    return sample_pairs(config, mix(stage.data[config.prompts]), *samplers, folder)
+    rows = [row for _, row in mix(stage.data[config.prompts])]
+    chosen, rejected = (
+        load_for_inference(stage.inputs[name][0]) for name in (config.chosen_from, config.rejected_from)
+    )
+    return sample_pairs(config, rows, chosen, rejected, folder)
 
 
 if __name__ == "__main__":

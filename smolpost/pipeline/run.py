@@ -23,6 +23,11 @@ PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
     "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
 }
 
+ENVIRONMENT = {  # unless the user has set them
+    "PYTHONUNBUFFERED": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make a busy machine ten times slower
+}
+
 
 def status(stage: Located) -> tuple[str, str]:
     """What `run` will do with the stage, and why: ("done" | "evaluate" | "resume" | "run", reason)."""
@@ -90,7 +95,7 @@ def execute(command: tuple[str, ...], console: Console) -> int:
     On ctrl-C the command gets the signal from the terminal, too; it is waited for, so nothing runs on unseen.
     """
     console.print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
-    process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
     try:
         return process.wait()
     except KeyboardInterrupt:

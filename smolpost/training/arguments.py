@@ -25,7 +25,7 @@ def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environ
         "gradient_accumulation_steps": grad_accum_steps(
             name, stage.global_batch_size, stage.micro_batch_size, environment.world_size
         ),
-        "gradient_checkpointing": stage.gradient_checkpointing,
+        "activation_checkpointing": stage.gradient_checkpointing,
         "num_train_epochs": stage.num_epochs,
         "max_steps": stage.max_steps or -1,
         "learning_rate": stage.learning_rate,
@@ -48,4 +48,5 @@ def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environ
         "dataloader_pin_memory": not environment.use_cpu,
         "average_tokens_across_devices": True,
         "eval_strategy": "no",
+        "ddp_find_unused_parameters": False,
     }

@@ -32,7 +32,7 @@ def detect(precision: str) -> Environment:
     bf16 = precision == "bf16" or (precision == "auto" and not use_cpu)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     if use_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one and warn
         # accelerate launch gives every rank one thread, which leaves cores idle on a machine that has only a CPU.
         if int(os.environ.get("OMP_NUM_THREADS", 1)) == 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

@@ -68,11 +68,15 @@ def test_a_mode_without_rows_has_no_loss(model, tokenizer):
     assert result["no_think"] == {"loss": None, "tokens": 0, "rows": 0}
 
 
-def test_the_head_sees_trained_positions_only(model, tokenizer):
+def test_the_head_sees_trained_positions_only_and_a_tile_at_a_time(model, tokenizer, monkeypatch):
     seen = []
     model.lm_head.register_forward_hook(lambda head, inputs, output: seen.append(inputs[0].shape[0]))
     result = heldout.heldout_loss(model, tokenizer, ROWS, today=TODAY, batch_size=50, max_rows=100)
     assert seen == [result["think"]["tokens"], result["no_think"]["tokens"]]
+    seen.clear()
+    monkeypatch.setattr(heldout, "_TILE_ELEMENTS", 7 * len(tokenizer) + 1)
+    heldout.heldout_loss(model, tokenizer, ROWS[1:2] * 5, today=TODAY, batch_size=50, max_rows=100)
+    assert seen == [7, 3]  # a digit and the stop token, five times
 
 
 def test_training_mode_comes_back(model, tokenizer):

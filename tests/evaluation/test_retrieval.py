@@ -64,6 +64,14 @@ def test_the_shortest_length_holds_its_pairs_and_nothing_else(rig, tokenizer):
         run(model, tokenizer, lengths=[300, least - 1], **spec)
 
 
+def test_longer_prompts_come_in_smaller_batches(rig, tokenizer):
+    model, calls = rig(read_symbols), []
+    generate = model.generate
+    model.generate = lambda input_ids, **options: calls.append(len(input_ids)) or generate(input_ids, **options)
+    run(model, tokenizer, style="symbols", lengths=[60, 90, 600], num_prompts=4, pairs=5, queries=2)
+    assert calls == [3, 1, 2, 2, 1, 1, 1, 1]
+
+
 def test_symbols_are_scored_by_their_place(rig, tokenizer):
     spec = dict(style="symbols", lengths=[64], num_prompts=4, pairs=5, queries=2)
 

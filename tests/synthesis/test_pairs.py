@@ -254,6 +254,22 @@ def test_an_interrupted_run_goes_on_wherever_the_file_was_torn(tokenizer, models
         assert [path.name for path in folder.iterdir()] == ["pairs.jsonl"]
 
 
+def test_a_run_may_be_torn_more_than_once(tokenizer, models, uninterrupted, tmp_path, monkeypatch):
+    first = interrupted(tokenizer, models, tmp_path, 2, monkeypatch)
+    (tmp_path / "replies.partial.jsonl").write_bytes(first[:-5])
+    second = interrupted(tokenizer, models, tmp_path, 2, monkeypatch)
+    assert second.startswith(first) and second.count(b"\n") == 4
+    assert sampled(tokenizer, models, tmp_path) == uninterrupted
+
+
+def test_sides_and_batches_draw_different_numbers(tokenizer, models, tmp_path):
+    checkpoint = (models[0], tokenizer)
+    rows = make_rows(1) * 6
+    report = sample_pairs(stage(temperature=1.0, batch_size=2), rows, checkpoint, checkpoint, tmp_path)
+    replies = [row[side][-1]["content"] for row in written(tmp_path) for side in ("chosen", "rejected")]
+    assert len(set(replies)) == len(replies) == 2 * report["pairs"] > 4
+
+
 def test_finished_batches_are_not_sampled_again(tokenizer, models, uninterrupted, tmp_path, monkeypatch):
     interrupted(tokenizer, models, tmp_path, 4, monkeypatch)
     calls = []

@@ -1,0 +1,107 @@
+"""Keys: a result's place changes with all that can change the result, and with nothing else."""
+
+import json
+
+import pytest
+
+from smolpost import recipe
+from smolpost.errors import UserError
+from smolpost.pipeline import manifest
+from smolpost.pipeline.lineage import Lineage
+
+ROW = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer is 2."}]}
+PAIR = {
+    "prompt": "1+1?",
+    "chosen": ROW["messages"],
+    "rejected": [ROW["messages"][0], {"role": "assistant", "content": "3"}],
+}
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The gsm8k pipeline on a folder of three rows a file."""
+    for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
+        (tmp_path / f"smoltalk2_{name}.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    return ["pipeline=gsm8k", f"data_root={tmp_path}", f"run_dir={tmp_path}/runs"]
+
+
+def keys(words):
+    return {name: stage.key for name, stage in Lineage(recipe.load(words)).stages.items()}
+
+
+def changed(before, after):
+    return {name for name in before if before[name] != after[name]}
+
+
+AFTER_SFT = {"sft", "apo-42", "apo-43", "soup", "merge"}
+
+
+def test_a_setting_changes_its_stage_and_all_after_it(words):
+    assert changed(keys(words), keys([*words, "stages.sft.learning_rate=5e-4"])) == AFTER_SFT
+    assert changed(keys(words), keys([*words, "stages.apo.beta=0.1"])) == {"apo-42", "apo-43", "soup", "merge"}
+    assert changed(keys(words), keys([*words, "stages.merge.dtype=bfloat16"])) == {"merge"}
+
+
+def test_what_cannot_change_a_result_changes_no_key(words):
+    harmless = [
+        "stages.sft.micro_batch_size=2", "stages.sft.logging_steps=1", "stages.sft.save_steps=7", "accelerate=ddp",
+        "stages.sft.report_to=[]", "stages.sft.gradient_checkpointing=true", "model.attn_implementation=sdpa",
+        "evaluation.accuracy_rows=3",
+    ]  # fmt: skip
+    assert keys(words) == keys([*words, *harmless])
+
+
+def test_data_content_counts_and_its_place_does_not(words, tmp_path):
+    before = keys(words)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in tmp_path.glob("*.jsonl"):
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert keys([words[0], f"data_root={moved}", words[2]]) == before
+    with open(tmp_path / "smoltalk2_preference.jsonl", "a") as file:
+        file.write(json.dumps(PAIR | {"source": "new"}) + "\n")
+    # The tokenizer is built from the preference rows, too, so here everything hangs on them.
+    assert changed(before, keys(words)) == set(before)
+
+
+def test_seeds_share_prepared_rows(words):
+    stages = Lineage(recipe.load(words)).stages
+    assert stages["apo-42"].prepared == stages["apo-43"].prepared
+    assert stages["apo-42"].key != stages["apo-43"].key
+    more = Lineage(recipe.load([*words, "stages.apo.learning_rate=1e-5"])).stages
+    assert more["apo-42"].prepared == stages["apo-42"].prepared
+
+
+def test_a_seeds_key_does_not_hang_on_the_other_seeds(words):
+    one = keys([*words, "stages.apo.seeds=[42,7]"])
+    assert one["apo-42"] == keys(words)["apo-42"]
+
+
+def test_a_missing_data_file_is_one_line(words, tmp_path):
+    (tmp_path / "smoltalk2_mid.jsonl").unlink()
+    with pytest.raises(UserError, match=r"smoltalk2_mid.jsonl: does not exist; expected a JSONL or Parquet file"):
+        Lineage(recipe.load(words))
+
+
+def test_an_unfinished_parent_is_refused_with_the_remedy(words):
+    lineage = Lineage(recipe.load(words))
+    with pytest.raises(UserError, match=r"stage init is not finished: .* has no manifest.json; run `smolpost run"):
+        lineage.require("init")
+
+
+def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path):
+    from smolpost.pipeline.steps import adopt
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    plain = [*words, f"model.checkpoint={folder}", "stages.base.init_from=checkpoint"]
+    with pytest.raises(
+        UserError, match=r"has no manifest.json: it is unfinished, or comes from elsewhere; `smolpost adopt"
+    ):
+        Lineage(recipe.load(plain))
+    with pytest.raises(UserError, match=r"has no config.json; a checkpoint has config.json, tokenizer.json and"):
+        adopt(folder)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    adopt(folder)
+    assert Lineage(recipe.load(plain)).stages["base"].parent_keys == {"checkpoint": manifest.read(folder)["key"]}
