@@ -232,7 +232,7 @@ def _check_training(name: str, stage: schema.TrainStage) -> None:
     ):
         if getattr(stage, key) <= 0:
             raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} must be above 0")
-    for key in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
+    for key in ("warmup_ratio", "decay_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(stage, key) < 1:
             raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} is outside [0, 1)")
     if not stage.seeds or len(set(stage.seeds)) != len(stage.seeds):

@@ -109,7 +109,7 @@ class TaskBlock:
 
     task: str = choice("recall", "copy", "chase")
     rows: int = MISSING
-    length: int = 64  # characters of the user turn: copy the longest, recall exactly, chase ignores it
+    length: int = 64  # characters of the user turn: copy the longest, recall exactly; chase ignores it
     pairs: int = 8  # recall: key-value pairs in the context
     queries: int = 8  # recall: keys asked for, drawn with replacement
     hops: int = 4  # chase: edges to follow
@@ -119,7 +119,7 @@ class TaskBlock:
 @dataclass
 class TaskFile:
     blocks: dict[str, TaskBlock] = field(default_factory=dict)  # in file order
-    replay: float = 0.0  # share of rows drawn from earlier blocks instead of the current one, in [0, 1)
+    replay: float = 0.0  # share of a block's text that is drawn from earlier blocks instead, in [0, 1)
 
 
 @dataclass
@@ -158,8 +158,9 @@ class TrainStage(Stage):
     max_seq_len: int = MISSING  # tokens per row
     overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
     learning_rate: float = MISSING  # peak
-    min_lr_ratio: float = 0.1  # of the peak, where the cosine ends; linear ends at 0
-    lr_scheduler: str = choice("cosine", "linear", "constant")  # after the warmup
+    min_lr_ratio: float = 0.1  # of the peak, where cosine and wsd end; linear ends at 0
+    lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
+    decay_ratio: float = 0.2  # of all steps: wsd's linear decay at the end
     warmup_ratio: float = 0.03  # of all steps
     max_grad_norm: float = 0.2
     weight_decay: float = 0.1  # not on embeddings, norms and biases

@@ -37,13 +37,17 @@ TIMES = ("before breakfast", "after the rain", "on a quiet evening", "during the
 
 
 def copy_row(rng: np.random.Generator, length: int) -> dict:
-    """Repeat a random string of 3 to `length` characters."""
-    alphabet = np.concatenate((KEYS, VALUES, NOISE))
-    text = "".join(rng.choice(alphabet, rng.integers(3, length + 1)))
-    return task_row(text, text, f"copy_{length}")
+    """Go on repeating a random string of 3 to `length` letters, up to 3 x length characters in all.
+
+    A single repeat can be learned from positions alone; several cannot, which grows the induction heads that recall
+    is built on.
+    """
+    text = "".join(rng.choice(np.concatenate((KEYS, VALUES)), rng.integers(3, length + 1)))
+    reply = (text * (3 * length // len(text) + 1))[: 3 * length - len(text)]
+    return task_row(text, reply, f"copy_{length}")
 
 
-def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int) -> dict:
+def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int, *, distinct: bool = False) -> dict:
     """Find values by their keys in noise: user `40#Kv77#Qa1?QKQ`, reply `QaKvQa`.
 
     Args:
@@ -51,6 +55,8 @@ def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int) 
         length: Characters of the user turn, at least 3 * pairs + 1 + queries.
         pairs: Distinct keys in the context, 1 to 26.
         queries: Keys asked for, drawn with replacement: no answer follows from what was not yet asked.
+        distinct: Ask for each key once at most, as a measurement does: after a key that is asked for twice, which one
+            comes next is a question of counting, not of recall.
     """
     context = length - 1 - queries
     text = rng.choice(NOISE, context)
@@ -58,7 +64,7 @@ def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int) 
     # Places in the context with each pair shrunk to one character, then widened again: every layout is equally likely.
     places = np.sort(rng.choice(context - 2 * pairs, pairs, replace=False)) + 2 * np.arange(pairs)
     text[places], text[places + 1], text[places + 2] = "#", keys, values
-    asked = rng.integers(pairs, size=queries)
+    asked = rng.permutation(pairs)[:queries] if distinct else rng.integers(pairs, size=queries)
     answer = "".join(keys[i] + values[i] for i in asked)
     return task_row("".join(text) + "?" + "".join(keys[asked]), answer, f"recall_{length}")
 
@@ -143,12 +149,27 @@ def write_tasks(files: dict[str, TaskFile], seed: int, folder: Path) -> dict[str
 
 
 def file_rows(file: TaskFile, rng: np.random.Generator):
-    """The rows of a file, one by one; a replayed row is a new one of an earlier block's task."""
+    """The rows of a file, one by one; a replayed row is a new one of an earlier block's task.
+
+    `replay` is a share of the text, equally over the earlier blocks, so shorter rows are drawn more often.
+    """
     blocks = list(file.blocks.values())
     for i, block in enumerate(blocks):
-        for _ in range(block.rows):
-            replayed = i > 0 and rng.random() < file.replay
-            yield block_row(blocks[rng.integers(i)] if replayed else block, rng)
+        share = np.full(i + 1, file.replay / max(i, 1))
+        share[i] = 1 - file.replay if i else 1
+        odds = share / [row_size(b) for b in blocks[: i + 1]]
+        for chosen in rng.choice(i + 1, size=block.rows, p=odds / odds.sum()):
+            yield block_row(blocks[chosen], rng)
+
+
+def row_size(block: TaskBlock) -> int:
+    """Characters of a block's row with its chat markup, on average."""
+    markup = 10
+    if block.task == "copy":
+        return markup + 3 * block.length
+    if block.task == "recall":
+        return markup + block.length + 2 * block.queries
+    return markup + 3 * CYCLE_NODES + 2 + (block.hops + 5 if block.think else 1)
 
 
 def block_row(block: TaskBlock, rng: np.random.Generator) -> dict:

@@ -73,13 +73,13 @@ def results_table(results):
         A rich Table: one row per stage, `-` where there is no number.
     """
     lengths = sorted({length for result in results.values() for length in result["retrieval"] or {}}, key=int)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # eight columns fit a narrow terminal
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # eleven columns in 80 characters
     table.add_column("stage", no_wrap=True)
     columns = [("loss", mode) for mode in MODES] + [("accuracy", mode) for mode in MODES]
     columns += [("retrieval", length) for length in lengths]
+    names = {"loss": "loss", "accuracy": "acc.", "retrieval": "recall", "think": "think", "no_think": "no-th."}
     for part, key in columns:
-        title = f"recall at {key}" if part == "retrieval" else f"{part} {key.replace('_', '-')}"
-        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(f"{names[part]}\n{names.get(key, key)}", justify="right", no_wrap=True)
     for stage, result in results.items():
         values = [(result[part] or {}).get(key) for part, key in columns]
         table.add_row(stage, *("-" if value is None else f"{value:.3f}" for value in values))

@@ -56,8 +56,8 @@ def retrieval(model, tokenizer, spec, *, today, seed, batch_size=16):
     Args:
         model: A causal LM.
         tokenizer: The checkpoint's, with its chat template.
-        spec: A `smolpost.schema.Retrieval`. Symbols are scored position by position, sentences by whether the reply
-            contains the code.
+        spec: A `smolpost.schema.Retrieval`. Scored is the share of the asked values that the reply contains (RULER's
+            string_match_all, arXiv:2404.06654), with their keys where they are symbols.
         today: Date rendered into the header.
         seed: Of the prompts; >= 0. Prompt i starts from the same random numbers at every length.
         batch_size: Prompts per generate call at the shortest length; fewer at longer ones, for as many tokens.
@@ -104,9 +104,7 @@ def _style(spec):
         raise UserError(f"evaluation.retrieval.style={spec.style} is unknown; use {' or '.join(limits)}")
     if not spec.lengths:
         raise UserError("evaluation.retrieval.lengths is empty; give at least one, or set evaluation.retrieval to null")
-    # Asked keys of symbols are drawn with replacement, those of sentences without.
-    queries_limit = spec.pairs if spec.style == "sentences" else None
-    for key, limit in {"num_prompts": None, "pairs": limits[spec.style], "queries": queries_limit}.items():
+    for key, limit in {"num_prompts": None, "pairs": limits[spec.style], "queries": spec.pairs}.items():
         value = getattr(spec, key)
         if value < 1:
             raise UserError(f"evaluation.retrieval.{key}={value} is below 1; raise it")
@@ -115,7 +113,9 @@ def _style(spec):
     asked = {"pairs": spec.pairs, "queries": spec.queries}
     if spec.style == "symbols":
         smallest = 3 * spec.pairs + 1 + spec.queries
-        return Style(lambda rng, size: recall_row(rng, length=size, **asked), smallest, share_of_values, 1)
+        return Style(
+            lambda rng, size: recall_row(rng, length=size, distinct=True, **asked), smallest, share_of_pairs, 1
+        )
     return Style(
         lambda rng, size: needle_row(rng, num_fillers=size, **asked),
         0,
@@ -124,10 +124,11 @@ def _style(spec):
     )
 
 
-def share_of_values(reply, row):
-    """Share of right values of a reply `QaKvQa` to a recall row: each in its place after its key, in [0, 1]."""
-    expected = row["messages"][-1]["content"][1::2]
-    return sum(a == b for a, b in zip(reply[1::2], expected, strict=False)) / len(expected)
+def share_of_pairs(reply, row):
+    """Share of a recall row's pairs `Kv` that occur in the reply, in [0, 1]; uppercase then lowercase is a pair."""
+    expected = row["messages"][-1]["content"]
+    pairs = [expected[i : i + 2] for i in range(0, len(expected), 2)]
+    return sum(pair in reply for pair in pairs) / len(pairs)
 
 
 def _prompt(i, size, *, tokenizer, style, today, seed):

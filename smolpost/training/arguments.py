@@ -1,17 +1,27 @@
 """A stage's settings in the words of transformers' TrainingArguments."""
 
+import math
 from pathlib import Path
 
 from smolpost.schema import TrainStage
 from smolpost.training.batch_size import grad_accum_steps
 from smolpost.training.environment import Environment
 
-SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULERS = {
+    "cosine": "cosine_with_min_lr",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
 
 
-def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environment: Environment) -> dict:
+def shared_arguments(
+    name: str, stage: TrainStage, seed: int, num_rows: int, out: Path, environment: Environment
+) -> dict:
     """Keyword arguments that SFTConfig and DPOConfig take alike.
 
+    Args:
+        num_rows: Prepared rows, from which the number of steps follows.
     Raises:
         UserError: The global batch does not divide over the ranks.
     """
@@ -30,7 +40,7 @@ def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environ
         "max_steps": stage.max_steps or -1,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": SCHEDULERS[stage.lr_scheduler],
-        "lr_scheduler_kwargs": {"min_lr_rate": stage.min_lr_ratio} if stage.lr_scheduler == "cosine" else {},
+        "lr_scheduler_kwargs": _schedule(stage, num_rows),
         "warmup_steps": stage.warmup_ratio,  # a float below 1 is a share of all steps
         "max_grad_norm": stage.max_grad_norm,
         "optim": "adamw_torch",
@@ -50,3 +60,13 @@ def shared_arguments(name: str, stage: TrainStage, seed: int, out: Path, environ
         "eval_strategy": "no",
         "ddp_find_unused_parameters": False,
     }
+
+
+def _schedule(stage: TrainStage, num_rows: int) -> dict:
+    if stage.lr_scheduler == "cosine":
+        return {"min_lr_rate": stage.min_lr_ratio}
+    if stage.lr_scheduler == "wsd":
+        steps = stage.max_steps or math.ceil(stage.num_epochs * math.ceil(num_rows / stage.global_batch_size))
+        decay = math.ceil(steps * stage.decay_ratio)
+        return {"num_decay_steps": decay, "min_lr_ratio": stage.min_lr_ratio, "decay_type": "linear"}
+    return {}

@@ -44,7 +44,7 @@ def train(
     began = time.monotonic()
     rows = load_from_disk(str(prepared))
     # The arguments come first: under ZeRO-3 they make from_pretrained build sharded parameters (zero.Init).
-    arguments = shared_arguments(name, stage, seed, out, environment)
+    arguments = shared_arguments(name, stage, seed, len(rows), out, environment)
     arguments = (apo if stage.kind == "apo" else sft).config(stage, arguments)
     check_ranks(environment, arguments.world_size)
     tokenizer = AutoTokenizer.from_pretrained(start, revision=revision)

@@ -21,10 +21,15 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_copy_repeats_three_to_length_characters(rng):
+def test_copy_goes_on_repeating_three_to_length_letters(rng):
     rows = [copy_row(rng, length=9) for _ in range(200)]
-    assert all(user == assistant and re.fullmatch(r"[A-Za-z0-9]{3,9}", user) for user, assistant in map(turns, rows))
-    assert {len(turns(row)[0]) for row in rows} == set(range(3, 10))
+    lengths = set()
+    for row in rows:
+        text, reply = (message["content"] for message in row["messages"][1:])
+        lengths.add(len(text))
+        assert text.isalpha() and len(text + reply) == 27
+        assert all(c == (text + reply)[i] for i, c in enumerate(reply))  # every character is the one a period before
+    assert lengths == set(range(3, 10))
     assert rows[0]["source"] == "copy_9"
 
 
@@ -126,14 +131,16 @@ def test_files_hold_their_blocks_in_order(tmp_path):
     assert sources == ["copy_5", "copy_5", "recall_20", "recall_20", "recall_20", "chase_4_think"]
 
 
-def test_replay_draws_from_earlier_blocks_at_its_share(tmp_path):
-    blocks = {str(n): TaskBlock(task="copy", rows=1000, length=n) for n in (5, 6, 7)}
+def test_replay_is_a_share_of_the_text(tmp_path):
+    """40% of each block's characters are earlier blocks', equally, though their rows are shorter."""
+    blocks = {str(n): TaskBlock(task="recall", rows=3000, length=n, pairs=2, queries=2) for n in (26, 86, 286)}
     write_tasks({"base": TaskFile(blocks=blocks, replay=0.4)}, 0, tmp_path)
-    sources = [row["source"] for row in written(tmp_path, "base")]
-    assert set(sources[:1000]) == {"copy_5"}
-    assert 350 < sources[1000:2000].count("copy_5") < 450
-    assert sources[2000:].count("copy_7") == pytest.approx(600, abs=60)
-    assert sources[2000:].count("copy_5") == pytest.approx(200, abs=50)
+    rows = written(tmp_path, "base")
+    assert {row["source"] for row in rows[:3000]} == {"recall_26"}
+    sizes = {"recall_26": 40, "recall_86": 100, "recall_286": 300}  # with markup and reply
+    text = {source: size * sum(row["source"] == source for row in rows[6000:]) for source, size in sizes.items()}
+    for source, share in {"recall_26": 0.2, "recall_86": 0.2, "recall_286": 0.6}.items():
+        assert text[source] / sum(text.values()) == pytest.approx(share, abs=0.04)
 
 
 def test_a_file_depends_on_the_seed_and_itself_alone(tmp_path):

@@ -84,11 +84,11 @@ def test_the_table_has_a_row_per_stage_and_a_column_per_number():
     assert headers == [
         "stage",
         "loss think",
-        "loss no-think",
-        "accuracy think",
-        "accuracy no-think",
-        "recall at 64",
-        "recall at 1024",
+        "loss no-th.",
+        "acc. think",
+        "acc. no-th.",
+        "recall 64",
+        "recall 1024",
     ]
     rows = list(zip(*(column.cells for column in columns), strict=True))
     assert rows == [("sft", "0.500", "-", "1.000", "0.250", "-", "-"), ("soup", "-", "-", "-", "-", "1.000", "0.875")]

@@ -8,7 +8,7 @@ import pytest
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import needle_row
 from smolpost.errors import UserError
-from smolpost.evaluation.retrieval import retrieval, share_of_values
+from smolpost.evaluation.retrieval import retrieval, share_of_pairs
 from smolpost.schema import Retrieval
 
 HEADERS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
@@ -72,24 +72,35 @@ def test_longer_prompts_come_in_smaller_batches(rig, tokenizer):
     assert calls == [3, 1, 2, 2, 1, 1, 1, 1]
 
 
-def test_symbols_are_scored_by_their_place(rig, tokenizer):
+def test_symbols_are_scored_by_the_pairs_in_the_reply(rig, tokenizer):
     spec = dict(style="symbols", lengths=[64], num_prompts=4, pairs=5, queries=2)
 
     def score(spoil):
         return run(rig(lambda prompt: spoil(read_symbols(prompt))), tokenizer, **spec)[64]["found"]
 
+    assert score(lambda reply: reply) == 1.0
     assert score(lambda reply: reply[:3] + "0") == 0.5
+    assert score(lambda reply: reply[2:] + reply[:2]) == 1.0
     assert score(lambda reply: reply[:2]) == 0.5
-    assert score(lambda reply: "x" + reply) == 0.0
     assert score(lambda reply: "<think>\nhm\n</think>\n" + reply) == 0.0  # cut: there is room for the answer alone
     assert score(lambda reply: "") == 0.0
 
 
-def test_share_of_values_by_hand():
-    row = {"messages": [{"role": "assistant", "content": "AxByCzAx"}]}
-    assert share_of_values("AxByCzAx", row) == 1.0
-    assert share_of_values("AxBxCzAz and more", row) == 0.5
-    assert share_of_values("Ax", row) == 0.25
+def test_asked_keys_are_distinct(rig, tokenizer):
+    prompts = []
+    read = lambda prompt: prompts.append(prompt) or read_symbols(prompt)  # noqa: E731
+    run(rig(read), tokenizer, style="symbols", lengths=[96], num_prompts=20, pairs=8, queries=8)
+    assert len(prompts) == 20
+    for prompt in prompts:
+        asked = prompt.rpartition("?")[2][:8]
+        assert len(set(asked)) == 8
+
+
+def test_share_of_pairs_by_hand():
+    row = {"messages": [{"role": "assistant", "content": "AxByCzDw"}]}
+    assert share_of_pairs("AxByCzDw", row) == 1.0
+    assert share_of_pairs("DwAx and more", row) == 0.5
+    assert share_of_pairs("AyBxCwDz", row) == 0.0
 
 
 def test_the_seed_decides_the_prompts(rig, tokenizer):

@@ -1,0 +1,146 @@
+"""What a user gets wrong: one clear line, exit code 2, and nothing that a later run would take for finished."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolpost import cli
+
+ROOT = Path(__file__).parent.parent
+USER = {"role": "user", "content": "1+1?"}
+REPLY = {"role": "assistant", "content": "The answer is 2."}
+ROW = {"messages": [USER, REPLY], "chat_template_kwargs": {"enable_thinking": False}}
+PAIR = {"prompt": "1+1?", "chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "3"}]}
+
+
+class Project:
+    """A gsm8k pipeline whose files a test can break."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.runs = folder / "runs"
+        for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
+            self.write(name, [row] * 8)
+        self.words = ["pipeline=gsm8k", f"data_root={folder}", f"run_dir={self.runs}", "stages.init.vocab_size=300"]
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"smoltalk2_{name}.jsonl"
+
+    def write(self, name: str, rows: list[dict]) -> None:
+        self.file(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def finished(self) -> set[str]:
+        return {path.parent.name.rpartition("-")[0] for path in self.runs.rglob("manifest.json")}
+
+    def halves(self) -> list[Path]:
+        return [path for path in self.runs.rglob("*.part-*")]
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def refused(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    line = [line for line in error.splitlines() if line.startswith("smolpost: ")]
+    assert len(line) == 1 and "Traceback" not in error
+    return line[0].removeprefix("smolpost: ")
+
+
+BAD_FILES = {
+    "missing": (None, "smoltalk2_sft.jsonl: does not exist; expected a JSONL or Parquet file"),
+    "empty": ("", "smoltalk2_sft.jsonl: is empty; expected at least one row"),
+    "broken": ('{"messages": [', "smoltalk2_sft.jsonl:1: is no JSON (Expecting value at column 15); expected one"),
+    "columns": (
+        '{"question": "1+1?", "answer": "2"}\n',
+        "smoltalk2_sft.jsonl:1: has the columns question, answer; expected messages, or",
+    ),
+    "no assistant": (json.dumps({"messages": [USER]}) + "\n", "smoltalk2_sft.jsonl:1: messages has no assistant turn"),
+    "role": (
+        json.dumps({"messages": [{"role": "robot", "content": "x"}, REPLY]}) + "\n",
+        "smoltalk2_sft.jsonl:1: messages[0].role is 'robot'; expected one of system, user, assistant, tool",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES, ids=list(BAD_FILES))
+def test_broken_data(project, capsys, case):
+    content, expected = BAD_FILES[case]
+    project.file("sft").unlink() if content is None else project.file("sft").write_text(content)
+    assert expected in refused(capsys, "init", *project.words, "stage=init")
+    assert project.finished() == set() and project.halves() == []
+
+
+def test_overlong_sample_under_refuse(project, capsys):
+    cli_ok("init", *project.words, "stage=init")
+    short = ["stages.sft.init_from=init", "stages.sft.max_seq_len=16", "stages.sft.overlong=refuse", "stage=sft"]
+    line = refused(capsys, "prepare", *project.words, *short)
+    assert "smoltalk2_sft.jsonl:" in line and "max_seq_len=16; 8 of 8 rows are too long" in line
+    assert line.endswith("raise max_seq_len or set overlong to truncate, split or drop")
+    assert project.finished() == {"init"} and project.halves() == []
+
+
+def cli_ok(*argv: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    assert stop.value.code == 0
+
+
+def test_unknown_key_and_wrong_type(project, capsys):
+    assert refused(capsys, "plan", *project.words, "stages.sft.epochs=3").startswith("stages.sft.epochs is not a key")
+    assert refused(capsys, "run", *project.words, "stages.sft.num_epochs=many").startswith(
+        "stages.sft.num_epochs=many:"
+    )
+
+
+def test_stage_before_its_parents(project, capsys):
+    line = refused(capsys, "prepare", *project.words, "stage=base")
+    assert line.startswith("stage init is not finished: ") and "run `smolpost run pipeline=gsm8k stage=init`" in line
+
+
+def test_wrong_verb_for_a_stage(project, capsys):
+    assert "makes no model to evaluate" in refused(capsys, "evaluate", *project.words, "stage=init")
+    assert "only sft and apo stages have rows to prepare" in refused(capsys, "prepare", *project.words, "stage=soup")
+
+
+def test_disk_without_space(project, tmp_path):
+    """A real full disk: a file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        words = [*project.words[:2], f"run_dir={disk}", "stage=init"]
+        done = subprocess.run(
+            [sys.executable, "-m", "smolpost.cli", "init", *words],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("smolpost: no space left on the disk of") and line.endswith("run_dir=FOLDER elsewhere")
+        assert not list(disk.rglob("manifest.json")) and not list(disk.rglob("*.part-*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "pipeline=smollm3"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0
+    for command in (
+        "-m smolpost.train pipeline=smollm3 stage=mid",
+        "-m smolpost.train pipeline=smollm3 stage=apo-43",
+        "$ python merge/linear.py pipeline=smollm3 stage=merge",
+    ):
+        assert command in " ".join(output.split())
+    assert "recipes/accelerate/zero3.yaml" in output
