@@ -5,7 +5,6 @@ Shapes: B rows, L tokens of the longest one, T trained tokens, V vocabulary, H h
 
 import math
 import re
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from smolpost.chat.masks import encode
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import render
+from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
 
@@ -90,7 +90,7 @@ def accuracy(model, tokenizer, rows, *, today, answer_pattern, max_new_tokens, b
     for row in rows:
         if len(asked) == max_rows:
             break
-        prompt, reference = _split_last_reply(_messages(row))
+        prompt, reference = split_last_reply(conversation(row, "evaluation.heldout"))
         answer = final_answer(reference, pattern)
         if answer:
             asked.append((row, prompt, answer))
@@ -151,19 +151,6 @@ def _compiled(answer_pattern):
     return pattern
 
 
-def _where(row):
-    return getattr(row, "where", f"a held-out row of source {row.get('source')!r}")
-
-
-def _messages(row):
-    if not row.get("messages"):
-        raise UserError(
-            f"{_where(row)}: has no messages but the columns {', '.join(row)}; expected a conversation; "
-            "leave its source out of the evaluation.heldout mixture"
-        )
-    return row["messages"]
-
-
 def _template_kwargs(row):
     return row.get("chat_template_kwargs") or {}
 
@@ -174,36 +161,19 @@ def _thinks(row):
 
 def _encode(tokenizer, row, today):
     options = {"template_kwargs": _template_kwargs(row), "tools": row.get("tools"), "today": today}
-    messages = _messages(row)
-    with _named(row):
+    messages = conversation(row, "evaluation.heldout")
+    with named(row):
         return encode(tokenizer, messages, **options)
 
 
 def _prompt_ids(tokenizer, row, prompt, thinking, today):
     """Token ids of a row's prompt in one mode, up to where the reply begins."""
     kwargs = {**_template_kwargs(row), "enable_thinking": thinking}
-    with _named(row):
+    with named(row):
         text = render(
             tokenizer, prompt, template_kwargs=kwargs, tools=row.get("tools"), today=today, add_generation_prompt=True
         )
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-@contextmanager
-def _named(row):
-    """Say which row a template refuses."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{_where(row)}: {error}") from error
-
-
-def _split_last_reply(messages):
-    """Messages before the last assistant turn, and that turn's text; all of them and "" where there is no such text."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None or not isinstance(messages[last].get("content"), str):
-        return messages, ""
-    return messages[:last], messages[last]["content"]
 
 
 def _summed_loss(model, batch, padding):

@@ -13,16 +13,24 @@ from smolpost.pipeline.manifest import code_version, digest
 from smolpost.pipeline.plan import StagePlan, plan
 from smolpost.recipe import Request
 
-CODE = {  # the parts of the library that decide a step's result
+ROWS = ("data/sources.py", "data/mixtures.py")
+MODEL = ("model/configuration_smollm3.py", "model/modeling_smollm3.py", "model/register.py", "model/attention.py")
+CODE = {  # the parts of the library that decide a step's result; tests/pipeline/test_lineage.py checks them by imports
     "tasks": ("data/tasks.py",),
-    "init": ("chat", "model", "data/sources.py", "data/mixtures.py"),
-    "prepare": ("chat", "data"),
-    "sft": ("model", "training"),
-    "apo": ("model", "training"),
-    "pairs": ("chat", "model", "synthesis"),
+    "init": ("chat", *MODEL, *ROWS),
+    "prepare": (
+        "chat", *ROWS, "data/tokenize.py", "data/packing.py", "data/prepare.py", "data/dataset_folder.py",
+        "data/report.py", "data/collate.py",
+    ),
+    "sft": ("chat/render.py", *MODEL, "data/collate.py", "training"),
+    "apo": ("chat/render.py", *MODEL, "data/collate.py", "training"),
+    "pairs": ("chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "synthesis"),
     "merge": ("merging",),
-    "evaluate": ("chat", "data", "evaluation", "model"),
-}
+    "evaluate": (
+        "chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "data/tasks.py",
+        "evaluation",
+    ),
+}  # fmt: skip
 # Settings of a training stage that decide its prepared rows.
 PREPARING = (
     "template",

@@ -7,7 +7,6 @@ answer; `pairs.jsonl` appears whole, at the end.
 import hashlib
 import json
 import os
-from contextlib import contextmanager
 from copy import copy
 from itertools import takewhile
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import load_template, render
+from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
 from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
 
@@ -56,7 +56,7 @@ def sample_pairs(stage, rows, chosen, rejected, folder):
         side: (model, _with_template(tokenizer, template))
         for side, (model, tokenizer) in zip(SIDES, (chosen, rejected), strict=True)
     }
-    conversations = [_split_last_reply(row) for row in rows]
+    conversations = [_asked(row) for row in rows]
     prompts = {
         side: [
             tokenizer.encode(_rendered(tokenizer, row, messages, stage, prompt=True), add_special_tokens=False)
@@ -209,20 +209,12 @@ def _write_atomically(path, text):
 # ---------------------------------------------------------------- pairs
 
 
-def _split_last_reply(row):
-    """Messages before the last assistant turn, and the answer in that turn; "" where it has none."""
-    messages = row.get("messages")
-    if not messages:
-        raise UserError(
-            f"{_where(row)}: has no messages but the columns {', '.join(row)}; expected a conversation; "
-            "leave its source out of the prompts mixture"
-        )
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    prompt, reply = messages[:last], messages[last : last + 1]
+def _asked(row):
+    """A row's prompt, and the answer in the reply it has; "" where it has none."""
+    prompt, reply = split_last_reply(conversation(row, "prompts"))
     if not any(message["role"] == "user" for message in prompt):
-        raise UserError(f"{_where(row)}: has no user turn before its last reply, so no prompt; leave the row out")
-    content = reply[0].get("content") if reply else None
-    return prompt, _answer(content) if isinstance(content, str) else ""
+        raise UserError(f"{where(row)}: has no user turn before its last reply, so no prompt; leave the row out")
+    return prompt, _answer(reply)
 
 
 def _answer(text):
@@ -232,23 +224,10 @@ def _answer(text):
 def _rendered(tokenizer, row, messages, stage, prompt=False):
     """Text of messages in a row's mode; as a prompt, up to where the reply begins."""
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    with _named(row):
+    with named(row):
         return render(
             tokenizer, messages, template_kwargs=kwargs, tools=tools, today=stage.today, add_generation_prompt=prompt
         )
-
-
-@contextmanager
-def _named(row):
-    """Say which row a template refuses."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{_where(row)}: {error}") from error
-
-
-def _where(row):
-    return getattr(row, "where", f"a row of source {row.get('source')!r}")
 
 
 def _reason_to_drop(keep, texts, reference):

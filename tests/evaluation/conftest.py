@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from rigged import Rigged
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.chat.tokenizer import build_tokenizer
@@ -24,28 +24,6 @@ def model(tokenizer):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
-
-
-class Rigged(torch.nn.Module):
-    """Replies to a prompt's text with what `reply` returns for it, then stops. `prompts` keeps what was asked."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, tokenizer, reply):
-        super().__init__()
-        self.tokenizer, self.reply, self.prompts = tokenizer, reply, []
-        self.config = SmolLM3Config(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=None)
-        self.generation_config = GenerationConfig()
-
-    def generate(self, input_ids, *, attention_mask, generation_config):
-        replies = []
-        for row, mask in zip(input_ids, attention_mask.bool(), strict=True):
-            self.prompts.append(self.tokenizer.decode(row[mask]))
-            text = self.reply(self.prompts[-1]) + "<|im_end|>"
-            replies.append(self.tokenizer.encode(text)[: generation_config.max_new_tokens])
-        longest = max(map(len, replies))
-        padded = [reply + [generation_config.pad_token_id] * (longest - len(reply)) for reply in replies]
-        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_training_mode_comes_back(model, tokenizer):
 
 
 def test_a_row_without_messages_is_refused(model, tokenizer):
-    with pytest.raises(UserError, match="held-out row of source 'web': has no messages but the columns text, source"):
+    with pytest.raises(UserError, match="a row of source 'web': has no messages but the columns text, source"):
         rows = [{"text": "once", "source": "web"}]
         heldout.heldout_loss(model, tokenizer, rows, today=TODAY, batch_size=2, max_rows=2)
 

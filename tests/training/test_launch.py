@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from small import ROOT, environment
 
 from smolpost.pipeline import manifest
 

@@ -1,0 +1,45 @@
+"""A conversation row as a prompt and the reply that answers it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from smolpost.errors import UserError
+
+
+def where(row: dict) -> str:
+    """file:row where the row remembers it, else its source."""
+    return getattr(row, "where", f"a row of source {row.get('source')!r}")
+
+
+@contextmanager
+def named(row: dict) -> Iterator[None]:
+    """Say which row a template refuses."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where(row)}: {error}") from error
+
+
+def conversation(row: dict, mixture: str) -> list[dict]:
+    """The row's messages.
+
+    Args:
+        mixture: Key of the mixture the row came in, for the message.
+    Raises:
+        UserError: The row has none.
+    """
+    if not row.get("messages"):
+        raise UserError(
+            f"{where(row)}: has no messages but the columns {', '.join(row)}; expected a conversation; "
+            f"leave its source out of the {mixture} mixture"
+        )
+    return row["messages"]
+
+
+def split_last_reply(messages: list[dict]) -> tuple[list[dict], str]:
+    """Messages before the last assistant turn, and that turn's text; all of them and "" where there is no such turn."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return messages, ""
+    content = messages[last].get("content")
+    return messages[:last], content if isinstance(content, str) else ""
