@@ -73,7 +73,7 @@ def results_table(results):
         A rich Table: one row per stage, `-` where there is no number.
     """
     lengths = sorted({length for result in results.values() for length in result["retrieval"] or {}}, key=int)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # eleven columns in 80 characters
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)  # ten columns in 80 characters
     table.add_column("stage", no_wrap=True)
     columns = [("loss", mode) for mode in MODES] + [("accuracy", mode) for mode in MODES]
     columns += [("retrieval", length) for length in lengths]

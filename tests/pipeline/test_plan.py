@@ -11,6 +11,9 @@ def plans(*words):
     return {p.name: p for p in plan(recipe.load(list(words)))}
 
 
+EVEN = ["stages.long_context.global_batch_size=2", "stages.mid.global_batch_size=2"]
+
+
 def test_parents_come_before_children():
     for words in (["pipeline=tiny"], ["pipeline=gsm8k", "data_root=x"], ["pipeline=smollm3"]):
         seen = set()
@@ -33,7 +36,13 @@ def test_a_merge_of_a_soup_is_one_pass_over_its_checkpoints():
 
 
 def test_training_command_is_what_a_user_would_paste():
-    overrides = ["pipeline=tiny", "accelerate=ddp", "accelerate.num_processes=2", "stages.base.learning_rate=1e-3"]
+    overrides = [
+        "pipeline=tiny",
+        "accelerate=ddp",
+        "accelerate.num_processes=2",
+        "stages.base.global_batch_size=2",
+        *EVEN,
+    ]
     found = plans(*overrides)
     words = [*overrides, "stage=base"]
     prepare, launch, evaluate = found["base"].commands
