@@ -1,5 +1,5 @@
 # One environment in .venv, built from pyproject.toml under constraints.txt.
-PYTHON ?= python3.11
+PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 

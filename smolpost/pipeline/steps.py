@@ -186,13 +186,13 @@ def evaluate(lineage: Lineage, stage: Located) -> dict:
     if stage.evaluation is None:
         raise UserError(f"stage={stage.plan.name} is a {stage.plan.config.kind} stage; it makes no model to evaluate")
     if stage.evaluation.is_file():
-        return json.loads(stage.evaluation.read_text())
-    lineage.require(stage.plan.name)
-    model, tokenizer = load_for_inference(str(stage.folder))
-    spec = lineage.recipe.evaluation
-    heldout = lineage.mixture(spec.heldout) if spec.heldout else None
-    results = evaluate_model(model, tokenizer, spec, heldout)
-    manifest.write_json(stage.evaluation, results)
+        results = json.loads(stage.evaluation.read_text())
+    else:
+        lineage.require(stage.plan.name)
+        model, tokenizer = load_for_inference(str(stage.folder))
+        spec = lineage.recipe.evaluation
+        results = evaluate_model(model, tokenizer, spec, lineage.mixture(spec.heldout) if spec.heldout else None)
+        manifest.write_json(stage.evaluation, results)
     Console().print(results_table({stage.plan.name: results}))
     return results
 

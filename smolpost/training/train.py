@@ -1,5 +1,6 @@
 """One training stage for one seed: prepared rows and a start checkpoint in, final weights and metrics out."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import smolpost.model  # noqa: F401  registers our SmolLM3 with the Auto classes
 from smolpost.chat.render import load_template
+from smolpost.errors import UserError
 from smolpost.schema import TrainStage
 from smolpost.training import apo, sft
 from smolpost.training.arguments import shared_arguments
@@ -39,7 +41,8 @@ def train(
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
-        UserError: The ranks do not know of one another, or the global batch does not divide over them.
+        UserError: The ranks do not know of one another, the global batch does not divide over them, or the disk has
+            no room for the checkpoints.
     """
     began = time.monotonic()
     rows = load_from_disk(str(prepared))
@@ -50,6 +53,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(start, revision=revision)
     tokenizer.chat_template = load_template(stage.template)
     model = load(start, revision, stage, attn_implementation)
+    check_space(name, stage, model, out)
     if stage.kind == "apo":
         reference = load(start, revision, stage, attn_implementation)
         trainer = apo.trainer(model, reference, tokenizer, rows, arguments, [MarkWhole()])
@@ -86,6 +90,24 @@ def load(start: str, revision: str | None, stage: TrainStage, attn_implementatio
     return AutoModelForCausalLM.from_pretrained(
         start, revision=revision, config=config, dtype=torch.float32, attn_implementation=attn_implementation
     )
+
+
+def check_space(name: str, stage: TrainStage, model: PreTrainedModel, out: Path) -> None:
+    """Refuse to start what the disk cannot hold: fp32 weights and two Adam moments per resumable checkpoint.
+
+    One more than save_total_limit lies there while the oldest makes room, and the final weights beside them.
+
+    Raises:
+        UserError: With both sizes and the remedies.
+    """
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: sharded by ZeRO-3
+    needed = 4 * parameters * (3 * (stage.save_total_limit + 1) + 1)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(
+            f"{out} needs {needed / 1e9:.3g} GB for checkpoints and its disk has {free / 1e9:.3g} GB free; free some, "
+            f"lower stages.{name}.save_total_limit={stage.save_total_limit}, or set run_dir=FOLDER elsewhere"
+        )
 
 
 def save(trainer: Trainer, tokenizer, model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """Our subclasses of TRL's trainers: the rows go in as prepared, and the losses are the formulas."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from datasets import load_from_disk
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.prepare import prepare_apo, prepare_sft
+from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import APOStage, SFTStage
 from smolpost.training import apo, sft
@@ -16,6 +18,7 @@ from smolpost.training.arguments import shared_arguments
 from smolpost.training.batch_size import grad_accum_steps
 from smolpost.training.environment import Environment
 from smolpost.training.optimizer import decayed_parameters
+from smolpost.training.train import check_space
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
 ASK = {"role": "user", "content": "6*7?"}
@@ -159,3 +162,14 @@ def test_wsd_decays_over_its_share_of_the_steps():
     )
     kwargs = shared_arguments("s", stage, 0, 10, None, CPU)["lr_scheduler_kwargs"]
     assert kwargs == {"num_decay_steps": 2, "min_lr_ratio": 0.1, "decay_type": "linear"}  # 2 x ceil(10 / 3) steps
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tokenizer, tmp_path, monkeypatch):
+    model, stage = build(tokenizer), SFTStage(**settings())
+    needed = 4 * sum(p.numel() for p in model.parameters()) * (3 * 3 + 1)  # two checkpoints and one in the making
+    usage = lambda free: lambda path: SimpleNamespace(free=free)  # noqa: E731
+    monkeypatch.setattr("shutil.disk_usage", usage(needed))
+    check_space("sft", stage, model, tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", usage(needed - 1))
+    with pytest.raises(UserError, match=r"GB free; free some, lower stages.sft.save_total_limit=2, or set run_dir="):
+        check_space("sft", stage, model, tmp_path)
