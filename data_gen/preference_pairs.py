@@ -11,12 +11,10 @@ from smolpost.model.loading import load_for_inference
 from smolpost.synthesis.pairs import sample_pairs
 
 
-def pairs(stage, folder):
+def pairs(stage, inputs, folder):
     config = stage.plan.config
     rows = [row for _, row in mix(stage.data[config.prompts])]
-    chosen, rejected = (
-        load_for_inference(stage.inputs[name][0]) for name in (config.chosen_from, config.rejected_from)
-    )
+    chosen, rejected = (load_for_inference(inputs[name]) for name in (config.chosen_from, config.rejected_from))
     return sample_pairs(config, rows, chosen, rejected, folder)
 
 

@@ -7,7 +7,7 @@ from smolpost.cli import job
 from smolpost.data.tasks import write_tasks
 
 
-def tasks(stage, folder):
+def tasks(stage, inputs, folder):
     config = stage.plan.config
     return write_tasks(config.files, config.seed, folder)
 

@@ -3,15 +3,13 @@
 python merge/linear.py pipeline=tiny stage=merge
 """
 
-from pathlib import Path
-
 from smolpost.cli import job
 from smolpost.merging.mergekit import merge
 
 
-def linear(stage, folder):
-    inputs = [(name, Path(checkpoint), weight) for name, (checkpoint, weight) in stage.inputs.items()]
-    return merge(inputs, stage.plan.base, folder, stage.plan.config.dtype)
+def linear(stage, inputs, folder):
+    weighted = [(name, inputs[name], weight) for name, weight in stage.plan.weights.items()]
+    return merge(weighted, stage.plan.base, folder, stage.plan.config.dtype)
 
 
 if __name__ == "__main__":

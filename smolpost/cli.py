@@ -100,7 +100,8 @@ def job(kind: str, fill: Callable, *, resumable: bool = False) -> None:
 
     Args:
         kind: The stage kind that the script makes.
-        fill: (stage, folder) -> report; writes the stage's files into the folder.
+        fill: (stage, inputs, folder) -> report; writes the stage's files into the folder. Inputs are the folders of the
+            checkpoints the stage starts from, by name.
         resumable: See `steps.make`.
     """
     from smolpost import recipe
@@ -116,7 +117,12 @@ def job(kind: str, fill: Callable, *, resumable: bool = False) -> None:
             raise UserError(
                 f"stage={stage.plan.name} is a {stage.plan.config.kind} stage; this job makes {kind} stages"
             )
-        steps.make(lineage, stage, fill, resumable=resumable)
+        steps.make(
+            lineage,
+            stage,
+            lambda s, folder: fill(s, steps.input_folders(s, request.recipe), folder),
+            resumable=resumable,
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
+RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
 
 
 PREFERENCE_LOSSES = (
@@ -153,7 +154,7 @@ class TrainStage(Stage):
     init_from: str = MISSING  # stage name, or "checkpoint": model.checkpoint
     data: str = MISSING  # mixture name under data
     template: str = "smollm3"  # chat template: a name under smolpost/chat/templates or a .jinja file
-    today: str = "08 July 2025"  # date rendered into training text; frozen, or prepared data would change daily
+    today: str = RELEASE_DAY  # date rendered into training text; frozen, or prepared data would change daily
     last_turn_only: bool = False  # train the last assistant turn alone
     max_seq_len: int = MISSING  # tokens per row
     overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
@@ -215,7 +216,7 @@ class PairsStage(Stage):
     chosen_from: str = MISSING  # stage of the stronger checkpoint
     rejected_from: str = MISSING  # stage of the weaker checkpoint
     template: str = "smollm3"  # of both checkpoints' prompts
-    today: str = "08 July 2025"
+    today: str = RELEASE_DAY
     max_new_tokens: int = 256
     temperature: float = 0.6
     top_p: float = 0.95
@@ -270,7 +271,7 @@ class Evaluation:
     max_new_tokens: int = 256
     batch_size: int = 50  # prompts per generate call, rows per loss call
     retrieval: Retrieval | None = field(default_factory=Retrieval)
-    today: str = "08 July 2025"
+    today: str = RELEASE_DAY
     seed: int = 0
 
 

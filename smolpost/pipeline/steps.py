@@ -62,6 +62,21 @@ def finish(lineage: Lineage, stage: Located, folder: Path, fill: Callable[[Locat
     )
 
 
+def input_folders(stage: Located, recipe: schema.Recipe) -> dict[str, Path]:
+    """Folder of every checkpoint the stage starts from, by name; a base checkpoint on the Hub is fetched.
+
+    Raises:
+        UserError: It cannot be fetched.
+    """
+    from smolpost.model.loading import local_folder
+
+    revision = recipe.model.revision
+    return {
+        name: local_folder(place, revision if name == "checkpoint" else None)
+        for name, (place, _) in stage.inputs.items()
+    }
+
+
 def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dict:
     """A tokenizer from the stage's mixtures, and a model with random weights."""
     import torch
@@ -100,7 +115,7 @@ def _texts(row: dict, template: str) -> list[str]:
         return [row["text"]]
     conversations = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    return [render(template, c, template_kwargs=kwargs, tools=tools, today="08 July 2025") for c in conversations]
+    return [render(template, c, template_kwargs=kwargs, tools=tools, today=schema.RELEASE_DAY) for c in conversations]
 
 
 def prepare(lineage: Lineage, stage: Located) -> Path:
@@ -121,8 +136,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         if manifest.read(stage.prepared):
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
-        start, _ = stage.inputs[config.init_from]
-        tokenizer = AutoTokenizer.from_pretrained(start, revision=lineage.recipe.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
         tokenizer.chat_template = load_template(config.template)
         with manifest.building(stage.prepared) as part:
             prepare_rows = prepare_apo if config.kind == "apo" else prepare_sft
@@ -158,17 +172,15 @@ def train(lineage: Lineage, stage: Located) -> None:
 def _train(lineage: Lineage, stage: Located, folder: Path, environment) -> dict:
     from smolpost.training.train import train as train_stage
 
-    config, model = stage.plan.config, lineage.recipe.model
-    start, _ = stage.inputs[config.init_from]
+    config = stage.plan.config
     metrics = train_stage(
         stage.plan.stage,
         config,
         seed=stage.plan.seed,
-        start=start,
-        revision=model.revision if config.init_from == "checkpoint" else None,
+        start=input_folders(stage, lineage.recipe)[config.init_from],
         prepared=stage.prepared,
         out=folder,
-        attn_implementation=model.attn_implementation,
+        attn_implementation=lineage.recipe.model.attn_implementation,
         environment=environment,
     )
     rows = manifest.read(stage.prepared)["report"]
@@ -189,7 +201,7 @@ def evaluate(lineage: Lineage, stage: Located) -> dict:
         results = json.loads(stage.evaluation.read_text())
     else:
         lineage.require(stage.plan.name)
-        model, tokenizer = load_for_inference(str(stage.folder))
+        model, tokenizer = load_for_inference(stage.folder)
         spec = lineage.recipe.evaluation
         results = evaluate_model(model, tokenizer, spec, lineage.mixture(spec.heldout) if spec.heldout else None)
         manifest.write_json(stage.evaluation, results)

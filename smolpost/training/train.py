@@ -23,8 +23,7 @@ def train(
     stage: TrainStage,
     *,
     seed: int,
-    start: str,
-    revision: str | None,
+    start: Path,
     prepared: Path,
     out: Path,
     attn_implementation: str,
@@ -34,7 +33,7 @@ def train(
 
     Args:
         name: The stage, for messages.
-        start: Folder or Hub id of the checkpoint to start from; APO's reference, too.
+        start: Folder of the checkpoint to start from; APO's reference, too.
         prepared: Folder of the prepared rows.
         out: Folder for checkpoints, logs and, at the end, the final model and tokenizer.
         environment: From `environment.detect`, called before anything of accelerate.
@@ -50,12 +49,12 @@ def train(
     arguments = shared_arguments(name, stage, seed, len(rows), out, environment)
     arguments = (apo if stage.kind == "apo" else sft).config(stage, arguments)
     check_ranks(environment, arguments.world_size)
-    tokenizer = AutoTokenizer.from_pretrained(start, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.chat_template = load_template(stage.template)
-    model = load(start, revision, stage, attn_implementation)
+    model = load(start, stage, attn_implementation)
     check_space(name, stage, model, out)
     if stage.kind == "apo":
-        reference = load(start, revision, stage, attn_implementation)
+        reference = load(start, stage, attn_implementation)
         trainer = apo.trainer(model, reference, tokenizer, rows, arguments, [MarkWhole()])
     else:
         trainer = sft.trainer(model, tokenizer, rows, arguments, [MarkWhole()])
@@ -79,16 +78,16 @@ def train(
     }
 
 
-def load(start: str, revision: str | None, stage: TrainStage, attn_implementation: str) -> PreTrainedModel:
+def load(start: Path, stage: TrainStage, attn_implementation: str) -> PreTrainedModel:
     """The start checkpoint in fp32 with the stage's context settings."""
-    config = AutoConfig.from_pretrained(start, revision=revision)
+    config = AutoConfig.from_pretrained(start)
     if stage.rope_theta is not None:
         config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.rope_theta}
     if stage.max_position_embeddings is not None:
         config.max_position_embeddings = stage.max_position_embeddings
     # fp32 master weights whatever the compute precision: at APO's learning rate bf16 weights would not move.
     return AutoModelForCausalLM.from_pretrained(
-        start, revision=revision, config=config, dtype=torch.float32, attn_implementation=attn_implementation
+        start, config=config, dtype=torch.float32, attn_implementation=attn_implementation
     )
 
 

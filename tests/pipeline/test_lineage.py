@@ -48,6 +48,7 @@ def test_a_setting_changes_its_stage_and_all_after_it(words):
 def test_what_cannot_change_a_result_changes_no_key(words):
     harmless = [
         "stages.sft.micro_batch_size=2", "stages.sft.logging_steps=1", "stages.sft.save_steps=7", "accelerate=ddp",
+        "accelerate.num_processes=1",
         "stages.sft.report_to=[]", "stages.sft.gradient_checkpointing=true", "model.attn_implementation=sdpa",
         "evaluation.accuracy_rows=3",
     ]  # fmt: skip
