@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.append(os.path.join(os.path.dirname(__file__), "..", "training"))
 from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest

@@ -79,7 +79,7 @@ def test_killed_training_goes_on_and_ends_the_same(started, single, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-5 was cut short while saving; removed" in done.stdout
     assert "resuming from" in done.stdout
-    assert manifest.read(folder)["report"]["resumed_from"] in ("checkpoint-2", "checkpoint-4")
+    assert manifest.read(folder)["report"]["resumed_from"] in {f"checkpoint-{step}" for step in range(2, 12, 2)}
     assert_same(cut, single, "sft")
     assert not list(folder.glob("checkpoint-*"))
 

@@ -14,12 +14,12 @@ from smolpost import recipe
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "pipeline=gsm8k", "evaluation.heldout=null", "evaluation.retrieval=null",
     "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64",
     "model.architecture.num_attention_heads=4", "stages.init.vocab_size=400",
-    "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.max_steps=6",
+    "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.max_steps=12",
     "stages.sft.global_batch_size=4", "stages.sft.micro_batch_size=1", "stages.sft.logging_steps=1",
     "stages.sft.save_steps=2",
     "stages.apo.init_from=init", "stages.apo.seeds=[1]", "stages.apo.max_steps=4", "stages.apo.global_batch_size=4",
