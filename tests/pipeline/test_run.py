@@ -12,7 +12,7 @@ from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest
 
-LONGER = ["stages.sft.max_steps=80", "stages.sft.save_steps=4"]
+LONGER = ["stages.sft.max_steps=400", "stages.sft.save_steps=20"]
 
 
 @pytest.fixture(scope="module")
@@ -79,4 +79,4 @@ def test_an_orphan_is_waited_for_not_raced(project):
     assert second.returncode == 0, error[-2000:]
     assert "sft: resume (at step" in output
     assert "waiting for process" in output and f"{folder} is finished" in output
-    assert manifest.read(folder)["report"]["steps"] == 80
+    assert manifest.read(folder)["report"]["steps"] == 400
