@@ -23,11 +23,13 @@ def project(tmp_path_factory):
     return small
 
 
-def start(project):
-    return subprocess.Popen(
-        [sys.executable, "-m", "smolpost.cli", "run", *project.words, "stage=sft"],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+def start(project, log: Path):
+    """The run in a group of its own. It writes to a file: nobody would read the pipe of an orphan."""
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "smolpost.cli", "run", *project.words, "stage=sft"],
+            cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
 
 def wait_for(condition, process):
@@ -51,14 +53,13 @@ def alive(group):
     return found
 
 
-def test_ctrl_c_stops_everything_and_the_same_command_continues(project):
+def test_ctrl_c_stops_everything_and_the_same_command_continues(project, tmp_path):
     folder = project.folder_of("sft")
-    process = start(project)
+    process = start(project, tmp_path / "log")
     wait_for(lambda: list(folder.glob("checkpoint-*/whole")), process)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "smolpost: stopped; the same command continues here" in error
+    assert process.wait(timeout=60) == 130
+    assert "smolpost: stopped; the same command continues here" in (tmp_path / "log").read_text()
     deadline = time.monotonic() + 20
     while alive(process.pid):  # nobody of the group is left
         assert time.monotonic() < deadline
@@ -66,17 +67,17 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(project):
     assert manifest.read(folder) is None
 
 
-def test_an_orphan_is_waited_for_not_raced(project):
+def test_an_orphan_is_waited_for_not_raced(project, tmp_path):
     """kill -9 of `run` alone leaves its training process alive; the next run waits for it and takes its result."""
     folder = project.folder_of("sft")
-    first = start(project)
     before = set(folder.glob("checkpoint-*/whole"))
+    first = start(project, tmp_path / "first")
     wait_for(lambda: set(folder.glob("checkpoint-*/whole")) - before, first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    second = start(project)
-    output, error = second.communicate(timeout=180)
-    assert second.returncode == 0, error[-2000:]
+    second = start(project, tmp_path / "second")
+    assert second.wait(timeout=180) == 0, (tmp_path / "second").read_text()[-2000:]
+    output = (tmp_path / "second").read_text()
     assert "sft: resume (at step" in output
     assert "waiting for process" in output and f"{folder} is finished" in output
     assert manifest.read(folder)["report"]["steps"] == 400
