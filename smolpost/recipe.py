@@ -220,11 +220,11 @@ def _check_choices(node: object, prefix: str) -> None:
 
 def _check_training(name: str, stage: schema.TrainStage) -> None:
     minimum = {
-        "max_seq_len": 2, "global_batch_size": 1, "micro_batch_size": 1, "logging_steps": 1, "save_steps": 1,
-        "save_total_limit": 2, "max_steps": 1,
+        "max_seq_len": 2, "global_batch_size": 1, "micro_batch_size": 1, "pack_tokens": 2, "logging_steps": 1,
+        "save_steps": 1, "save_total_limit": 2, "max_steps": 1,
     }  # fmt: skip
     for key, least in minimum.items():
-        value = getattr(stage, key)
+        value = getattr(stage, key, None)
         if value is not None and value < least:
             raise UserError(f"stages.{name}.{key}={value} is below {least}, its least value")
     for key in ("learning_rate", "num_epochs", "max_grad_norm", "adam_epsilon") + (
@@ -237,9 +237,25 @@ def _check_training(name: str, stage: schema.TrainStage) -> None:
             raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} is outside [0, 1)")
     if not stage.seeds or len(set(stage.seeds)) != len(stage.seeds):
         raise UserError(f"stages.{name}.seeds={stage.seeds} must name at least one seed, each once")
-    if stage.kind == "apo" and not 0 <= stage.label_smoothing < 0.5:
+    if stage.lora and stage.lora.r < 1:
+        raise UserError(f"stages.{name}.lora.r={stage.lora.r} is below 1, its least value")
+    if stage.lora and not 0 <= stage.lora.dropout < 1:
+        raise UserError(f"stages.{name}.lora.dropout={stage.lora.dropout:g} is outside [0, 1)")
+    if stage.kind == "apo":
+        _check_preference(name, stage)
+
+
+def _check_preference(name: str, stage: schema.APOStage) -> None:
+    if not 0 <= stage.label_smoothing < 0.5:
         raise UserError(f"stages.{name}.label_smoothing={stage.label_smoothing:g} is outside [0, 0.5)")
-    if stage.kind == "apo" and stage.loss == "exo_pair" and stage.label_smoothing == 0:
-        raise UserError(f"stages.{name}.loss=exo_pair needs label_smoothing above 0; its paper takes 1e-3")
-    if stage.kind == "apo" and stage.overlong == "split":
+    if stage.label_smoothing and stage.loss != "robust":
+        raise UserError(
+            f"stages.{name}.label_smoothing={stage.label_smoothing:g} has no part in loss={stage.loss}; "
+            "set it to 0, or choose loss=robust"
+        )
+    if stage.ld_alpha is not None and not 0 <= stage.ld_alpha <= 1:
+        raise UserError(f"stages.{name}.ld_alpha={stage.ld_alpha:g} is outside [0, 1]")
+    if stage.sft_weight < 0:
+        raise UserError(f"stages.{name}.sft_weight={stage.sft_weight:g} is below 0")
+    if stage.overlong == "split":
         raise UserError(f"stages.{name}.overlong=split cannot be done to a pair; choose one of: refuse, truncate, drop")

@@ -11,10 +11,8 @@ MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
 
 
-PREFERENCE_LOSSES = (
-    "apo_zero", "apo_down", "sigmoid", "ipo", "robust", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
-    "aot", "aot_unpaired", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+PACKED_ATTENTION = "packed"  # `smolpost.model.attention`, the one that keeps the sides of a pair apart
+PREFERENCE_LOSSES = ("apo_zero", "apo_down", "sigmoid", "ipo", "robust")
 
 
 def tuning(default: Any) -> Any:
@@ -85,7 +83,7 @@ class Model:
     checkpoint: str | None = None  # Hub id or folder that stages without a parent start from; null: the init stage
     revision: str | None = None
     architecture: Architecture = field(default_factory=Architecture)
-    attn_implementation: str = tuning("documents")  # for training; ours, or transformers' backends by name
+    attn_implementation: str = tuning(PACKED_ATTENTION)  # for training; not for apo: transformers' backends
 
 
 # ---------------------------------------------------------------- stages
@@ -148,6 +146,18 @@ class InitStage(Stage):
 
 
 @dataclass
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685) in place of the full weights; the finished stage has them merged in."""
+
+    r: int = 16  # rank of each adapter
+    alpha: float = 32.0  # an adapter's product counts alpha / r
+    dropout: float = 0.0  # of an adapter's input, in [0, 1)
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )  # linear layers that get an adapter, by the end of their names
+
+
+@dataclass
 class TrainStage(Stage):
     """What SFT and APO stages share."""
 
@@ -175,7 +185,7 @@ class TrainStage(Stage):
     precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
     rope_theta: float | None = None  # new RoPE base, for long-context stages
     max_position_embeddings: int | None = None  # new longest context, tokens
-    micro_batch_size: int = tuning(1)  # rows per rank and forward pass
+    lora: LoRA | None = None  # train adapters alone; null: all weights
     gradient_checkpointing: bool = tuning(True)
     logging_steps: int = tuning(10)
     save_steps: int = tuning(500)  # optimizer steps between resumable checkpoints
@@ -195,6 +205,7 @@ class SFTStage(TrainStage):
     packing: str = choice("bfd", "wrapped", "none")
     loss_on: str = choice("assistant", "all")  # tokens that train: assistant turns with their stop token, or every one
     shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
+    micro_batch_size: int = tuning(1)  # packs per rank and forward pass
 
 
 @dataclass
@@ -202,9 +213,12 @@ class APOStage(TrainStage):
     kind: str = "apo"
     loss: str = choice(*PREFERENCE_LOSSES)  # TRL's names; sigmoid is DPO
     beta: float = 0.05  # scale on the log-ratios, per nat; > 0
-    label_smoothing: float = 0.0  # share of flipped pairs that robust, exo_pair and sigmoid assume, in [0, 0.5)
+    label_smoothing: float = 0.0  # share of flipped pairs that loss=robust assumes, in [0, 0.5)
+    ld_alpha: float | None = None  # weight of the tokens beyond the pair's shorter side, in [0, 1] (LD-DPO); null: 1
+    sft_weight: float = 0.0  # of the chosen tokens' mean negative log-likelihood, added to the loss; >= 0
     warmup_ratio: float = 0.1
     learning_rate: float = 1e-6
+    pack_tokens: int | None = tuning(None)  # tokens per forward pass, longer pairs alone; null: max_seq_len
 
 
 @dataclass

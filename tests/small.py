@@ -15,6 +15,7 @@ from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ("-m", "smolpost.train")
 SMALL = [
     "pipeline=gsm8k", "evaluation.heldout=null", "evaluation.retrieval=null",
     "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64",
@@ -23,7 +24,7 @@ SMALL = [
     "stages.sft.global_batch_size=4", "stages.sft.micro_batch_size=1", "stages.sft.logging_steps=1",
     "stages.sft.save_steps=2",
     "stages.apo.init_from=init", "stages.apo.seeds=[1]", "stages.apo.max_steps=4", "stages.apo.global_batch_size=4",
-    "stages.apo.micro_batch_size=1", "stages.apo.logging_steps=1", "stages.apo.learning_rate=1e-3",
+    "stages.apo.pack_tokens=300", "stages.apo.logging_steps=1", "stages.apo.learning_rate=1e-3",
     "stages.apo.max_grad_norm=1.0",
 ]  # fmt: skip
 
@@ -74,14 +75,24 @@ class Small:
     def smolpost(self, verb: str, *more: str, **kwargs) -> subprocess.CompletedProcess:
         return call([sys.executable, "-m", "smolpost.cli", verb, *self.words, *more], **kwargs)
 
-    def launch(self, stage: str, config: str, processes: int, *more: str) -> subprocess.CompletedProcess:
-        return call(self.launch_command(stage, config, processes, *more))
+    def launch(
+        self, stage: str, config: str, processes: int, *more: str, program: tuple[str, ...] = PROGRAM, **variables: str
+    ) -> subprocess.CompletedProcess:
+        """
+        Args:
+            program: What accelerate starts.
+            variables: Of the environment.
+        """
+        command = self.launch_command(stage, config, processes, *more, program=program)
+        return call(command, env=environment() | variables)
 
-    def launch_command(self, stage: str, config: str, processes: int, *more: str) -> list[str]:
+    def launch_command(
+        self, stage: str, config: str, processes: int, *more: str, program: tuple[str, ...] = PROGRAM
+    ) -> list[str]:
         return [
             sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
             "--config_file", f"recipes/accelerate/{config}.yaml", "--num_processes", str(processes),
-            "--main_process_port", "0", "-m", "smolpost.train", *self.words, *more, f"stage={stage}",
+            "--main_process_port", "0", *program, *self.words, *more, f"stage={stage}",
         ]  # fmt: skip
 
     def weights(self, stage: str, *more: str) -> dict:

@@ -72,7 +72,7 @@ def test_accelerate_values_become_launcher_flags():
     [
         (["pipeline=smollm4"], "pipeline=smollm4 does not exist; choose one of: gsm8k, smollm3, tiny"),
         (["model=huge"], "model=huge does not exist; choose one of: small, smollm3_3b, tiny"),
-        (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, single, zero2, zero3"),
+        (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, fsdp2, single, zero2, zero3"),
         (
             ["stages.sft.lerning_rate=1"],
             "stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate?",

@@ -1,68 +1,86 @@
-"""Prepared rows to a batch of tensors.
+"""Prepared rows to the tensors of one forward pass: always one flattened row, never padding.
 
-B rows, T tokens of all packs of a micro-batch together, L tokens of the longest sequence.
+T tokens of all rows together, S scored tokens, P pairs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 
 IGNORE_INDEX = -100
+PARTS = ("prompt", "chosen", "rejected")  # of a preference pair, in the order they are laid out
 
 
-class SFTCollator:
-    """Packs of a micro-batch, flattened into one row.
+def collate_packs(packs: list[dict]) -> dict:
+    """Packs of documents, one after another.
 
-    Documents are told apart by position_ids alone: transformers isolates them where it gets no attention mask.
+    Args:
+        packs: Rows of a dataset by prepare_sft.
+    Returns:
+        input_ids, labels, position_ids: [1, T] int64; labels are not shifted, positions restart with every document.
+        document_lengths: Tokens of each document, plain ints, so that attention need not ask the device.
     """
-
-    def __call__(self, packs: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            packs: Rows of a dataset by prepare_sft.
-        Returns:
-            input_ids, labels, position_ids: [1, T] int64; positions restart at 0 with every document.
-        """
-        lengths = torch.cat([as_ids(pack["seq_lengths"]) for pack in packs])
-        starts = lengths.cumsum(0) - lengths
-        position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
-        return {
-            "input_ids": torch.cat([as_ids(pack["input_ids"]) for pack in packs])[None],
-            "labels": torch.cat([as_ids(pack["labels"]) for pack in packs])[None],
-            "position_ids": position_ids[None],
-        }
+    lengths = torch.cat([as_ids(pack["seq_lengths"]) for pack in packs])
+    starts = lengths.cumsum(0) - lengths
+    position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    return {
+        "input_ids": torch.cat([as_ids(pack["input_ids"]) for pack in packs])[None],
+        "labels": torch.cat([as_ids(pack["labels"]) for pack in packs])[None],
+        "position_ids": position_ids[None],
+        "document_lengths": lengths.tolist(),
+    }
 
 
-@dataclass(frozen=True)
-class PreferenceCollator:
-    """Pairs in the layout of TRL's DataCollatorForPreference, with a mask that leaves out user and tool turns."""
+def collate_pairs(pairs: list[dict]) -> dict:
+    """Preference pairs as `prompt | chosen | rejected`, one after another.
 
-    pad_token_id: int
+    Args:
+        pairs: P rows of a dataset by prepare_apo.
+    Returns:
+        input_ids, position_ids: [1, T] int64; chosen and rejected both count on from their prompt.
+        pair_lengths: (prompt, chosen, rejected) tokens of each pair, plain ints.
+        positions, targets: [S] int64: where each scored token is predicted from, and its id. Every pair's tokens come
+            as scored in its prompt (a completion's shared beginning), in chosen, in rejected.
+        side_tokens: [at least S] int64 into the scored tokens, side after side: pair 0 chosen, pair 0 rejected, pair 1
+            chosen, ...; shared tokens belong to both sides.
+        sides: Alike, 0 to 2P - 1: the side each of them stands for.
+        side_lengths: [2P] int64 scored tokens of each side.
+    """
+    ids, position_ids, positions, targets, side_tokens, side_lengths, pair_lengths = ([] for _ in range(7))
+    start = num_scored = 0
+    for pair in pairs:
+        parts = [as_ids(pair[f"{part}_ids"]) for part in PARTS]
+        sequence = torch.cat(parts)
+        prompt, chosen, rejected = (len(part) for part in parts)
+        is_scored = torch.cat([torch.as_tensor(pair[f"{part}_mask"]) for part in PARTS]) != 0
+        part_of = torch.arange(3).repeat_interleave(torch.tensor((prompt, chosen, rejected)))[is_scored]
+        # What precedes a token is the one before it, and for the first token of both sides the prompt's last.
+        before = torch.arange(-1, len(sequence) - 1)
+        before[prompt + chosen] = prompt - 1
+        scored = torch.arange(num_scored, num_scored + len(part_of))
+        sides = [scored[part_of != other] for other in (2, 1)]
 
-    def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            pairs: B rows of a dataset by prepare_apo.
-        Returns:
-            input_ids, attention_mask, completion_mask: [2 * B, L] int64, padded on the right; the B chosen sequences,
-            then the B rejected ones. completion_mask is 1 where the policy is scored.
-        """
-        ids, masks = [], []
-        for side in ("chosen", "rejected"):
-            for pair in pairs:
-                prompt = as_ids(pair["prompt_ids"])
-                ids.append(torch.cat((prompt, as_ids(pair[f"{side}_ids"]))))
-                masks.append(torch.cat((torch.zeros_like(prompt), as_ids(pair[f"{side}_mask"]))))
-        return {
-            "input_ids": padded(ids, self.pad_token_id),
-            "attention_mask": padded([torch.ones_like(sequence) for sequence in ids], 0),
-            "completion_mask": padded(masks, 0),
-        }
+        ids.append(sequence)
+        position_ids += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+        positions.append(start + before[is_scored])
+        targets.append(sequence[is_scored])
+        side_tokens += sides
+        side_lengths += [len(side) for side in sides]
+        pair_lengths.append((prompt, chosen, rejected))
+        start += len(sequence)
+        num_scored += len(scored)
+    side_lengths = torch.tensor(side_lengths)
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(position_ids)[None],
+        "pair_lengths": pair_lengths,
+        "positions": torch.cat(positions),
+        "targets": torch.cat(targets),
+        "side_tokens": torch.cat(side_tokens),
+        "sides": torch.arange(len(side_lengths)).repeat_interleave(side_lengths),
+        "side_lengths": side_lengths,
+    }
 
 
-def as_ids(values) -> torch.Tensor:
+def as_ids(values: Iterable[int]) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.int64)
-
-
-def padded(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smolpost.data.collate import IGNORE_INDEX
+from smolpost.data.collate import IGNORE_INDEX, PARTS
 from smolpost.data.dataset_folder import CHUNK_TOKENS, concatenated, write_dataset
 from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
 from smolpost.data.report import format_report, new_source, percentiles, write_report
@@ -25,7 +25,9 @@ __all__ = ["format_report", "prepare_apo", "prepare_sft"]
 THINK = "<think>"
 UNTRAINED = "without a trained token"
 OVERLONG = "overlong"
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PACK_TYPES = {"input_ids": "int32", "labels": "int32", "seq_lengths": "int32"}
+ID_COLUMNS = tuple(f"{part}_ids" for part in PARTS)
+MASK_COLUMNS = tuple(f"{part}_mask" for part in PARTS)
 
 
 # ---------------------------------------------------------------- sft
@@ -68,8 +70,7 @@ def prepare_sft(stage: SFTStage, rows: Rows, tokenizer, folder: Path) -> dict:
     documents, pieces, plan = pack(stage, tokens, documents)
     sources = sft_sources(stage, rows, tokens, documents, pieces, tokenizer)
     check_trained(sources)
-    types = {"input_ids": "int32", "labels": "int32", "seq_lengths": "int32"}
-    write_dataset(folder, types, pack_chunks(tokens, pieces, plan))
+    write_dataset(folder, PACK_TYPES, pack_chunks(tokens, pieces, plan))
     num_tokens = int(plan.pack_lengths().sum())
     return write_report(
         folder,
@@ -132,14 +133,15 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan) -> Iterator[d
     edges = np.flatnonzero(np.diff(chunk_of_pack, prepend=-1, append=np.iinfo(np.int64).max))
     for first, last in pairwise(edges):
         chosen = slice(plan.pack_offsets[first], plan.pack_offsets[last])
-        lengths = piece_lengths[chosen]
-        place = np.arange(lengths.sum()) + np.repeat(pieces.start[chosen] - (np.cumsum(lengths) - lengths), lengths)
-        ids = tokens.ids[place]
-        labels = np.where(tokens.trained[place], ids, IGNORE_INDEX)
+        # A piece is a slice: copying slices costs a fraction of an index array with an entry per token.
+        spans = list(zip(pieces.start[chosen].tolist(), pieces.stop[chosen].tolist(), strict=True))
+        ids = np.concatenate([tokens.ids[start:stop] for start, stop in spans])
+        labels = ids.copy()
+        labels[~np.concatenate([tokens.trained[start:stop] for start, stop in spans])] = IGNORE_INDEX
         yield {
             "input_ids": (ids, pack_lengths[first:last]),
             "labels": (labels, pack_lengths[first:last]),
-            "seq_lengths": (lengths, np.diff(plan.pack_offsets[first : last + 1])),
+            "seq_lengths": (piece_lengths[chosen], np.diff(plan.pack_offsets[first : last + 1])),
         }
 
 
@@ -189,8 +191,9 @@ def sft_sources(stage, rows, tokens: Tokens, documents: Documents, pieces: Docum
 def prepare_apo(stage: APOStage, rows: Rows, tokenizer, folder: Path) -> dict:
     """Tokenize and mask preference pairs into a `datasets` folder, one pair per row.
 
-    Columns: prompt_ids, chosen_ids, rejected_ids, and chosen_mask, rejected_mask: 1 where the policy is scored, 0 on
-    user and tool turns inside a completion. max_seq_len bounds the prompt with the longer completion.
+    Columns: prompt_ids, chosen_ids, rejected_ids, and prompt_mask, chosen_mask, rejected_mask: 1 where the policy is
+    scored, 0 on user and tool turns inside a completion. Tokens that both completions begin with are part of the
+    prompt, scored for both sides where its mask is 1. max_seq_len bounds the prompt with the longer completion.
 
     Args, Returns and Raises: As prepare_sft; stage.overlong may not be split.
     """
@@ -228,18 +231,21 @@ def fitted_pairs(stage: APOStage, rows: Rows, tokenizer, sources: dict, lengths:
         if overlong and stage.overlong == "refuse":
             raise overlong_error(stage, i, name, row, length, "", "truncate or drop")
         room = stage.max_seq_len - len(pair["prompt_ids"])
-        fitted = {key: ids if key == "prompt_ids" else ids[: max(room, 0)] for key, ids in pair.items()}
+        fitted = {key: ids if key.startswith("prompt") else ids[: max(room, 0)] for key, ids in pair.items()}
         reason = drop_reason(stage, fitted, overlong)
         if reason:
             entry["dropped"][reason] = entry["dropped"].get(reason, 0) + 1
             entry["tokens_dropped"] += num_ids(pair)
             continue
-        scored = int(fitted["chosen_mask"].sum() + fitted["rejected_mask"].sum())
-        has_think = bool((fitted["chosen_ids"][fitted["chosen_mask"] == 1] == think_id).any())
+        scored = sum(int(fitted[key].sum()) for key in MASK_COLUMNS)
+        has_think = any(
+            bool((fitted[f"{part}_ids"][fitted[f"{part}_mask"] == 1] == think_id).any()) for part in PARTS[:2]
+        )
         entry["rows_kept"] += 1
         entry["rows_truncated"] += int(overlong)
         entry["think_rows" if has_think else "no_think_rows"] += 1
         entry["tokens_trained"] += scored
+        entry["tokens_shared"] += len(fitted["prompt_ids"])
         entry["tokens_masked"] += num_ids(fitted) - scored
         entry["tokens_truncated"] += num_ids(pair) - num_ids(fitted)
         yield fitted
@@ -248,7 +254,7 @@ def fitted_pairs(stage: APOStage, rows: Rows, tokenizer, sources: dict, lengths:
 def drop_reason(stage: APOStage, pair: dict[str, np.ndarray], overlong: bool) -> str | None:
     if overlong and stage.overlong == "drop":
         return OVERLONG
-    if not (pair["chosen_mask"].any() and pair["rejected_mask"].any()):
+    if not (pair["prompt_mask"].any() or (pair["chosen_mask"].any() and pair["rejected_mask"].any())):
         return UNTRAINED
     if np.array_equal(pair["chosen_ids"], pair["rejected_ids"]):
         return "equal after truncation" if overlong else "equal once rendered"
@@ -291,13 +297,10 @@ def longest_side(pair: dict[str, np.ndarray]) -> int:
 
 
 def count_true(flags: np.ndarray, spans: Documents) -> np.ndarray:
-    """[D] how many flags are set in each span; the spans ascend and do not overlap."""
-    if len(spans.row) == 0:
-        return np.zeros(0, np.int64)
-    edges = np.stack((spans.start, spans.stop), axis=1).ravel()
-    if edges[-1] == len(flags):
-        edges = edges[:-1]  # the last segment runs to the end by itself
-    return np.add.reduceat(flags, edges, dtype=np.int64)[::2]
+    """[D] how many flags are set in each span."""
+    # np.add.reduceat would first widen all flags to the type it adds in: eight bytes per token.
+    edges = zip(spans.start.tolist(), spans.stop.tolist(), strict=True)
+    return np.array([np.count_nonzero(flags[start:stop]) for start, stop in edges], np.int64)
 
 
 def overlong_error(stage: TrainStage, i: int, name: str, row: dict, length: int, others: str, policies: str):

@@ -23,6 +23,7 @@ COUNTS = (
     "tokens_masked",
     "tokens_truncated",
     "tokens_dropped",
+    "tokens_shared",
 )
 
 
@@ -30,7 +31,7 @@ def new_source() -> dict:
     """The entry of a source nothing is known of: tokens_read is trained + masked + truncated + dropped.
 
     think_rows train a think block; texts are neither think nor no-think rows. tokens_unknown, of those read, stand
-    for characters the tokenizer has no token for.
+    for characters the tokenizer has no token for; tokens_shared, of a pair's prompt, serve both of its sides.
     """
     return {**dict.fromkeys(COUNTS, 0), "dropped": {}, "length_percentiles": {}}
 
@@ -106,7 +107,12 @@ def caption(totals: dict) -> str:
             f"{totals['fill_percent']:.1f}% full"
         )
     else:
-        whole = f"{totals['pairs']:,} pairs of {totals['tokens_per_pair']:,.0f} tokens on average"
+        once = totals["tokens_trained"] + totals["tokens_masked"]
+        saved = totals["tokens_shared"] / (once + totals["tokens_shared"])
+        whole = (
+            f"{totals['pairs']:,} pairs of {totals['tokens_per_pair']:,.0f} tokens on average, {saved:.0%} fewer than "
+            "as two sequences each"
+        )
     notes = [f"{count:,} rows dropped: {reason}" for reason, count in totals["dropped"].items()]
     if totals["tokens_unknown"]:
         notes.append(f"{totals['tokens_unknown']:,} tokens unknown to the tokenizer")

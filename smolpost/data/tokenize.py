@@ -23,6 +23,7 @@ PAIR_TYPES = {
     "prompt_ids": "int32",
     "chosen_ids": "int32",
     "rejected_ids": "int32",
+    "prompt_mask": "int8",
     "chosen_mask": "int8",
     "rejected_mask": "int8",
 }
@@ -128,12 +129,25 @@ def tokenize_pair(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> d
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    columns = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.chosen_trained, pair.rejected_trained)
-    arrays = {key: np.array(column, PAIR_TYPES[key]) for key, column in zip(PAIR_TYPES, columns, strict=True)}
+    ids = [np.array(side, PAIR_TYPES["chosen_ids"]) for side in (pair.chosen_ids, pair.rejected_ids)]
+    masks = [np.array(side, PAIR_TYPES["chosen_mask"]) for side in (pair.chosen_trained, pair.rejected_trained)]
     if stage.last_turn_only:
-        for key in ("chosen_mask", "rejected_mask"):
-            arrays[key] = last_run(arrays[key])
-    return arrays
+        masks = [last_run(mask) for mask in masks]
+    shared = num_shared(ids, masks)
+    columns = (
+        np.concatenate((np.array(pair.prompt_ids, PAIR_TYPES["prompt_ids"]), ids[0][:shared])),
+        *(side[shared:] for side in ids),
+        np.concatenate((np.zeros(len(pair.prompt_ids), PAIR_TYPES["prompt_mask"]), masks[0][:shared])),
+        *(mask[shared:] for mask in masks),
+    )
+    return dict(zip(PAIR_TYPES, columns, strict=True))
+
+
+def num_shared(ids: list[np.ndarray], masks: list[np.ndarray]) -> int:
+    """Tokens both completions begin with, scored alike; each side keeps at least its last token to itself."""
+    length = max(0, min(map(len, ids)) - 1)
+    differs = (ids[0][:length] != ids[1][:length]) | (masks[0][:length] != masks[1][:length])
+    return int(differs.argmax()) if differs.any() else length
 
 
 def last_run(mask: np.ndarray) -> np.ndarray:

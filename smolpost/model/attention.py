@@ -1,23 +1,40 @@
-"""Attention whose work grows with the documents of a packed row, not with the row.
+"""Attention whose work grows with the documents and pairs of a packed row, not with the row's square.
 
-`attn_implementation="documents"` makes the packed rows of training cheap: a row of L tokens in documents of lengths
-n_i costs sum(n_i^2) instead of L^2, and no L x L mask is built. Rows with padding or a KV cache (evaluation,
-generation, TRL's padded preference batches) go through transformers' SDPA with its ordinary mask.
+`attn_implementation="packed"` knows two layouts of one row that holds a whole batch:
 
-B rows, L tokens per row, N query heads, K key heads, D head size.
+- documents: each sees itself, causally, and no other;
+- pairs: `prompt | chosen | rejected`, one pair after another, the positions of rejected counting on from the prompt's
+  like those of chosen. Both completions see the prompt and themselves, causally; pairs do not see each other.
+
+Either is a list of segments. `prompt | chosen` is a document like any other; rejected is a segment with a prefix, the
+prompt, which thereby passes through the model once for both. Rows with padding or a KV cache (evaluation, generation)
+go through transformers' SDPA with its ordinary mask.
+
+B rows, L tokens per row, S keys, N query heads, K key heads (N a multiple of K), D head size.
 """
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "documents"
+NAME = "packed"
+# Below this many numbers in a segment's queries a kernel call costs more than its arithmetic; above, less than the
+# copies that sharing it takes.
+SHORT = 8192
 
 
-def documents_attention(
+def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -27,46 +44,100 @@ def documents_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     position_ids: torch.Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
+    pair_lengths: Sequence[tuple[int, int, int]] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document.
+    """Causal attention within each document or preference pair.
 
     Args:
         query: [B, N, L, D]; key and value: [B, K, S, D].
-        attention_mask: From `documents_mask`; None where there is neither padding nor a cache.
-        position_ids: [1 or B, L]; 0 begins a document.
+        attention_mask: From `packed_mask`; None where there is neither padding nor a cache.
+        scaling: Factor on the scores; None: D^-0.5.
+        position_ids: [1 or B, L]; 0 begins a document where neither of the lengths says so.
+        document_lengths: Tokens of each document. Spares the look at position_ids, for which a GPU has to stop.
+        pair_lengths: Tokens of each pair's prompt, chosen and rejected; any may be 0.
     Returns:
         [B, L, N, D], and None: probabilities are not kept.
     Raises:
-        ValueError: Packed documents in a batch of several rows, or under a sliding window.
+        ValueError: The lengths do not fit the row, or it is packed and there is more than the row: other rows,
+            padding, a cache, a sliding window, a softcap, sinks, a position bias.
     """
-    lengths = None
-    if attention_mask is None and position_ids is not None and query.shape[2] == key.shape[2]:
-        lengths = document_lengths(position_ids)
-    if lengths is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if query.shape[0] > 1:
-        raise ValueError(f"packed documents in a batch of {query.shape[0]} rows; flatten the batch into one row")
+    num_rows, _, num_tokens, head_size = query.shape
+    if document_lengths is None and pair_lengths is None:
+        # A sliding window brings its own mask, which must not hide that the row is packed.
+        looks_packed = attention_mask is None or (sliding_window is not None and num_rows == 1)
+        if looks_packed and num_tokens == key.shape[2] and position_ids is not None and position_ids.ndim == 2:
+            document_lengths = lengths_from_positions(position_ids)
+        if document_lengths is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+    if num_rows > 1:
+        raise ValueError(f"packed documents in a batch of {num_rows} rows; flatten the batch into one row")
     if sliding_window is not None:
         raise ValueError(f"attn_implementation={NAME} has no sliding window; use sdpa for this model")
-    outputs: list[torch.Tensor | None] = [None] * len(lengths)
-    parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
-    for length in sorted(set(lengths)):
-        same = [i for i, n in enumerate(lengths) if n == length]
-        # Documents of one length share a call: short ones are many, and a call costs more than their arithmetic.
-        q, k, v = (torch.cat([part[i] for i in same]) for part in parts)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation={NAME} has no {name}; use eager for this model")
+    if attention_mask is not None or num_tokens != key.shape[2]:
+        raise ValueError(
+            f"packed documents with padding or a KV cache ({num_tokens} queries, {key.shape[2]} keys): they would see "
+            "each other; leave attention_mask and past_key_values out"
         )
-        for i, output in zip(same, attended.split(1), strict=True):
-            outputs[i] = output
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    segments = find_segments(num_tokens, document_lengths, pair_lengths)
+
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does for SDPA: RoPE leaves queries and keys in fp32, values come in the lower precision.
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    flash = not dropout and value.shape[3] == head_size
+    if flash and device == "cpu":
+        return CPUFlash.apply(query, key, value, segments, scaling), None
+    if flash and device == "cuda" and varlen_fits(query):
+        return varlen_attention(query, key, value, segments, scaling), None
+    return segment_attention(query, key, value, segments, scaling, dropout), None
 
 
-def document_lengths(position_ids: torch.Tensor) -> list[int] | None:
-    """Lengths of a row's documents, or None where no row holds more than one."""
+def packed_mask(
+    q_length: int, kv_length: int, q_offset: int = 0, attention_mask: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor | None:
+    """No mask where `packed_attention` needs none, else the one that SDPA takes."""
+    if attention_mask is None and q_length == kv_length and q_offset == 0 and kwargs.get("local_size") is None:
+        return None
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Make the name known to every transformers model; the mask builder, too, or padding would be ignored."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, packed_mask)
+
+
+# Layouts
+
+
+class Segment(NamedTuple):
+    """Tokens that see themselves, causally, and the whole of a prefix earlier in the row."""
+
+    own: range
+    prefix: range  # empty where there is none
+
+
+def lengths_from_positions(position_ids: torch.Tensor) -> list[int] | None:
+    """Lengths of a row's documents by positions [B, L] that restart at 0; None where no row holds more than one.
+
+    Raises:
+        ValueError: Positions step back to another value than 0, as those of rejected completions do.
+    """
+    backwards = (position_ids[:, 1:] <= position_ids[:, :-1]) & (position_ids[:, 1:] != 0)
+    if backwards.any():
+        row, token = backwards.nonzero()[0].tolist()
+        before, after = position_ids[row, token : token + 2].tolist()
+        raise ValueError(
+            f"position_ids step back from {before} to {after} at token {token + 1}, but a document begins at 0; "
+            "pass pair_lengths where the row holds preference pairs"
+        )
     starts = (position_ids == 0).nonzero()[:, 1]
     if len(starts) <= position_ids.shape[0]:
         return None
@@ -74,16 +145,198 @@ def document_lengths(position_ids: torch.Tensor) -> list[int] | None:
     return (ends - starts).tolist()
 
 
-def documents_mask(
-    q_length: int, kv_length: int, q_offset: int = 0, attention_mask: torch.Tensor | None = None, **kwargs
-) -> torch.Tensor | None:
-    """No mask where `documents_attention` needs none, else the one that SDPA takes."""
-    if attention_mask is None and q_length == kv_length and q_offset == 0:
+def find_segments(
+    num_tokens: int,
+    document_lengths: Sequence[int] | None = None,
+    pair_lengths: Sequence[tuple[int, int, int]] | None = None,
+) -> tuple[Segment, ...]:
+    """Segments of a row, in its order, covering it, none of them empty.
+
+    Raises:
+        ValueError: Both lengths are given, one is negative, or they do not sum to num_tokens.
+    """
+    if document_lengths is not None and pair_lengths is not None:
+        raise ValueError("document_lengths and pair_lengths are both given, but a row has one layout")
+    name, pairs = "pair_lengths", pair_lengths
+    if pair_lengths is None:
+        # A document is a prompt without completions.
+        name, pairs = "document_lengths", [(length, 0, 0) for length in document_lengths]
+    if any(length < 0 for pair in pairs for length in pair):
+        raise ValueError(f"{name} hold {min(map(min, pairs))}, but no length is below 0")
+    total = sum(sum(pair) for pair in pairs)
+    if total != num_tokens:
+        raise ValueError(f"{name} sum to {total} tokens, but the row has {num_tokens}")
+    segments, start = [], 0
+    for prompt, chosen, rejected in pairs:
+        fork = start + prompt + chosen
+        segments.append(Segment(range(start, fork), range(0)))
+        segments.append(Segment(range(fork, fork + rejected), range(start, start + prompt)))
+        start = fork + rejected
+    return tuple(segment for segment in segments if segment.own)
+
+
+def cut(x: torch.Tensor, span: range, dim: int = 2) -> torch.Tensor:
+    """View of the tokens of a span."""
+    return x.narrow(dim, span.start, len(span))
+
+
+# CPU: SDPA's own kernels, called directly for the log-sum-exps that they return.
+
+
+def batches(lengths: list[int], short: int) -> list[list[int]]:
+    """Numbers of the segments that share a kernel call: those of one length, where it is below `short`."""
+    groups = {}
+    for number, length in enumerate(lengths):
+        groups.setdefault(length if length < short else -number, []).append(number)
+    return list(groups.values())
+
+
+def per_segment(kernel: Callable, segments: tuple[Segment, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Run a kernel on each segment's part of tensors [1, heads, L, ...]; results come back as [1, L, heads, ...]."""
+    lengths = [len(own) for own, _ in segments]
+    parts = [x.split(lengths, dim=2) for x in tensors]
+    results = [[] for _ in segments]
+    for batch in batches(lengths, SHORT // (tensors[0].shape[1] * tensors[0].shape[3])):
+        first, *others = batch
+        found = kernel(*(torch.cat([part[i] for i in batch]) if others else part[first] for part in parts))
+        for x in found:
+            for i, result in zip(batch, x.transpose(1, 2).split(1), strict=True):
+                results[i].append(result)
+    return tuple(torch.cat(pieces, dim=1) for pieces in zip(*results, strict=True))
+
+
+class CPUFlash(torch.autograd.Function):
+    """Attention in a row's segments: query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D]."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, segments, scale):
+        # The kernels take the last stride for 1 without looking.
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+
+        def attend(q, k, v, causal=True):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+        output, logsumexp = per_segment(attend, segments, query, key, value)
+        for own, prefix in segments:
+            if not prefix:  # the kernels crash without keys
+                continue
+            attended, total = attend(cut(query, own), cut(key, prefix), cut(value, prefix), causal=False)
+            attended, total = attended.transpose(1, 2), total.transpose(1, 2)
+            # One softmax over two sets of keys: each set's output counts by its share of the denominator.
+            own_attended, own_total = cut(output, own, dim=1), cut(logsumexp, own, dim=1)
+            share = (total - own_total).sigmoid()[..., None]
+            own_attended.copy_(own_attended.to(share.dtype).lerp(attended.to(share.dtype), share))
+            own_total.copy_(own_total.logaddexp(total))
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.segments, ctx.scale = segments, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        gradient, output, logsumexp = (x.transpose(1, 2) for x in (gradient, output, logsumexp))
+
+        def differentiate(g, o, total, q, k, v, causal=True):
+            # Given the output and log-sum-exp over all keys, the kernel finds the weights that these keys had.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, total, 0.0, causal, scale=ctx.scale
+            )
+
+        row = gradient, output, logsumexp, query, key, value
+        gradients = [x.transpose(1, 2) for x in per_segment(differentiate, ctx.segments, *row)]
+        for own, prefix in ctx.segments:
+            if prefix:
+                spans = own, own, own, own, prefix, prefix
+                found = differentiate(*map(cut, row, spans), causal=False)
+                for whole, part, span in zip(gradients, found, (own, prefix, prefix), strict=True):
+                    cut(whole, span).add_(part)
+        return *gradients, None, None
+
+
+# CUDA: one call of FlashAttention for the row.
+
+
+@cache
+def varlen_kernel() -> Callable | None:
+    """FlashAttention on sequences of unequal length: torch's where it knows grouped heads, else flash-attn's."""
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return lambda *args, scale: varlen_attn(*args, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
+    return lambda *args, scale: flash_attn_varlen_func(*args, softmax_scale=scale, causal=True)
 
 
-def register() -> None:
-    """Make the name known to every transformers model; the mask builder, too, or padding would be ignored."""
-    AttentionInterface.register(NAME, documents_attention)
-    AttentionMaskInterface.register(NAME, documents_mask)
+def varlen_fits(query: torch.Tensor) -> bool:
+    """Whether there is a FlashAttention for these queries [1, N, L, D] on their GPU."""
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[3] % 8 == 0
+        and query.shape[3] <= 192  # the backward of larger heads does not run on every GPU
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and varlen_kernel() is not None
+    )
+
+
+@lru_cache(maxsize=8)
+def varlen_index(segments: tuple[Segment, ...], device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    """Indices for FlashAttention, made once for all layers.
+
+    Returns:
+        Token of each key with every prefix repeated before its segment, or None where that changes nothing; ends of
+        the segments' queries and of their keys, each int32 [segments + 1] from 0; most queries and most keys.
+    """
+
+    def on_device(numbers, dtype):
+        # Pinned memory travels without the host waiting for the device.
+        return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+    num_queries = [len(own) for own, _ in segments]
+    num_keys = [len(prefix) + len(own) for own, prefix in segments]
+    ends = [on_device([0, *accumulate(counts)], torch.int32) for counts in (num_queries, num_keys)]
+    tokens = None
+    if num_keys != num_queries:
+        tokens = on_device([token for own, prefix in segments for token in (*prefix, *own)], torch.int64)
+    return tokens, *ends, max(num_queries), max(num_keys)
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: tuple[Segment, ...], scale: float | None
+) -> torch.Tensor:
+    """Query [1, N, L, D], key and value [1, K, L, D], fp16 or bf16 -> [1, L, N, D]."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    tokens, *index = varlen_index(segments, query.device)
+    if tokens is not None:
+        key, value = key.index_select(0, tokens), value.index_select(0, tokens)
+    # FlashAttention (2.1 on, and torch's copy) aligns the causal diagonal to the bottom right: where the keys begin
+    # with a prefix, query i sees all of it and its own segment's keys 0 to i.
+    return varlen_kernel()(query, key, value, *index, scale=scale)[None]
+
+
+# Anywhere: SDPA, segment by segment.
+
+
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D]; any device, dtype and dropout."""
+    # Given as many key heads as query heads, CUDA has a kernel for fp32 that keeps no scores.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    parts = [x.split([len(own) for own, _ in segments], dim=2) for x in (query, key, value)]
+    outputs = []
+    for (_, prefix), q, k, v in zip(segments, *parts, strict=True):
+        mask = None
+        if prefix:
+            k, v = torch.cat((cut(key, prefix), k), dim=2), torch.cat((cut(value, prefix), v), dim=2)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(len(prefix))
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
+        )
+    return torch.cat([x.transpose(1, 2) for x in outputs], dim=1)

@@ -15,6 +15,8 @@ from smolpost.recipe import Request
 
 ROWS = ("data/sources.py", "data/mixtures.py")
 MODEL = ("model/configuration_smollm3.py", "model/modeling_smollm3.py", "model/register.py", "model/attention.py")
+PACKS = ("data/collate.py", "data/dataset_folder.py", "data/packing.py")
+TRAINING = ("chat/render.py", *MODEL, *PACKS, "objectives", "training")
 CODE = {  # the parts of the library that decide a step's result; tests/pipeline/test_lineage.py checks them by imports
     "tasks": ("data/tasks.py",),
     "init": ("chat", *MODEL, *ROWS),
@@ -22,8 +24,12 @@ CODE = {  # the parts of the library that decide a step's result; tests/pipeline
         "chat", *ROWS, "data/tokenize.py", "data/packing.py", "data/prepare.py", "data/dataset_folder.py",
         "data/report.py", "data/collate.py",
     ),
-    "sft": ("chat/render.py", *MODEL, "data/collate.py", "training"),
-    "apo": ("chat/render.py", *MODEL, "data/collate.py", "training"),
+    "sft": TRAINING,
+    "apo": TRAINING,
+    "reference": (
+        *MODEL, *PACKS, "objectives/logprobs.py", "training/batches.py", "training/environment.py",
+        "training/reference.py", "training/reference_cache.py", "training/scoring.py",
+    ),
     "pairs": ("chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "synthesis"),
     "merge": ("merging",),
     "evaluate": (

@@ -7,7 +7,7 @@ from pathlib import Path
 from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import Request, room
-from smolpost.training.batch_size import grad_accum_steps
+from smolpost.training.batch_size import check_global_batch
 
 JOBS = {"tasks": "data_gen/tasks.py", "pairs": "data_gen/preference_pairs.py", "merge": "merge/linear.py"}
 
@@ -45,16 +45,21 @@ def plan(request: Request) -> list[StagePlan]:
     """Every stage of the recipe, parents before children, otherwise in the recipe's order.
 
     Raises:
-        UserError: Stages depend on one another in a circle, a stage starts from one with several seeds, or a global
-            batch does not divide over the accelerate config's processes.
+        UserError: Stages depend on one another in a circle, a stage starts from one with several seeds, a global batch
+            has fewer rows than the accelerate config has processes, or an apo stage's attention cannot share prompts.
     """
     stages = request.recipe.stages
     plans: dict[str, StagePlan] = {}
     for stage in _ordered(request.recipe):
         config = stages[stage]
         if isinstance(config, schema.TrainStage):
-            processes = request.recipe.accelerate.get("num_processes", 1)
-            grad_accum_steps(stage, config.global_batch_size, config.micro_batch_size, processes)
+            check_global_batch(stage, config.global_batch_size, request.recipe.accelerate.get("num_processes", 1))
+            attention = request.recipe.model.attn_implementation
+            if config.kind == "apo" and attention != schema.PACKED_ATTENTION:
+                raise UserError(
+                    f"stages.{stage} trains on pairs that share their prompt, whose sides model.attn_implementation="
+                    f"{attention} cannot keep apart; set it to {schema.PACKED_ATTENTION}"
+                )
         seeds = config.seeds if isinstance(config, schema.TrainStage) else [None]
         for seed in seeds:
             name = f"{stage}-{seed}" if len(seeds) > 1 else stage

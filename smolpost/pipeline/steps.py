@@ -11,7 +11,7 @@ from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
-from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.lineage import CODE, Lineage, Located
 
 PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
 
@@ -180,6 +180,8 @@ def _train(lineage: Lineage, stage: Located, folder: Path, environment) -> dict:
         start=input_folders(stage, lineage.recipe)[config.init_from],
         prepared=stage.prepared,
         out=folder,
+        references=lineage.root / "references",
+        code=manifest.code_version(*CODE["reference"]),
         attn_implementation=lineage.recipe.model.attn_implementation,
         environment=environment,
     )

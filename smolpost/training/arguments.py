@@ -3,8 +3,9 @@
 import math
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from smolpost.schema import TrainStage
-from smolpost.training.batch_size import grad_accum_steps
 from smolpost.training.environment import Environment
 
 SCHEDULERS = {
@@ -15,51 +16,46 @@ SCHEDULERS = {
 }
 
 
-def shared_arguments(
-    name: str, stage: TrainStage, seed: int, num_rows: int, out: Path, environment: Environment
-) -> dict:
-    """Keyword arguments that SFTConfig and DPOConfig take alike.
+def training_arguments(
+    stage: TrainStage, seed: int, num_rows: int, out: Path, environment: Environment
+) -> TrainingArguments:
+    """The settings for `StageTrainer`, which plans its batches itself: to transformers, a step is one batch of one row.
 
     Args:
         num_rows: Prepared rows, from which the number of steps follows.
-    Raises:
-        UserError: The global batch does not divide over the ranks.
     """
-    return {
-        "output_dir": str(out),
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": environment.use_cpu,
-        "bf16": environment.bf16,
-        "per_device_train_batch_size": stage.micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps(
-            name, stage.global_batch_size, stage.micro_batch_size, environment.world_size
-        ),
-        "activation_checkpointing": stage.gradient_checkpointing,
-        "num_train_epochs": stage.num_epochs,
-        "max_steps": stage.max_steps or -1,
-        "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": SCHEDULERS[stage.lr_scheduler],
-        "lr_scheduler_kwargs": _schedule(stage, num_rows),
-        "warmup_steps": stage.warmup_ratio,  # a float below 1 is a share of all steps
-        "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch",
-        "weight_decay": stage.weight_decay,
-        "adam_beta1": stage.adam_beta1,
-        "adam_beta2": stage.adam_beta2,
-        "adam_epsilon": stage.adam_epsilon,
-        "logging_steps": stage.logging_steps,
-        "logging_first_step": True,
-        "save_strategy": "steps",
-        "save_steps": stage.save_steps,
-        "save_total_limit": stage.save_total_limit,
-        "report_to": list(stage.report_to),
-        "remove_unused_columns": False,  # the prepared columns are exactly what the collator needs
-        "dataloader_pin_memory": not environment.use_cpu,
-        "average_tokens_across_devices": True,
-        "eval_strategy": "no",
-        "ddp_find_unused_parameters": False,
-    }
+    return TrainingArguments(
+        output_dir=str(out),
+        seed=seed,
+        data_seed=seed,
+        use_cpu=environment.use_cpu,
+        bf16=environment.bf16,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=stage.gradient_checkpointing,
+        num_train_epochs=stage.num_epochs,
+        max_steps=stage.max_steps or -1,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=SCHEDULERS[stage.lr_scheduler],
+        lr_scheduler_kwargs=_schedule(stage, num_rows),
+        warmup_steps=stage.warmup_ratio,  # a float below 1 is a share of all steps
+        max_grad_norm=stage.max_grad_norm,
+        optim="adamw_torch",
+        weight_decay=stage.weight_decay,
+        adam_beta1=stage.adam_beta1,
+        adam_beta2=stage.adam_beta2,
+        adam_epsilon=stage.adam_epsilon,
+        logging_steps=stage.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=stage.save_steps,
+        save_total_limit=stage.save_total_limit,
+        report_to=list(stage.report_to),
+        remove_unused_columns=False,  # the prepared columns are exactly what the collator needs
+        dataloader_pin_memory=not environment.use_cpu,
+        eval_strategy="no",
+        ddp_find_unused_parameters=False,
+    )
 
 
 def _schedule(stage: TrainStage, num_rows: int) -> dict:

@@ -1,23 +1,20 @@
-"""One global batch on any number of ranks."""
+"""The least that a global batch must hold. Apart from `batches`, as a plan is made without torch."""
 
 from smolpost.errors import UserError
 
 
-def grad_accum_steps(name: str, global_batch_size: int, micro_batch_size: int, num_processes: int) -> int:
-    """Forward passes per rank and optimizer step, so that the global batch is what the recipe says.
+def check_global_batch(name: str, global_batch_size: int, num_processes: int) -> None:
+    """Refuse a batch that some ranks would have no part in.
 
     Args:
         name: The stage, for the message.
         global_batch_size: Rows per optimizer step over all ranks.
-        micro_batch_size: Rows per rank and forward pass.
         num_processes: Ranks.
     Raises:
-        UserError: The global batch is no multiple of what one forward pass of all ranks takes.
+        UserError: There are more ranks than rows.
     """
-    rows = micro_batch_size * num_processes
-    if global_batch_size % rows:
+    if global_batch_size < num_processes:
         raise UserError(
-            f"stages.{name}.global_batch_size={global_batch_size} is not a multiple of micro_batch_size x "
-            f"num_processes = {micro_batch_size} x {num_processes}; try {rows * max(1, global_batch_size // rows)}"
+            f"stages.{name}.global_batch_size={global_batch_size} is below num_processes={num_processes}, and a rank "
+            "without a row has nothing to do; raise it, or launch fewer processes"
         )
-    return global_batch_size // rows

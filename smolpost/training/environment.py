@@ -16,6 +16,13 @@ class Environment:
     use_cpu: bool
     bf16: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        if self.use_cpu:
+            return torch.device("cpu")
+        return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+
 
 def detect(precision: str) -> Environment:
     """Recognise the machine and settle what accelerate must be told before it starts.

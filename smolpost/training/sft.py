@@ -1,40 +1,65 @@
-"""Mid-training and SFT: TRL's SFTTrainer on packs that are already tokenized, masked and packed."""
+"""Mid-training and SFT: the mean negative log-likelihood of the trained tokens of a global batch."""
 
+import functools
+
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from smolpost.data.collate import SFTCollator
+from smolpost.data.collate import IGNORE_INDEX, collate_packs
+from smolpost.data.dataset_folder import list_lengths
 from smolpost.schema import SFTStage
-from smolpost.training.optimizer import decayed_parameters
+from smolpost.training.batches import GlobalBatches, by_count
+from smolpost.training.environment import Environment
+from smolpost.training.scoring import Scored
+from smolpost.training.trainer import StageTrainer
 
 
-class PackTrainer(SFTTrainer):
-    """SFTTrainer that leaves the rows as they are and does not decay embeddings."""
+class PackTrainer(StageTrainer):
+    """Trains on packs of documents."""
 
-    def get_decay_parameter_names(self, model):
-        return decayed_parameters(model)
+    def count(self, batch: dict) -> list[int]:
+        return [int((batch["labels"] != IGNORE_INDEX).sum())]
+
+    def pass_loss(self, model, batch, counts, totals):
+        labels = batch.pop("labels")[0]
+        positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+        # The coefficients are known before the forward, so the head makes its gradients in the same sweep.
+        weights = torch.full((len(positions),), counts / totals[0].clamp(min=1), device=labels.device)
+        scores = model(**batch, scored=Scored(positions, labels[positions + 1], weights))
+        num_tokens = len(positions) * counts
+        self.observe("entropy", scores.entropy.sum() * counts, num_tokens)
+        self.observe("mean_token_accuracy", scores.is_top1.sum() * counts, num_tokens)
+        return -scores.total
 
 
-def config(stage: SFTStage, arguments: dict) -> SFTConfig:
-    return SFTConfig(
-        **arguments,
-        # TRL must neither tokenize, truncate nor pack again: the rows are final.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        train_sampling_strategy="random" if stage.shuffle_packs else "sequential",
+def batches(stage: SFTStage, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
+    return GlobalBatches(
+        list_lengths(rows, "input_ids"),
+        stage.global_batch_size,
+        functools.partial(by_count, micro_batch_size=stage.micro_batch_size),
+        seed=seed if stage.shuffle_packs else None,
+        rank=environment.rank,
+        num_ranks=environment.world_size,
     )
 
 
 def trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, arguments: SFTConfig, callbacks: list
+    stage: SFTStage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    arguments: TrainingArguments,
+    seed: int,
+    environment: Environment,
+    callbacks: list,
 ) -> PackTrainer:
     return PackTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        data_collator=SFTCollator(),
-        callbacks=callbacks,
+        model,
+        arguments,
+        tokenizer,
+        rows.with_format("numpy"),
+        collate_packs,
+        batches(stage, rows, seed, environment),
+        callbacks,
     )

@@ -1,21 +1,28 @@
 """One training stage for one seed: prepared rows and a start checkpoint in, final weights and metrics out."""
 
+import functools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import smolpost.model  # noqa: F401  registers our SmolLM3 with the Auto classes
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
-from smolpost.schema import TrainStage
-from smolpost.training import apo, sft
-from smolpost.training.arguments import shared_arguments
+from smolpost.schema import APOStage, TrainStage
+from smolpost.training import apo, reference, sft
+from smolpost.training.adapters import add_adapters, merged
+from smolpost.training.arguments import training_arguments
+from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import MarkWhole, last_whole, remove_broken
 from smolpost.training.environment import Environment, check_ranks
+from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
 
 
 def train(
@@ -26,6 +33,8 @@ def train(
     start: Path,
     prepared: Path,
     out: Path,
+    references: Path,
+    code: str,
     attn_implementation: str,
     environment: Environment,
 ) -> dict:
@@ -36,35 +45,53 @@ def train(
         start: Folder of the checkpoint to start from; APO's reference, too.
         prepared: Folder of the prepared rows.
         out: Folder for checkpoints, logs and, at the end, the final model and tokenizer.
+        references: Folder of the reference caches, which all stages share.
+        code: Version of the code that works out a reference.
         environment: From `environment.detect`, called before anything of accelerate.
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
-        UserError: The ranks do not know of one another, the global batch does not divide over them, or the disk has
-            no room for the checkpoints.
+        UserError: The batch is too small for the ranks, they do not know of one another, the reference is not finite,
+            or the disk has no room for the checkpoints.
     """
     began = time.monotonic()
+    check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
-    # The arguments come first: under ZeRO-3 they make from_pretrained build sharded parameters (zero.Init).
-    arguments = shared_arguments(name, stage, seed, len(rows), out, environment)
-    arguments = (apo if stage.kind == "apo" else sft).config(stage, arguments)
+    load_start = functools.partial(load, start, stage, attn_implementation)
+    cache, report = None, {}
+    if stage.kind == "apo":
+        # Before the arguments, under which ZeRO-3 would shard the reference, and before the policy takes memory.
+        cache = reference_cache(stage, rows, start, references, code, environment)
+        scored = reference.fill(cache, rows, load_start, apo.capacity(stage), environment)
+        report = {"reference_cache": str(cache.folder), "reference_pairs_scored": scored}
+    # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
+    arguments = training_arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.chat_template = load_template(stage.template)
-    model = load(start, stage, attn_implementation)
+    model = load_start()
     check_space(name, stage, model, out)
-    if stage.kind == "apo":
-        reference = load(start, stage, attn_implementation)
-        trainer = apo.trainer(model, reference, tokenizer, rows, arguments, [MarkWhole()])
+    if stage.lora:
+        model = add_adapters(name, model, stage.lora, seed)
+    if cache:
+        arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the cache
+        cache.open()
+        trainer = apo.trainer(stage, model, tokenizer, rows, cache, arguments, seed, environment, [MarkWhole()])
     else:
-        trainer = sft.trainer(model, tokenizer, rows, arguments, [MarkWhole()])
+        trainer = sft.trainer(stage, model, tokenizer, rows, arguments, seed, environment, [MarkWhole()])
+    if environment.rank == 0 and (idle := trainer.batches.idle_share()):
+        print(
+            f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
+            f"ranks: {idle:.0%} of the forward passes are empty",
+            flush=True,
+        )
     resume = _resume_point(trainer, out)
     trainer.train(resume_from_checkpoint=resume)
-    save(trainer, tokenizer, model, out, dtype=torch.bfloat16 if environment.bf16 else torch.float32)
+    save(trainer, tokenizer, load_start, out, dtype=torch.bfloat16 if environment.bf16 else torch.float32)
     if not trainer.is_world_process_zero():
         return {}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
+    return report | {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 4),
         "loss_first": losses[0],
@@ -76,6 +103,20 @@ def train(
         "precision": "bf16" if environment.bf16 else "fp32",
         "log": trainer.state.log_history,
     }
+
+
+def reference_cache(
+    stage: APOStage, rows: Dataset, start: Path, references: Path, code: str, environment: Environment
+) -> ReferenceCache:
+    """The cache under the key of all that decides the reference's log-probabilities, and of nothing else."""
+    key = reference_key(
+        rows=rows._fingerprint,  # of the content: prepare hashes ids and masks
+        weights=weights_hash(start),
+        precision="bf16" if environment.bf16 else "fp32",
+        context=f"{stage.rope_theta}/{stage.max_position_embeddings}",
+        code=code,
+    )
+    return ReferenceCache(references / key, key, reference.scored_tokens(rows))
 
 
 def load(start: Path, stage: TrainStage, attn_implementation: str) -> PreTrainedModel:
@@ -109,14 +150,20 @@ def check_space(name: str, stage: TrainStage, model: PreTrainedModel, out: Path)
         )
 
 
-def save(trainer: Trainer, tokenizer, model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:
+def save(trainer: Trainer, tokenizer, load_start: Callable[[], PreTrainedModel], out: Path, dtype: torch.dtype) -> None:
     """The final model in `dtype`, alike under every backend, with its tokenizer and chat template."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel):
+            unset_hf_deepspeed_config()  # this rank alone loads: nothing to shard
+            model = merged(load_start(), model, state)
+            state = model.state_dict()
+        # Gathering may copy a tied weight; on disk it stands once.
+        state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
         model.config.dtype = dtype
         model.config.use_cache = True  # training turns it off
-        model.save_pretrained(out, state_dict=state)
+        model.save_pretrained(out, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
         tokenizer.save_pretrained(out)
     trainer.accelerator.wait_for_everyone()
 

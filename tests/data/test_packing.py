@@ -1,10 +1,12 @@
 import itertools
 import time
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl.data_utils import pack_dataset
 
 from smolpost.data.packing import best_fit_decreasing, stable_argsort, unpacked, wrapped
 
@@ -90,6 +92,22 @@ def test_best_fit_decreasing_loses_and_cuts_no_document(lengths):
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=9))
 def test_best_fit_decreasing_is_within_its_bound_of_the_optimum(lengths):
     assert best_fit_decreasing(lengths, 10).num_packs <= 11 / 9 * fewest_packs(lengths, 10) + 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS.filter(bool))
+def test_best_fit_decreasing_never_needs_more_packs_than_trl_in_one_batch(lengths):
+    rows = datasets.Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    theirs = pack_dataset(rows, 12, "bfd", {"batch_size": len(lengths)})
+    assert sum(map(sum, theirs["seq_lengths"])) == sum(lengths)  # TRL cut nothing
+    assert best_fit_decreasing(lengths, 12).num_packs <= len(theirs)
+
+
+def test_best_fit_decreasing_needs_fewer_packs_than_trl_in_its_batches():
+    # The first batch of 1000 ends with eleven packs of 7, each with room for a 5 that is in the next batch.
+    lengths = [12] * 989 + [7] * 11 + [5] * 11
+    theirs = pack_dataset(datasets.Dataset.from_dict({"input_ids": [[0] * length for length in lengths]}), 12, "bfd")
+    assert (best_fit_decreasing(lengths, 12).num_packs, len(theirs)) == (1000, 1006)
 
 
 @given(LENGTHS, st.integers(1, 15))

@@ -1,20 +1,28 @@
 import io
 import json
+import tempfile
 from itertools import pairwise
+from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data import prepare
-from smolpost.data.collate import PreferenceCollator, SFTCollator
+from smolpost.data.collate import PARTS, collate_packs, collate_pairs
+from smolpost.data.dataset_folder import write_dataset
 from smolpost.data.mixtures import mix
+from smolpost.data.packing import best_fit_decreasing, unpacked, wrapped
 from smolpost.data.prepare import format_report, prepare_apo, prepare_sft
 from smolpost.data.sources import Row
+from smolpost.data.tokenize import Tokens, num_shared
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, Mixture, SFTStage, Source
 
@@ -113,6 +121,59 @@ def test_packs_hold_every_document_whatever_the_chunks(tokenizer, tmp_path, monk
     assert report["totals"]["packs"] == len(dataset)
     assert report["totals"]["tokens_per_pack"] == tokens / len(dataset)
     assert report["totals"]["fill_percent"] == pytest.approx(100 * tokens / len(dataset) / 64)
+
+
+PLANS = {"bfd": best_fit_decreasing, "wrapped": wrapped, "none": lambda lengths, _: unpacked(lengths)}
+FLAGS = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=20)
+
+
+def naive_packs(documents, plan):
+    """The columns of a plan over documents [(ids, trained)], token by token."""
+    packs = []
+    for first, last in pairwise(plan.pack_offsets):
+        pack = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for piece in range(first, last):
+            (ids, trained), start, stop = documents[plan.document[piece]], plan.start[piece], plan.stop[piece]
+            pack["input_ids"] += ids[start:stop]
+            pack["labels"] += [ids[i] if trained[i] and i > start else -100 for i in range(start, stop)]
+            pack["seq_lengths"].append(int(stop - start))
+        packs.append(pack)
+    return packs
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLAGS, st.sampled_from(list(PLANS)), st.sampled_from([1, 20, 2**18]))
+def test_the_folder_equals_a_naive_construction(flags, packing, chunk):
+    flags = [[False, *trained] for trained in flags]
+    offsets = np.cumsum([0, *map(len, flags)])
+    rows = [(list(range(a, b)), trained) for (a, b), trained in zip(pairwise(offsets.tolist()), flags, strict=True)]
+    documents = [(ids, trained) for ids, trained in rows if any(trained)]  # the others teach nothing
+    if not documents:
+        return
+    stage = sft(packing=packing, max_seq_len=16)
+    tokens = Tokens(np.arange(offsets[-1], dtype=np.int32), np.concatenate(flags), offsets, np.zeros(len(rows), bool))
+    _, pieces, plan = prepare.pack(stage, tokens, prepare.whole_rows(tokens))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare, "CHUNK_TOKENS", chunk):
+        write_dataset(Path(folder), prepare.PACK_TYPES, prepare.pack_chunks(tokens, pieces, plan))
+        found = datasets.load_from_disk(folder).to_list()
+    assert found == naive_packs(documents, PLANS[packing]([len(ids) for ids, _ in documents], 16))
+
+
+def test_the_fingerprint_follows_every_value_length_and_type(tmp_path):
+    def fingerprint(values, lengths=(2, 1), types=("int32", "int8")):
+        chunk = {"a": (np.array(values[0]), lengths), "b": (np.array(values[1]), (2, 1))}
+        write_dataset(tmp_path, dict(zip("ab", types, strict=True)), [chunk])
+        return datasets.load_from_disk(tmp_path)._fingerprint
+
+    base = ([1, 2, 3], [4, 5, 6])
+    others = [
+        fingerprint(([1, 2, 4], [4, 5, 6])),
+        fingerprint(([1, 2, 3], [4, 5, 7])),
+        fingerprint(base, lengths=(1, 2)),
+        fingerprint(base, types=("int32", "int16")),
+    ]
+    assert fingerprint(base) == fingerprint(base)
+    assert len({fingerprint(base), *others}) == 5
 
 
 def test_preparing_twice_gives_the_same_bytes(tokenizer, tmp_path):
@@ -290,6 +351,31 @@ def test_user_and_tool_turns_inside_a_completion_are_not_scored(tokenizer, tmp_p
     assert tokenizer.decode(np.array(row["chosen_ids"])[scored]) == f"one{END}{call}{END}{call}{END}last{END}"
 
 
+def test_what_both_completions_begin_with_is_part_of_the_prompt(tokenizer, tmp_path):
+    rows = [pair("u", "same start, good", "same start, bad"), pair("u", "ab", "abc"), pair("u", "x", "y")]
+    dataset, report = prepared(apo(), rows, tokenizer, tmp_path)
+    head = f"<|im_start|>user\nu{END}\n<|im_start|>assistant\n"
+    texts = [[tokenizer.decode(row[f"{part}_ids"]) for part in PARTS] for row in dataset]
+    assert texts == [
+        [head + "same start, ", f"good{END}", f"bad{END}"],
+        [head + "ab", END, f"c{END}"],
+        [head, f"x{END}", f"y{END}"],
+    ]
+    assert [sum(row["prompt_mask"]) for row in dataset] == [12, 2, 0]
+    assert [row["prompt_mask"][:9] for row in dataset] == [[0] * 9] * 3
+    totals = report["totals"]
+    assert totals["tokens_shared"] == sum(len(row["prompt_ids"]) for row in dataset) == 3 * 9 + 14
+    assert totals["tokens_trained"] == 12 + 5 + 4 + 2 + 1 + 2 + 2 + 2
+
+
+def test_sharing_ends_where_the_masks_differ():
+    same, mask = np.arange(5), np.array([1, 1, 0, 1, 1])
+    assert num_shared([same, same + 0], [mask, mask]) == 4  # each side keeps its last token
+    assert num_shared([same, same], [mask, np.array([1, 1, 1, 1, 1])]) == 2
+    assert num_shared([same, np.array([0, 1, 9, 3, 4])], [mask, mask]) == 2
+    assert num_shared([same, np.zeros(0, int)], [mask, np.zeros(0, int)]) == 0
+
+
 def test_last_turn_only_scores_the_last_reply_of_each_side(tokenizer, tmp_path):
     row = prepared(apo(max_seq_len=512, last_turn_only=True), [multi_turn()], tokenizer, tmp_path)[0][0]
     for side, text in (("chosen", f"last{END}"), ("rejected", f"bad{END}")):
@@ -347,7 +433,7 @@ def test_the_table_shows_sources_totals_and_packs(tokenizer, tmp_path):
         assert row in text
     assert "1 packs of 18 tokens on average, 28.1% full; 1 rows dropped: overlong; 1 tokens unknown" in text
     text = shown(prepared(apo(), [pair("u", "a", "b")], tokenizer, tmp_path)[1])
-    assert "1 pairs of 13 tokens on average" in text
+    assert "1 pairs of 13 tokens on average, 41% fewer than as two sequences each" in text
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +465,7 @@ def test_collated_labels_of_real_conversations_decode_to_the_policys_text(shared
     rows = mix(Mixture(sources=sources, shuffle=False))
     stage = sft(max_seq_len=40_000)
     dataset, report = prepared(stage, rows, bpe, tmp_path)
-    batch = SFTCollator()(list(dataset))
+    batch = collate_packs(list(dataset))
     starts = (batch["position_ids"][0] == 0).nonzero().ravel().tolist()
     found = [
         decoded_labels(bpe, batch["labels"][0, a:b])
@@ -396,10 +482,10 @@ def test_collated_masks_of_real_pairs_decode_to_the_policys_text(shared_data, bp
         Mixture(sources={"tau": Source(path=str(shared_data / "gsm8k" / "smoltalk2_preference.jsonl"), max_rows=40)})
     )
     dataset, _ = prepared(apo(max_seq_len=8192), rows, bpe, tmp_path)
-    batch = PreferenceCollator(bpe.pad_token_id)(list(dataset))
-    found = [bpe.decode(ids[on.bool()]) for ids, on in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
-    expected = [row[side][-1]["content"] + END for side in ("chosen", "rejected") for _, row in rows]
-    assert found == expected
+    batch = collate_pairs(list(dataset))
+    sides = batch["targets"][batch["side_tokens"]].split(batch["side_lengths"].tolist())
+    expected = [row[side][-1]["content"] + END for _, row in rows for side in ("chosen", "rejected")]
+    assert [bpe.decode(side) for side in sides] == expected
 
 
 def test_real_multi_turn_pairs_score_assistant_turns_only(shared_data, bpe, tmp_path):
@@ -412,8 +498,9 @@ def test_real_multi_turn_pairs_score_assistant_turns_only(shared_data, bpe, tmp_
     dataset, _ = prepared(apo(max_seq_len=60_000), rows, bpe, tmp_path)
     for row, columns in zip(rows, dataset, strict=True):
         for side in ("chosen", "rejected"):
-            scored = np.array(columns[f"{side}_mask"], bool)
-            assert bpe.decode(np.array(columns[f"{side}_ids"])[scored]) == policy_text(bpe, {"messages": row[side]})
+            scored = np.array(columns["prompt_mask"] + columns[f"{side}_mask"], bool)
+            ids = np.array(columns["prompt_ids"] + columns[f"{side}_ids"])
+            assert bpe.decode(ids[scored]) == policy_text(bpe, {"messages": row[side]})
 
 
 def test_the_chatml_template_prepares_mid_training_rows(shared_data, bpe, tmp_path):

@@ -1,66 +1,390 @@
-"""Per-document attention equals transformers' masked SDPA, on packed rows and on everything else."""
+"""Packed attention equals the same documents and preference pairs run one by one, on every backend."""
+
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import SmolLM3Config as StockConfig
+from transformers import SmolLM3ForCausalLM as StockModel
 
-from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.model.attention import document_lengths, documents_mask
+from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM, attention
+from smolpost.model.attention import find_segments, lengths_from_positions, packed_attention, packed_mask
 
 VOCAB = 40
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256,
+)  # fmt: skip
+# Prompt, chosen, rejected: ordinary, without prompt, chosen or rejected, and of single tokens.
+PAIRS = [(5, 4, 6), (0, 3, 2), (4, 0, 3), (3, 2, 0), (1, 1, 1)]
 
 
-def build(attn: str, **changes) -> SmolLM3ForCausalLM:
+def build(attn: str, model=SmolLM3ForCausalLM, config=SmolLM3Config, **changes):
+    """A model with weights large enough for attention to matter, the same for every `attn`."""
     torch.manual_seed(0)
-    config = SmolLM3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256, **changes,
-    )  # fmt: skip
-    config._attn_implementation = attn
-    return SmolLM3ForCausalLM(config)
+    model = model._from_config(config(**{**SIZES, **changes}), attn_implementation=attn)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def document_positions(lengths) -> torch.Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+def pair_positions(pairs) -> torch.Tensor:
+    spans = [(torch.arange(p + c), torch.arange(p, p + r)) for p, c, r in pairs]
+    return torch.cat([span for pair in spans for span in pair])[None]
 
 
 def step(model, lengths: list[int], **kwargs):
+    """Logits and gradients of one packed row of documents."""
     torch.manual_seed(1)
     ids = torch.randint(3, VOCAB, (1, sum(lengths)))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    output = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False, **kwargs)
+    output = model(input_ids=ids, position_ids=document_positions(lengths), labels=ids, use_cache=False, **kwargs)
     output.loss.backward()
-    return output.logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+    return {"logits": output.logits.detach(), **gradients(model)}
+
+
+def score(prompt_logits, logits, ids):
+    """Summed log-probability of a completion's ids, the first of which the prompt's last token predicts."""
+    predictions = torch.cat((prompt_logits[-1:], logits))[:-1]
+    return -F.cross_entropy(predictions, ids[len(ids) - len(predictions) :], reduction="sum")
+
+
+def pair_step(model, pairs, packed: bool):
+    """Logits, loss and gradients of pairs, in one packed row or as two sequences each; sides count unequally."""
+    torch.manual_seed(1)
+    totals = [sum(pair) for pair in pairs]
+    ids = torch.randint(3, VOCAB, (sum(totals),))
+    if packed:
+        row = model(input_ids=ids[None], position_ids=pair_positions(pairs), pair_lengths=pairs, use_cache=False).logits
+        rows = row[0].split(totals)
+    loss, logits = torch.zeros(()), []
+    for i, (part, lengths) in enumerate(zip(ids.split(totals), pairs, strict=True)):
+        prompt, chosen, rejected = part.split(lengths)
+        if packed:
+            first, *sides = rows[i].split(lengths)
+            prompts = first, first
+        else:
+            both = [alone(model, torch.cat((prompt, side))).tensor_split([len(prompt)]) for side in (chosen, rejected)]
+            prompts, sides = zip(*both, strict=True)
+        loss = loss - score(prompts[0], sides[0], chosen) + 0.5 * score(prompts[1], sides[1], rejected)
+        logits += [*prompts, *sides]
+    loss.backward()
+    return {"loss": loss.detach(), "logits": torch.cat(logits).detach(), **gradients(model)}
+
+
+def alone(model, ids):
+    """Logits [n, V] of one sequence [n]; n may be 0."""
+    return model(input_ids=ids[None], use_cache=False).logits[0] if len(ids) else torch.empty(0, VOCAB)
+
+
+def inputs(num_tokens, heads=4, key_heads=2, size=8, dtype=torch.float32):
+    """Query, key and value with the strides that a model gives them, tokens before heads."""
+    torch.manual_seed(2)
+    row = [torch.randn(1, num_tokens, n, size, dtype=dtype) for n in (heads, key_heads, key_heads)]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in row]
+
+
+def run(function, row, *args):
+    """Output and gradients of an attention function under a fixed weighting of its output."""
+    output = function(*row, *args)
+    torch.manual_seed(3)
+    found = torch.autograd.grad(output, row, torch.randn(output.shape).to(output.dtype))
+    return {"output": output.detach(), **dict(zip(("query", "key", "value"), found, strict=True))}
+
+
+pair_lists = st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=1, max_size=4).filter(lambda x: sum(map(sum, x)))
+# All segments in calls of their own, or those of one length in one.
+shorts = st.sampled_from([0, attention.SHORT])
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
-def test_packed_row_equals_masked_sdpa(lengths):
-    ours, reference = step(build("documents"), lengths), step(build("sdpa"), lengths)
-    torch.testing.assert_close(ours[0], reference[0], atol=1e-5, rtol=1e-5)
-    for name, gradient in reference[1].items():
-        torch.testing.assert_close(ours[1][name], gradient, atol=1e-5, rtol=1e-5)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), shorts, st.booleans())
+def test_packed_documents_equal_masked_sdpa(lengths, short, given_lengths):
+    with mock.patch.object(attention, "SHORT", short):
+        ours = step(build("packed"), lengths, **({"document_lengths": lengths} if given_lengths else {}))
+    assert_equal(ours, step(build("sdpa"), lengths))
 
 
-def test_packed_row_equals_documents_alone():
-    model, lengths = build("documents").eval(), [7, 1, 12, 7]
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (1, sum(lengths)))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+def test_packed_documents_equal_documents_alone():
+    model, lengths = build("packed").eval(), [7, 1, 12, 7]
+    ids = torch.randint(3, VOCAB, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions).logits[0]
+        packed = model(input_ids=ids, position_ids=document_positions(lengths)).logits[0]
         alone = torch.cat([model(input_ids=part).logits[0] for part in ids.split(lengths, dim=1)])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    plain, checkpointed = build("documents").train(), build("documents").train()
-    checkpointed.gradient_checkpointing_enable()
-    expected, found = step(plain, [9, 4, 9]), step(checkpointed, [9, 4, 9])
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-6)
+@settings(max_examples=20, deadline=None)
+@given(pair_lists, st.sampled_from([1, 2, 4]), shorts)
+def test_packed_pairs_equal_two_sequences_each(pairs, key_heads, short):
+    with mock.patch.object(attention, "SHORT", short):
+        packed = pair_step(build("packed", num_key_value_heads=key_heads), pairs, packed=True)
+    assert_equal(packed, pair_step(build("sdpa", num_key_value_heads=key_heads), pairs, packed=False))
+
+
+def test_rope_and_nope_layers_alike():
+    for interval in (1, 2, 5):  # NoPE everywhere, on every other layer, nowhere
+        packed = pair_step(build("packed", no_rope_layer_interval=interval), PAIRS, packed=True)
+        assert_equal(packed, pair_step(build("sdpa", no_rope_layer_interval=interval), PAIRS, packed=False))
+
+
+def visible(**layout) -> list[list[int]]:
+    """Tokens that each token of a row of 9 sees: without queries, the output is the mean of their one-hot values."""
+    row = [torch.zeros(1, 1, 9, 9), torch.randn(1, 1, 9, 9), torch.eye(9)[None, None]]
+    output, _ = packed_attention(None, *row, None, **layout)
+    assert output.shape == (1, 9, 1, 9)
+    sets = [row.nonzero().flatten().tolist() for row in output[0, :, 0]]
+    means = torch.stack([torch.eye(9)[tokens].mean(0) for tokens in sets])
+    torch.testing.assert_close(output[0, :, 0], means)
+    return sets
+
+
+def test_who_sees_whom_by_hand():
+    documents = visible(document_lengths=[4, 1, 4])
+    assert documents == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4], [5], [5, 6], [5, 6, 7], [5, 6, 7, 8]]
+    pairs = visible(pair_lengths=[(2, 1, 2), (1, 1, 2)])
+    assert pairs == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [5], [5, 6], [5, 7], [5, 7, 8]]
+    # Without a prompt, chosen and rejected are two documents.
+    assert visible(pair_lengths=[(0, 4, 1), (4, 0, 0)]) == documents
+
+
+def test_segments_by_hand():
+    assert find_segments(6, document_lengths=[4, 2]) == ((range(4), range(0)), (range(4, 6), range(0)))
+    pairs = find_segments(9, pair_lengths=[(2, 1, 2), (1, 3, 0)])
+    assert pairs == ((range(3), range(0)), (range(3, 5), range(2)), (range(5, 9), range(0)))
+    assert lengths_from_positions(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
+    assert lengths_from_positions(torch.tensor([[0, 1, 2]])) is None
+    # Numbers of segments: 0 and 3 share a call.
+    assert attention.batches([2, 9, 3, 2], short=4) == [[0, 3], [1], [2]]
+
+
+class Work(TorchDispatchMode):
+    """Counts query-key products, forward and backward, and the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "flash_attention_for_cpu" in str(function):
+            # query, key, value, dropout and is_causal; backward gets the gradient before and two results between.
+            query, key, *_, causal = args[1:] if "backward" in str(function) else [*args, False][:5]
+            half = 2 if causal else 1
+            self.products.append(query.shape[0] * query.shape[2] * key.shape[2] / half)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("layout", "products"),
+    [
+        ({"document_lengths": [300, 200, 100, 200]}, (300**2 + 2 * 200**2 + 100**2) / 2),
+        (
+            {"pair_lengths": [(400, 200, 100), (50, 20, 30)]},
+            (600**2 + 100**2 + 70**2 + 30**2) / 2 + 400 * 100 + 50 * 30,
+        ),
+    ],
+)
+def test_work_is_the_segments_and_memory_the_row(layout, products):
+    row = inputs(800)
+    with Work() as work:
+        packed_attention(None, *row, None, **layout)[0].sum().backward()
+    assert sum(work.products) == 2 * products
+    assert work.largest == row[0].numel()
+
+
+@settings(max_examples=15, deadline=None)
+@given(pair_lists, st.sampled_from([1, 2, 4]), shorts)
+def test_backends_agree(pairs, key_heads, short):
+    row = inputs(sum(map(sum, pairs)), key_heads=key_heads)
+    segments = find_segments(row[0].shape[2], pair_lengths=pairs)
+    with mock.patch.object(attention, "SHORT", short):
+        cpu = run(attention.CPUFlash.apply, row, segments, 0.5)
+    assert_equal(cpu, run(attention.segment_attention, row, segments, 0.5))
+    with mock.patch.object(attention, "varlen_attn", reference_varlen_attn):
+        assert_equal(run(attention.varlen_attention, row, segments, 0.5), cpu)
+
+
+def reference_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's varlen_attn documents, written out: [T, heads, D], sequence i between ends i and i + 1."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert window_size == (-1, 0) and enable_gqa
+    q_ends, k_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert (q_ends[-1], k_ends[-1]) == (len(q), len(k))
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    outputs = []
+    for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
+        hidden = torch.ones(b - a, d - c).triu(1 + (d - c) - (b - a)).bool()  # bottom right
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[c:d]))
+    return torch.cat(outputs)
+
+
+def test_documents_take_their_keys_as_they_are_on_cuda():
+    def checked(q, k, v, *args, **kwargs):
+        assert k.data_ptr() == row[1].data_ptr() and v.data_ptr() == row[2].data_ptr()
+        return reference_varlen_attn(q, k, v, *args, **kwargs)
+
+    row, segments = inputs(9), find_segments(9, [4, 5])
+    with mock.patch.object(attention, "varlen_attn", checked):
+        attention.varlen_attention(*row, segments, 0.5)
+    # Layers share the indices.
+    cpu = torch.device("cpu")
+    assert attention.varlen_index(segments, cpu) is attention.varlen_index(find_segments(9, [4, 5]), cpu)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "capability", "fits"),
+    [
+        (128, torch.bfloat16, (9, 0), True),
+        (64, torch.float16, (8, 0), True),
+        (128, torch.float32, (9, 0), False),
+        (100, torch.bfloat16, (9, 0), False),
+        (256, torch.bfloat16, (9, 0), False),
+        (128, torch.bfloat16, (7, 5), False),
+    ],
+)
+def test_what_flash_attention_is_asked_for(monkeypatch, size, dtype, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: reference_varlen_attn)
+    assert attention.varlen_fits(torch.empty(1, 2, 3, size, dtype=dtype)) == fits
+
+
+def test_flash_attn_stands_in_where_torch_knows_no_grouped_heads(monkeypatch):
+    def flash_attn_varlen_func(*args, softmax_scale, causal):
+        assert causal
+        return reference_varlen_attn(*args, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True)
+
+    row = inputs(sum(map(sum, PAIRS)))
+    segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, is_causal=False: None)  # as in torch 2.10
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
+    found = run(attention.varlen_attention, row, segments, 0.5)
+    assert_equal(found, run(attention.segment_attention, row, segments, 0.5))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert attention.varlen_kernel() is None
+
+
+def test_dropout_and_unequal_head_sizes_take_public_sdpa():
+    query, key, value = inputs(12)
+    segments = find_segments(12, [7, 5])
+    torch.manual_seed(4)
+    found, _ = packed_attention(None, query, key, value, None, dropout=0.5, document_lengths=[7, 5])
+    torch.manual_seed(4)
+    torch.testing.assert_close(found, attention.segment_attention(query, key, value, segments, None, 0.5))
+    assert (found == 0).any()
+    wide = torch.cat((value, 2 * value), dim=3)
+    found, _ = packed_attention(None, query, key, wide, None, document_lengths=[7, 5])
+    expected, _ = packed_attention(None, query, key, value, None, document_lengths=[7, 5])
+    torch.testing.assert_close(found, torch.cat((expected, 2 * expected), dim=3))
+
+
+def test_strides_do_not_matter():
+    row = inputs(sum(map(sum, PAIRS)))
+    segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
+    expected = run(attention.CPUFlash.apply, row, segments, None)
+    odd = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in row]
+    assert odd[0].stride(3) != 1
+    assert_equal(run(attention.CPUFlash.apply, odd, segments, None), expected)
+    # sum() hands back a gradient without strides.
+    found = torch.autograd.grad(attention.CPUFlash.apply(*row, segments, None).sum(), row)
+    output = attention.segment_attention(*row, segments, None)
+    for ours, theirs in zip(found, torch.autograd.grad(output.sum(), row), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_bf16_is_close_to_fp32(size):
+    pairs = [(200, 150, 120), (40, 300, 80)]
+    row = inputs(sum(map(sum, pairs)), size=size)
+    segments = find_segments(row[0].shape[2], pair_lengths=pairs)
+    exact = run(attention.CPUFlash.apply, row, segments, None)
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in row]
+    ours, public = (run(f, half, segments, None) for f in (attention.CPUFlash.apply, attention.segment_attention))
+    for name, tensor in exact.items():
+        assert ours[name].dtype == torch.bfloat16
+        errors = [((found[name].float() - tensor).norm() / tensor.norm()).item() for found in (ours, public)]
+        assert errors[0] < max(2**-7, 1.2 * errors[1])
+
+
+def test_autocast_computes_in_the_lower_precision():
+    full = pair_step(build("packed"), PAIRS, packed=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        row = [tensor.detach() for tensor in inputs(9)]
+        row[2] = row[2].bfloat16()  # as after RoPE
+        assert packed_attention(None, *row, None, document_lengths=[4, 5])[0].dtype == torch.bfloat16
+        half = pair_step(build("packed"), PAIRS, packed=True)
+    torch.testing.assert_close(half["logits"].float(), full["logits"], atol=0.1, rtol=0.1)
+    assert half["model.layers.0.self_attn.q_proj.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    plain, checkpointed = build("packed").train(), build("packed").train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        checkpointed.enable_input_require_grads()
+    assert_equal(pair_step(checkpointed, PAIRS, packed=True), pair_step(plain, PAIRS, packed=True), 1e-6)
+    plain.zero_grad(), checkpointed.zero_grad()
+    assert_equal(step(checkpointed, [9, 4, 9]), step(plain, [9, 4, 9]), 1e-6)
+
+
+@pytest.mark.parametrize(("model", "config"), [(LlamaForCausalLM, LlamaConfig), (StockModel, StockConfig)])
+def test_serves_other_models_by_name(model, config):
+    found = step(build("packed", model, config), [5, 8, 5], document_lengths=[5, 8, 5])
+    assert_equal(found, step(build("sdpa", model, config), [5, 8, 5]))
+    found = pair_step(build("packed", model, config), PAIRS, packed=True)
+    assert_equal(found, pair_step(build("sdpa", model, config), PAIRS, packed=False))
+
+
+@pytest.mark.parametrize("layout", [{"document_lengths": [9, 4, 9]}, {"pair_lengths": [(9, 4, 9)]}])
+def test_compiles_in_one_graph(layout):
+    model = build("packed")
+    positions = document_positions([9, 4, 9]) if "document_lengths" in layout else pair_positions([(9, 4, 9)])
+    ids = torch.randint(3, VOCAB, positions.shape, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found, expected = (run(ids, position_ids=positions, use_cache=False, **layout) for run in (compiled, model))
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("use_cache", [None, True])
+def test_a_mask_of_ones_or_a_fresh_cache_leaks_nothing(use_cache):
+    model = build("packed").eval()
+    ids = torch.randint(3, VOCAB, (1, sum(map(sum, PAIRS))), generator=torch.Generator().manual_seed(1))
+    kwargs = {"input_ids": ids, "position_ids": pair_positions(PAIRS), "pair_lengths": PAIRS}
+    with torch.no_grad():
+        expected = model(**kwargs, use_cache=False).logits
+        found = model(**kwargs, use_cache=use_cache, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_padded_batch_and_generation_equal_sdpa():
-    ours, reference = build("documents").eval(), build("sdpa").eval()
+    ours, reference = build("packed").eval(), build("sdpa").eval()
     torch.manual_seed(2)
     ids = torch.randint(3, VOCAB, (2, 9))
     mask = torch.ones_like(ids)
@@ -73,37 +397,60 @@ def test_padded_batch_and_generation_equal_sdpa():
     assert ours.generate(**kwargs, **settings).tolist() == reference.generate(**kwargs, **settings).tolist()
 
 
-def test_serves_other_models_by_name():
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    reference = step(model, [5, 8, 5])[0]
-    model.set_attn_implementation("documents")
-    torch.testing.assert_close(step(model, [5, 8, 5])[0], reference, atol=1e-5, rtol=1e-5)
+def test_sliding_window_of_an_unpacked_row_equals_sdpa():
+    window = dict(use_sliding_window=True, sliding_window=3, no_rope_layer_interval=2)
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = (build(attn, **window).eval()(input_ids=ids).logits for attn in ("packed", "sdpa"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_mask_is_built_for_packed_rows():
-    assert documents_mask(q_length=8, kv_length=8, batch_size=1) is None
-    assert (
-        documents_mask(q_length=1, kv_length=1, q_offset=0, attention_mask=torch.tensor([[True]]), batch_size=1) is None
-    )
+    assert packed_mask(q_length=8, kv_length=8, batch_size=1) is None
+    one = torch.tensor([[True]])
+    assert packed_mask(q_length=1, kv_length=1, q_offset=0, attention_mask=one, batch_size=1) is None
     padding = torch.tensor([[False, True, True]])
-    built = documents_mask(q_length=3, kv_length=3, attention_mask=padding, batch_size=1)
+    built = packed_mask(q_length=3, kv_length=3, attention_mask=padding, batch_size=1)
     assert built[0, 0].tolist() == [[False, False, False], [False, True, False], [False, True, True]]
 
 
-def test_document_lengths_by_hand():
-    assert document_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
-    assert document_lengths(torch.tensor([[0, 1, 2]])) is None
-
-
-def test_refusals():
-    model = build("documents")
+def test_refuses_what_would_leak():
+    model, ids = build("packed"), torch.ones(1, 4, dtype=torch.long)
     positions = torch.tensor([[0, 1, 0, 1]])
     with pytest.raises(ValueError, match="batch of 2 rows; flatten the batch into one row"):
-        model(input_ids=torch.ones(2, 4, dtype=torch.long), position_ids=positions.expand(2, -1), use_cache=False)
-    model = build("documents", use_sliding_window=True, sliding_window=2)
-    with pytest.raises(ValueError, match="no sliding window; use sdpa"):
-        model(input_ids=torch.ones(1, 4, dtype=torch.long), position_ids=positions, use_cache=False)
+        model(input_ids=ids.expand(2, -1), position_ids=positions.expand(2, -1), use_cache=False)
+    with pytest.raises(ValueError, match="batch of 2 rows; flatten the batch into one row"):
+        model(input_ids=ids.expand(2, -1), document_lengths=[2, 2], use_cache=False)
+    with pytest.raises(ValueError, match="step back from 3 to 2 at token 4, but a document begins at 0; pass pair_len"):
+        model(input_ids=ids.expand(1, -1).repeat(1, 2), position_ids=pair_positions([(2, 2, 2), (1, 1, 0)]))
+    mask = torch.tensor([[1, 1, 1, 0]])
+    with pytest.raises(ValueError, match=r"padding or a KV cache \(4 queries, 4 keys\): .* leave attention_mask and"):
+        model(input_ids=ids, attention_mask=mask, document_lengths=[2, 2], use_cache=False)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"padding or a KV cache \(4 queries, 8 keys\)"):
+        model(input_ids=ids, past_key_values=cache, document_lengths=[2, 2])
+
+
+@pytest.mark.parametrize("layout", [{}, {"document_lengths": [2, 2]}, {"pair_lengths": [(1, 1, 2)]}])
+def test_refuses_what_it_cannot_compute(layout):
+    ids, positions = torch.ones(1, 4, dtype=torch.long), torch.tensor([[0, 1, 0, 1]])
+    model = build("packed", use_sliding_window=True, sliding_window=2, no_rope_layer_interval=1)
+    with pytest.raises(ValueError, match="attn_implementation=packed has no sliding window; use sdpa for this model"):
+        model(input_ids=ids, position_ids=positions, use_cache=False, **layout)
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(ValueError, match=f"packed has no {name}; use eager for this model"):
+            packed_attention(None, *inputs(4), None, position_ids=positions, **{name: 1.0}, **layout)
+
+
+def test_refuses_lengths_that_do_not_fit():
+    model, ids = build("packed"), torch.ones(1, 9, dtype=torch.long)
+    with pytest.raises(ValueError, match="document_lengths sum to 8 tokens, but the row has 9"):
+        model(input_ids=ids, document_lengths=[3, 5], use_cache=False)
+    with pytest.raises(ValueError, match="pair_lengths sum to 10 tokens, but the row has 9"):
+        model(input_ids=ids, pair_lengths=[(1, 2, 3), (1, 1, 2)], use_cache=False)
+    with pytest.raises(ValueError, match="document_lengths hold -1, but no length is below 0"):
+        model(input_ids=ids, document_lengths=[10, -1], use_cache=False)
+    with pytest.raises(ValueError, match="document_lengths sum to 0 tokens, but the row has 9"):
+        model(input_ids=ids, document_lengths=[], use_cache=False)
+    with pytest.raises(ValueError, match="both given, but a row has one layout"):
+        model(input_ids=ids, document_lengths=[9], pair_lengths=[(3, 3, 3)], use_cache=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from smolpost import recipe
-from smolpost.data.collate import SFTCollator
+from smolpost.data.collate import collate_packs
 from smolpost.data.mixtures import mix
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
@@ -103,7 +103,7 @@ def test_labels_of_the_collated_batch_are_the_policys_text(chain):
         expected.append(f"{reply}<|im_end|>")
     found = []
     for pack in load_from_disk(str(stage.prepared)):
-        batch = SFTCollator()([pack])
+        batch = collate_packs([pack])
         starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
         for begin, end in zip(starts, [*starts[1:], None], strict=True):
             labels = batch["labels"][0][begin:end]

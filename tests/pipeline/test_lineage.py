@@ -49,7 +49,7 @@ def test_what_cannot_change_a_result_changes_no_key(words):
     harmless = [
         "stages.sft.micro_batch_size=2", "stages.sft.logging_steps=1", "stages.sft.save_steps=7", "accelerate=ddp",
         "accelerate.num_processes=1",
-        "stages.sft.report_to=[]", "stages.sft.gradient_checkpointing=true", "model.attn_implementation=sdpa",
+        "stages.sft.report_to=[]", "stages.sft.gradient_checkpointing=true", "stages.apo.pack_tokens=99",
         "evaluation.accuracy_rows=3",
     ]  # fmt: skip
     assert keys(words) == keys([*words, *harmless])
@@ -117,6 +117,7 @@ ENTRIES = {  # where each step's work begins
     "prepare": ["data/prepare.py", "data/mixtures.py"],
     "sft": ["training/train.py"],
     "apo": ["training/train.py"],
+    "reference": ["training/reference.py", "model/__init__.py"],
     "pairs": ["synthesis/pairs.py", "model/loading.py", "data/mixtures.py"],
     "merge": ["merging/mergekit.py"],
     "evaluate": ["evaluation/evaluate.py", "model/loading.py"],

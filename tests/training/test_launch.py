@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +15,35 @@ from smolpost.pipeline import manifest
 WEIGHTS = {"atol": 2e-5, "rtol": 0}  # FACTS section 4: 2 processes against 1
 
 
-def assert_same(found, expected, stage, *more):
-    logs, reference = found.log(stage, *more), expected.log(stage)
+def assert_same(found, expected, stage, *more, words=()):
+    """`more` are the found one's further words, `words` the expected one's."""
+    logs, reference = found.log(stage, *more), expected.log(stage, *words)
     assert len(logs) == len(reference) > 0
     for entry, wanted in zip(logs, reference, strict=True):
         for key in ("loss", "grad_norm"):
             torch.testing.assert_close(torch.tensor(entry[key]), torch.tensor(wanted[key]), atol=1e-5, rtol=1e-5)
-    weights, wanted = found.weights(stage, *more), expected.weights(stage)
+    weights, wanted = found.weights(stage, *more), expected.weights(stage, *words)
     assert weights.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(weights[name], tensor, **WEIGHTS, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("stage", ["sft", "apo"])
-@pytest.mark.parametrize("config", ["ddp", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
 def test_two_ranks_match_one_process(started, single, tmp_path, stage, config):
     two = started.copy(tmp_path)
     done = two.launch(stage, config, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert manifest.read(two.folder_of(stage))["report"]["num_processes"] == 2
+    assert_same(two, single, stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_fsdp2_matches_one_process(started, single, tmp_path, stage):
+    two = started.copy(tmp_path)
+    shim = (str(ROOT / "tests" / "training" / "fsdp_on_cpu.py"),)
+    done = two.launch(stage, "fsdp2", 2, program=shim, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same(two, single, stage)
 
 
@@ -45,13 +56,57 @@ def test_training_moves_the_weights(started, single):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("stage", ["sft", "apo"])
-def test_micro_batches_do_not_matter(started, single, tmp_path, stage):
+@pytest.mark.parametrize(
+    "words", [("sft", "stages.sft.micro_batch_size=4"), ("apo", "stages.apo.pack_tokens=9999")], ids=lambda w: w[1]
+)
+def test_forward_passes_do_not_matter(started, single, tmp_path, words):
     other = started.copy(tmp_path)
-    words = [f"stages.{stage}.micro_batch_size=4"]
-    done = other.launch(stage, "single", 1, *words)
+    done = other.launch(words[0], "single", 1, words[1])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(other, single, stage, *words)
+    assert_same(other, single, *words)
+
+
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_a_batch_that_does_not_divide_over_the_ranks(started, tmp_path, stage):
+    """Five rows on two ranks are the five rows of one process, and the empty forward pass is no secret."""
+    words = [f"stages.{stage}.global_batch_size=5", f"stages.{stage}.max_steps=3"]
+    words += ["stages.apo.pack_tokens=2"]  # a pass for every pair
+    one, two = started.copy(tmp_path / "one"), started.copy(tmp_path / "two")
+    for small, config, processes in ((one, "single", 1), (two, "ddp", 2)):
+        done = small.launch(stage, config, processes, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = f"stages.{stage}.global_batch_size=5 does not divide over 2 ranks: 17% of the forward passes are empty"
+        assert (told in done.stdout) == (processes == 2)
+    assert_same(two, one, stage, *words, words=words)
+
+
+def test_the_reference_is_worked_out_once_for_all_seeds_and_losses(started, tmp_path):
+    """Another seed, beta and loss find the cache; another reference, or a damaged chunk, does not."""
+    small = started.copy(tmp_path)
+
+    def scored(*words):
+        done = small.launch("apo", "single", 1, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = manifest.read(small.folder_of("apo", *words))["report"]
+        return report["reference_pairs_scored"], report["reference_cache"], done.stdout
+
+    pairs, cache, _ = scored()
+    assert pairs == 120
+    for words in (
+        ["stages.apo.seeds=[2]"],
+        ["stages.apo.beta=0.3", "stages.apo.loss=sigmoid", "stages.apo.ld_alpha=0.5"],
+    ):
+        assert scored(*words)[:2] == (0, cache)
+    chunk = next(Path(cache).glob("logps-*.safetensors"))
+    content = bytearray(chunk.read_bytes())
+    content[-1] ^= 1
+    chunk.write_bytes(content)
+    again, where, printed = scored("stages.apo.seeds=[3]")
+    assert (again, where) == (120, cache) and "logps-00000" in printed
+    done = small.launch("sft", "single", 1, "stages.sft.max_steps=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    other, elsewhere, _ = scored("stages.apo.init_from=sft", "stages.sft.max_steps=3")
+    assert other == 120 and elsewhere != cache
 
 
 def test_killed_training_goes_on_and_ends_the_same(started, single, tmp_path):
@@ -93,10 +148,11 @@ def test_finished_stage_is_not_trained_again(single):
 
 def test_launch_refuses_in_one_line(started, tmp_path):
     other = started.copy(tmp_path)
-    done = other.launch("sft", "ddp", 2, "stages.sft.global_batch_size=5")
+    done = other.launch("sft", "ddp", 2, "stages.sft.global_batch_size=1")
     lines = [line for line in done.stderr.splitlines() if line.startswith("smolpost:")]
     assert lines == [
-        "smolpost: stages.sft.global_batch_size=5 is not a multiple of micro_batch_size x num_processes = 1 x 2; try 4"
+        "smolpost: stages.sft.global_batch_size=1 is below num_processes=2, and a rank without a row has nothing to "
+        "do; raise it, or launch fewer processes"
     ]
     assert done.returncode != 0
-    assert not (other.folder_of("sft", "stages.sft.global_batch_size=5") / "manifest.json").exists()
+    assert not (other.folder_of("sft", "stages.sft.global_batch_size=1") / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""Our subclasses of TRL's trainers: the rows go in as prepared, and the losses are the formulas."""
+"""Our losses, gradients and rewards are TRL's, step for step, on transformers' own SmolLM3 with its dense masks."""
 
 import copy
 from types import SimpleNamespace
@@ -6,31 +6,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import load_from_disk
+from torch.nn.utils.rnn import pad_sequence
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from smolpost.chat.tokenizer import build_tokenizer
+from smolpost.data.collate import collate_packs
 from smolpost.data.prepare import prepare_apo, prepare_sft
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import APOStage, SFTStage
-from smolpost.training import apo, sft
-from smolpost.training.arguments import shared_arguments
-from smolpost.training.batch_size import grad_accum_steps
+from smolpost.training import apo, reference, sft
+from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
 from smolpost.training.optimizer import decayed_parameters
+from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.train import check_space
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
 ASK = {"role": "user", "content": "6*7?"}
-TOOL = [
-    {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"function": {"name": "mul", "arguments": {"a": 6, "b": 7}}}],
-    },
-    {"role": "tool", "content": "42"},
-]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "mul", "arguments": {"a": 6}}}]}
 NO_THINK = {"enable_thinking": False}
+SHAPE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "bos_token_id": 0,
+}  # fmt: skip
+NEAR = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -41,97 +43,223 @@ def tokenizer():
 def build(tokenizer, seed=0, **changes):
     torch.manual_seed(seed)
     config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=0,
+        **SHAPE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         **changes,
     )  # fmt: skip
+    config._attn_implementation = "packed"
     return SmolLM3ForCausalLM(config)
 
 
+def stock(model):
+    """transformers' SmolLM3 with the same weights."""
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+    peer = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**fields, attn_implementation="sdpa"))
+    peer.load_state_dict(model.state_dict())
+    return peer
+
+
 def settings(**changes):
-    shared = dict(init_from="x", data="y", max_seq_len=400, learning_rate=1e-3, global_batch_size=2, micro_batch_size=2)
-    return {**shared, "report_to": [], "gradient_checkpointing": False, **changes}
+    shared = dict(init_from="x", data="y", max_seq_len=400, learning_rate=1e-3, global_batch_size=2, max_grad_norm=1.0)
+    return {**shared, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
+
+
+def same_settings(stage, folder):
+    """A stage's settings in TRL's words."""
+    return dict(
+        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=stage.max_steps, logging_steps=1,
+        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
+        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=stage.weight_decay,
+        adam_beta1=stage.adam_beta1, adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm,
+        save_strategy="no", max_length=None, activation_checkpointing=False, remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+
+
+def logged(trainer, keys):
+    return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_logs_equal(found, expected):
+    assert len(found) == len(expected) > 2
+    for step, wanted in zip(found, expected, strict=True):
+        for key, value in wanted.items():
+            assert step[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
+
+
+# ---------------------------------------------------------------- sft
 
 
 def conversation(reply):
     return [ASK, {"role": "assistant", "content": reply}]
 
 
-def sft_trainer(tokenizer, folder, **changes):
-    stage = SFTStage(**settings(**changes))
+def packs(tokenizer, folder, stage):
     rows = [("a", {"messages": conversation("x" * n), "chat_template_kwargs": NO_THINK}) for n in range(1, 13)]
+    folder.mkdir()
     prepare_sft(stage, rows, tokenizer, folder)
-    dataset = load_from_disk(str(folder))
-    arguments = sft.config(stage, shared_arguments("s", stage, 1, len(dataset), folder / "out", CPU))
-    return sft.trainer(build(tokenizer), tokenizer, dataset, arguments, []), dataset
+    return load_from_disk(str(folder))
+
+
+def sft_trainer(tokenizer, folder, model, **changes):
+    stage = SFTStage(**settings(**changes))
+    rows = packs(tokenizer, folder / "rows", stage)
+    arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
+    return sft.trainer(stage, model, tokenizer, rows, arguments, 1, CPU, []), rows, stage
+
+
+class SameDecay(SFTTrainer):
+    """TRL decays the embedding; the comparison is about the loss."""
+
+    def get_decay_parameter_names(self, model):
+        return decayed_parameters(model)
+
+
+def test_sft_steps_equal_trls(tokenizer, tmp_path):
+    """Loss, gradient norm, accuracy and entropy of every step, the last one shorter than the others."""
+    model = build(tokenizer)
+    peer = stock(model)
+    changes = {"max_seq_len": 420, "global_batch_size": 4, "shuffle_packs": False, "max_steps": 5}
+    trainer, rows, stage = sft_trainer(tokenizer, tmp_path, model, **changes)
+    assert len(rows) % 4  # the epoch ends with a smaller batch
+    trainer.train()
+    trl = SameDecay(
+        model=peer, train_dataset=rows, processing_class=tokenizer,
+        data_collator=lambda taken: {k: v for k, v in collate_packs(taken).items() if k != "document_lengths"},
+        args=SFTConfig(
+            **same_settings(stage, tmp_path / "trl"), per_device_train_batch_size=4,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+    )  # fmt: skip
+    trl.train()
+    keys = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
+    assert_logs_equal(logged(trainer, keys), logged(trl, keys))
+    for name, tensor in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=2e-5, rtol=0)
 
 
 def test_batches_are_the_prepared_packs(tokenizer, tmp_path):
-    trainer, packs = sft_trainer(tokenizer, tmp_path, shuffle_packs=False)
-    batches = list(trainer.get_train_dataloader())
-    assert sum(batch["input_ids"].shape[0] for batch in batches) == len(batches)
-    for key in ("input_ids", "labels"):
-        assert torch.cat([batch[key][0] for batch in batches]).tolist() == [t for pack in packs for t in pack[key]]
-    assert set(batches[0]) == {"input_ids", "labels", "position_ids"}
+    trainer, rows, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), shuffle_packs=False)
+    steps = list(trainer.get_train_dataloader())
+    for i, passes in enumerate(steps):  # of two packs, one a pass, in any order
+        for key in ("input_ids", "labels"):
+            found = sorted(batch[key][0].tolist() for batch, counts in passes if counts)
+            assert found == sorted(rows[key][2 * i : 2 * i + 2])
+    assert 2 * len(steps) == len(rows)
 
 
 def test_sft_loss_is_the_mean_over_trained_tokens(tokenizer, tmp_path):
-    trainer, _ = sft_trainer(tokenizer, tmp_path)
-    batch = next(iter(trainer.get_train_dataloader()))
-    plain = build(tokenizer)
-    logits = plain(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    model = build(tokenizer)
+    trainer, rows, _ = sft_trainer(tokenizer, tmp_path, model)
+    batch = collate_packs(list(rows))
+    logits = build(tokenizer)(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
     expected = F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], ignore_index=-100)
-    found = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=(batch["labels"] != -100).sum())
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    totals = torch.tensor([*trainer.count(batch), 0])
+    torch.testing.assert_close(trainer.compute_loss(model, (batch, True), num_items_in_batch=totals), expected, **NEAR)
 
 
-def logps(model, tokenizer, ids, mask):
-    """Summed log-probability of the masked tokens of one conversation, from plain logits."""
-    row = torch.tensor([ids])
-    logprobs = model(input_ids=row).logits[0, :-1].log_softmax(-1)
-    return (logprobs.gather(-1, row[0, 1:, None])[:, 0] * torch.tensor(mask)[1:]).sum()
+# ---------------------------------------------------------------- apo
 
 
-@pytest.mark.parametrize("loss", ["apo_zero", "apo_down", "sigmoid"])
-def test_preference_loss_is_the_formula_and_skips_tool_turns(tokenizer, tmp_path, loss):
-    beta = 0.3
-    stage = APOStage(**settings(loss=loss, beta=beta))
-    final = [{"role": "assistant", "content": "forty-two"}]
-    rows = [
-        (
-            "a",
-            {"chosen": [ASK, *TOOL, *final], "rejected": conversation("I think 48"), "chat_template_kwargs": NO_THINK},
-        ),
-        ("a", {"chosen": conversation("42"), "rejected": conversation("7"), "chat_template_kwargs": NO_THINK}),
-    ]
-    prepare_apo(stage, rows, tokenizer, tmp_path)
-    pairs = load_from_disk(str(tmp_path))
-    arguments = apo.config(stage, shared_arguments("a", stage, 1, len(pairs), tmp_path / "out", CPU))
-    policy, reference = build(tokenizer), build(tokenizer, seed=7)
-    plain = copy.deepcopy(policy)
-    trainer = apo.trainer(policy, reference, tokenizer, pairs, arguments, [])
-    assert trainer.train_dataset is pairs
+def tool_pair():
+    chosen = [ASK, CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "forty-two"}]
+    rejected = [ASK, CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "forty"}]
+    return {"chosen": chosen, "rejected": rejected, "chat_template_kwargs": NO_THINK}
 
-    expected = []
-    for pair in pairs:
-        ratio = {}
+
+def pair_rows():
+    rows = [tool_pair()]
+    replies = [("42", "7"), ("it is 42", "it is 48, I think"), ("yes " * 9, "no"), ("a", "b"), ("x" * 30, "y")]
+    for good, bad in [*replies, ("forty two", "forty"), ("q", "q" * 40)]:
+        rows.append({"chosen": conversation(good), "rejected": conversation(bad), "chat_template_kwargs": NO_THINK})
+    return [("a", row) for row in rows]
+
+
+def padded_pairs(tokenizer):
+    """TRL's layout of our rows: two whole sequences a pair, with a mask that leaves out tool turns."""
+
+    def collate(pairs):
+        ids, masks = [], []
         for side in ("chosen", "rejected"):
-            ids = pair["prompt_ids"] + pair[f"{side}_ids"]
-            mask = [0] * len(pair["prompt_ids"]) + pair[f"{side}_mask"]
-            text = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
-            assert "tool_response" not in text and text.endswith("<|im_end|>")
-            ratio[side] = logps(plain, tokenizer, ids, mask) - logps(build(tokenizer, seed=7), tokenizer, ids, mask)
-        chosen, rejected = beta * ratio["chosen"], beta * ratio["rejected"]
-        expected.append(
-            {
-                "apo_zero": 1 - chosen.sigmoid() + rejected.sigmoid(),
-                "apo_down": chosen.sigmoid() + 1 - (chosen - rejected).sigmoid(),
-                "sigmoid": -F.logsigmoid(chosen - rejected),
-            }[loss]
-        )
-    batch = next(iter(trainer.get_train_dataloader()))
-    found = trainer.compute_loss(trainer.model, batch)
-    torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+            for pair in pairs:
+                ids.append(torch.tensor(pair["prompt_ids"] + pair[f"{side}_ids"]))
+                masks.append(torch.tensor(pair["prompt_mask"] + pair[f"{side}_mask"]))
+        pad = lambda rows, value: pad_sequence(rows, batch_first=True, padding_value=value)  # noqa: E731
+        return {
+            "input_ids": pad(ids, tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+            "completion_mask": pad(masks, 0),
+        }
+
+    return collate
+
+
+class TokenizedPairs(DPOTrainer):
+    """TRL's trainer on rows that are tokenized already."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset
+
+    def get_decay_parameter_names(self, model):
+        return decayed_parameters(model)
+
+
+def pair_trainer(tokenizer, folder, model, ref_model, **changes):
+    stage = APOStage(**settings(global_batch_size=4, **changes))
+    (folder / "rows").mkdir()
+    prepare_apo(stage, pair_rows(), tokenizer, folder / "rows")
+    rows = load_from_disk(str(folder / "rows"))
+    cache = ReferenceCache(folder / "cache", "k", reference.scored_tokens(rows))
+    reference.fill(cache, rows, lambda: copy.deepcopy(ref_model), 150, CPU)
+    cache.open()
+    arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
+    return apo.trainer(stage, model, tokenizer, rows, cache, arguments, 1, CPU, []), rows, stage
+
+
+LOSSES = [
+    ({"loss": "apo_zero"}, {}),
+    ({"loss": "apo_down"}, {}),
+    ({"loss": "sigmoid"}, {}),
+    ({"loss": "ipo"}, {}),
+    ({"loss": "robust", "label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+    ({"loss": "sigmoid", "ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    ({"loss": "apo_zero", "sft_weight": 0.7}, {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.7]}),
+]
+
+
+@pytest.mark.parametrize(("ours", "trls"), LOSSES, ids=lambda case: "-".join(map(str, case.values())) or None)
+@pytest.mark.parametrize("pack_tokens", [60, 1000], ids=["many packs", "one pack"])
+def test_preference_steps_equal_trls(tokenizer, tmp_path, ours, trls, pack_tokens):
+    """Loss, gradient norm, rewards and log-probabilities of every step, with a reference unlike the policy."""
+    model, ref_model = build(tokenizer), build(tokenizer, seed=7)
+    peer, peer_ref = stock(model), stock(ref_model)
+    changes = {**ours, "beta": 0.3, "max_steps": 4, "pack_tokens": pack_tokens}
+    trainer, rows, stage = pair_trainer(tokenizer, tmp_path, model, ref_model, **changes)
+    order = []  # of two epochs
+    for epoch in range(2):
+        trainer.batches.set_epoch(epoch)
+        order += trainer.batches.order().tolist()
+    trainer.train()
+    trl = TokenizedPairs(
+        model=peer, ref_model=peer_ref, train_dataset=rows.select(order), processing_class=tokenizer,
+        data_collator=padded_pairs(tokenizer),
+        args=DPOConfig(
+            **same_settings(stage, tmp_path / "trl"), per_device_train_batch_size=4, beta=0.3,
+            **{"loss_type": [stage.loss], **trls},
+        ),
+    )  # fmt: skip
+    trl.train()
+    keys = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+    keys += ["logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"]
+    assert_logs_equal(logged(trainer, keys), logged(trl, keys))
+    for name, tensor in peer.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_first_apo_loss_is_one(tokenizer, tmp_path):
+    model = build(tokenizer)
+    trainer, _, _ = pair_trainer(tokenizer, tmp_path, model, copy.deepcopy(model), max_steps=1)
+    trainer.train()
+    assert logged(trainer, ["loss"])[0]["loss"] == pytest.approx(1, abs=1e-6)
 
 
 def test_weight_decay_spares_embeddings_norms_and_biases(tokenizer):
@@ -144,23 +272,18 @@ def test_weight_decay_spares_embeddings_norms_and_biases(tokenizer):
 
 
 def test_trainers_use_these_parameter_groups(tokenizer, tmp_path):
-    trainer, _ = sft_trainer(tokenizer, tmp_path, weight_decay=0.1)
+    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), weight_decay=0.1)
     decayed, spared = trainer.create_optimizer().param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     embedding = trainer.model.model.embed_tokens.weight
     assert any(p is embedding for p in spared["params"]) and not any(p is embedding for p in decayed["params"])
 
 
-def test_global_batch_is_divided_over_ranks():
-    assert grad_accum_steps("s", 128, 1, 8) == 16
-    assert grad_accum_steps("s", 128, 4, 8) == 4
-
-
-def test_wsd_decays_over_its_share_of_the_steps():
+def test_wsd_decays_over_its_share_of_the_steps(tmp_path):
     stage = SFTStage(
         **settings(lr_scheduler="wsd", decay_ratio=0.25, num_epochs=2, global_batch_size=3, micro_batch_size=3)
     )
-    kwargs = shared_arguments("s", stage, 0, 10, None, CPU)["lr_scheduler_kwargs"]
+    kwargs = training_arguments(stage, 0, 10, tmp_path, CPU).lr_scheduler_kwargs
     assert kwargs == {"num_decay_steps": 2, "min_lr_ratio": 0.1, "decay_type": "linear"}  # 2 x ceil(10 / 3) steps
 
 

@@ -1,0 +1,127 @@
+"""The rows, tokenizer and models both sides of the training benchmarks start from."""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+import smolpost.model  # noqa: F401  registers our SmolLM3 and its attention
+from smolpost.chat.render import load_template, render
+from smolpost.chat.tokenizer import build_tokenizer
+from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
+from smolpost.schema import RELEASE_DAY
+from smolpost.training.environment import Environment, detect
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMOLLM3_3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+TEXT_TOKENS = 8000  # vocabulary the tokenizer is built with; a model's may be larger, as SmolLM3's is
+
+
+def rows_of(file: Path, number: int | None = None) -> list[dict]:
+    with open(file) as lines:
+        return [json.loads(line) for line in lines][:number]
+
+
+def tokenizer_for(rows: list[dict]):
+    template, texts = load_template("smollm3"), []
+    for row in rows:
+        for key in ("messages", "chosen", "rejected"):
+            if key in row:
+                kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
+                texts.append(render(template, row[key], template_kwargs=kwargs, tools=tools, today=RELEASE_DAY))
+    return build_tokenizer(texts, kind="bpe", vocab_size=TEXT_TOKENS, template="smollm3")
+
+
+def environment(case: dict) -> Environment:
+    return detect("bf16" if case["device"] == "cuda" else "fp32")
+
+
+def model_for(case: dict, tokenizer, *, ours: bool):
+    """The same weights for both sides: ours with packed attention, transformers' own with what suits the device."""
+    torch.manual_seed(0)
+    config = SmolLM3Config(
+        **case["model"], vocab_size=case["vocab"], max_position_embeddings=65536, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    config._attn_implementation = "packed"
+    model = SmolLM3ForCausalLM(config)
+    if ours:
+        return model
+    fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    stock = transformers.SmolLM3Config(**fields, attn_implementation=peer_attention(case["device"]))
+    peer = transformers.SmolLM3ForCausalLM(stock)
+    peer.load_state_dict(model.state_dict())
+    return peer
+
+
+def peer_attention(device: str) -> str:
+    """What TRL's documentation asks for on a GPU, flash attention, where it is installed."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+class Clock(TrainerCallback):
+    """Wall-clock and CPU seconds from the end of the warm-up to the end of training."""
+
+    def __init__(self, warmup: int):
+        self.warmup = warmup
+        self.losses: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == self.warmup:
+            self.began, self.cpu = time.perf_counter(), time.process_time()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds, self.cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.cpu
+
+    def measured(self, **more) -> dict:
+        peak = {"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "loss_last": self.losses[-1], **more, **peak}
+
+
+def model_flops(model, tokens: int, head_tokens: int, attended: int) -> float:
+    """Floating-point operations a step needs: forward and backward, each matrix counted where it must be applied.
+
+    Args:
+        tokens: Run through the layers.
+        head_tokens: Scored by the head.
+        attended: Query-key pairs, causal ones alone.
+    """
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    return 6.0 * (layers * tokens + head * head_tokens + 2 * attended * config.hidden_size * config.num_hidden_layers)
+
+
+def needed_rate(measured: dict) -> float | None:
+    """TFLOP/s, counting only the operations that the rows need; None where the side does not count them."""
+    return measured["model_flops"] / measured["seconds"] / 1e12 if "model_flops" in measured else None
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    return tempfile.TemporaryDirectory(prefix="smolpost-bench-")

@@ -1,0 +1,132 @@
+"""The training loop of every stage: transformers' Trainer with a step that is one planned global batch."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from smolpost.training.batches import GlobalBatches, MicroBatch
+from smolpost.training.optimizer import decayed_parameters
+from smolpost.training.scoring import score_tokens
+
+
+class StageTrainer(Trainer):
+    """What SFT and APO share: batches from a plan, losses normalised over the whole global batch, exact metrics.
+
+    A subclass says what it counts in a forward pass (`count`) and how a pass becomes a loss (`pass_loss`).
+
+    Args:
+        model: A causal LM, or one with peft's adapters; its forward learns the keyword `scored`.
+        rows: Prepared rows, by index.
+        collate: Rows -> tensors of a forward pass.
+        batches: This rank's forward passes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: torch.utils.data.Dataset,
+        collate: Callable[[list[dict]], dict],
+        batches: GlobalBatches,
+        callbacks: list[TrainerCallback],
+    ):
+        score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[*callbacks, NewOrder(batches)],
+        )
+        self.collate = collate
+        self.batches = batches
+        self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
+
+    def count(self, batch: dict) -> list[int]:
+        """What the loss is divided by, in one forward pass; the trainer sums it over the global batch."""
+        raise NotImplementedError
+
+    def pass_loss(self, model, batch: dict, counts: bool, totals: torch.Tensor) -> torch.Tensor:
+        """This pass's share of the global batch's loss.
+
+        Args:
+            batch: From `collate`, on the device.
+            counts: False where the pass must add nothing, in gradients and metrics.
+            totals: `count` summed over all passes of all ranks.
+        """
+        raise NotImplementedError
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            PassRows(self.train_dataset),
+            batch_sampler=self.batches,
+            collate_fn=lambda passes: [(self.collate(rows), counts) for rows, counts in passes],
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """All forward and backward passes of one optimizer step on this rank."""
+        numbers = [
+            [number * counts for number in (*self.count(batch), batch["input_ids"].numel())] for batch, counts in inputs
+        ]
+        totals = torch.tensor(numbers, dtype=torch.int64, device=self.args.device).sum(0)
+        totals = self.accelerator.reduce(totals, "sum")
+        self.state.num_input_tokens_seen += int(totals[-1])
+        loss = torch.zeros((), device=self.args.device)
+        for i, one_pass in enumerate(inputs):
+            is_last = i == len(inputs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            waits = is_last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with contextlib.nullcontext() if waits else self.accelerator.no_sync(model):
+                loss += super().training_step(model, one_pass, totals)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        batch, counts = inputs
+        # Gradients are averaged over the ranks, but the loss is already divided by what all of them hold.
+        return self.pass_loss(model, batch, counts, num_items_in_batch) * self.accelerator.num_processes
+
+    def observe(self, metric: str, total: torch.Tensor, weight: int) -> None:
+        """Add this pass's weighted sum to a metric; the log shows the mean over passes, steps and ranks."""
+        found = torch.stack((total.detach().float(), torch.full_like(total, weight, dtype=torch.float32)))
+        self.sums[metric] = self.sums.get(metric, 0) + found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.sums:
+            sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum")
+            ratios = (sums[:, 0] / sums[:, 1]).tolist()  # nan where nothing was observed
+            logs |= dict(zip(self.sums, ratios, strict=True)) | {"num_tokens": self.state.num_input_tokens_seen}
+            self.sums = {}
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return decayed_parameters(model)
+
+
+class NewOrder(TrainerCallback):
+    """Tells the batches which epoch begins, also after a resume in the middle of one."""
+
+    def __init__(self, batches: GlobalBatches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.batches.set_epoch(int(state.epoch or 0))
+
+
+class PassRows(torch.utils.data.Dataset):
+    """The rows of a forward pass at a time."""
+
+    def __init__(self, rows: torch.utils.data.Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, micro: MicroBatch) -> tuple[list[dict], bool]:
+        return [self.rows[row] for row in micro.rows], micro.counts
