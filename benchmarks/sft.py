@@ -15,9 +15,10 @@ from workload import (
     SMOLLM3_3B,
     Clock,
     environment,
+    matmul_tflops,
     model_flops,
     model_for,
-    needed_rate,
+    rates,
     rows_of,
     scratch,
     tokenizer_for,
@@ -61,7 +62,9 @@ def smolpost_side(case: dict) -> dict:
         attended = sum(n * (n + 1) // 2 for pack in taken for n in pack["seq_lengths"])
         share = case["steps"] / (WARMUP + case["steps"])
         flops = share * model_flops(model, tokens, scored, attended)
-        return clock.measured(tokens=share * tokens, model_flops=flops, trained_share=scored / tokens)
+        return clock.measured(
+            tokens=share * tokens, model_flops=flops, trained_share=scored / tokens, matmul_tflops=matmul_tflops(case)
+        )
 
 
 def trl_side(case: dict) -> dict:
@@ -95,6 +98,10 @@ def trl_side(case: dict) -> dict:
         return clock.measured(tokens=sum(seen[WARMUP:]))
 
 
+TARGETS = {
+    "rows of 4096, vocabulary 128256": {"speed": 4, "memory": 2},
+    "rows of 4096, vocabulary 8192": {"speed": 2},
+}
 SIDES = {"smolpost": smolpost_side, "trl": trl_side}
 
 
@@ -115,20 +122,17 @@ def main() -> None:
             "rows of 4096, vocabulary 128256": small | {"vocab": 128256, "steps": 3},
             "rows of 4096, vocabulary 8192": small | {"vocab": 8192, "steps": 12},
         }
-    table, results = [], []
+    results, memory = [], "peak_gpu_gb" if arguments.device == "cuda" else "peak_gb"
     for name, case in cases.items():
-        sides = alternate(list(SIDES), case, arguments)
+        sides, table = alternate(list(SIDES), case, arguments), []
         speed = {side: found["tokens"] / found["seconds"] for side, found in sides.items()}
         for side, found in sides.items():
-            table.append({
-                "case": name, "side": side, "tokens/s": speed[side], "peak GB": found["peak_gb"],
-                "GPU GB": found.get("peak_gpu_gb"), "needed TFLOP/s": needed_rate(found),
-            })  # fmt: skip
-        memory = "peak_gpu_gb" if arguments.device == "cuda" else "peak_gb"
+            row = {"side": side, "tokens/s": speed[side], "peak GB": found[memory], "CPU s": found["cpu_seconds"]}
+            table.append(row | rates(found))
         ratio = {"speed": speed["smolpost"] / speed["trl"], "memory": sides["trl"][memory] / sides["smolpost"][memory]}
-        table.append({"case": name, "side": "ratio", "tokens/s": ratio["speed"], "peak GB": ratio["memory"]})
-        results.append({"case": name, "settings": case, "sides": sides, "ratio": ratio})
-    show("SFT, smolpost beside TRL", table)
+        table.append({"side": "ratio", "tokens/s": ratio["speed"], "peak GB": ratio["memory"]})
+        results.append({"case": name, "settings": case, "sides": sides, "ratio": ratio, "target": TARGETS.get(name)})
+        show(f"SFT, {name}; target {TARGETS.get(name)}", table)
     keep("sft", arguments, results)
 
 

@@ -117,9 +117,27 @@ def model_flops(model, tokens: int, head_tokens: int, attended: int) -> float:
     return 6.0 * (layers * tokens + head * head_tokens + 2 * attended * config.hidden_size * config.num_hidden_layers)
 
 
-def needed_rate(measured: dict) -> float | None:
-    """TFLOP/s, counting only the operations that the rows need; None where the side does not count them."""
-    return measured["model_flops"] / measured["seconds"] / 1e12 if "model_flops" in measured else None
+def matmul_tflops(case: dict) -> float:
+    """What the device does when it does nothing but multiply matrices, in the training precision."""
+    on_gpu = case["device"] == "cuda"
+    size, device = (8192, "cuda") if on_gpu else (1536, "cpu")
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best / 1e12
+
+
+def rates(measured: dict) -> dict:
+    """TFLOP/s, counting only the operations that the rows need, and their share of the device's own rate."""
+    if "model_flops" not in measured:
+        return {}
+    rate = measured["model_flops"] / measured["seconds"] / 1e12
+    return {"needed TFLOP/s": rate, "of matmul rate": rate / measured["matmul_tflops"]}
 
 
 def scratch() -> tempfile.TemporaryDirectory:

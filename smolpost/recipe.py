@@ -237,9 +237,9 @@ def _check_training(name: str, stage: schema.TrainStage) -> None:
             raise UserError(f"stages.{name}.{key}={getattr(stage, key):g} is outside [0, 1)")
     if not stage.seeds or len(set(stage.seeds)) != len(stage.seeds):
         raise UserError(f"stages.{name}.seeds={stage.seeds} must name at least one seed, each once")
-    if stage.lora and stage.lora.r < 1:
-        raise UserError(f"stages.{name}.lora.r={stage.lora.r} is below 1, its least value")
-    if stage.lora and not 0 <= stage.lora.dropout < 1:
+    if stage.lora.r < 0:
+        raise UserError(f"stages.{name}.lora.r={stage.lora.r} is below 0, which trains without adapters")
+    if not 0 <= stage.lora.dropout < 1:
         raise UserError(f"stages.{name}.lora.dropout={stage.lora.dropout:g} is outside [0, 1)")
     if stage.kind == "apo":
         _check_preference(name, stage)

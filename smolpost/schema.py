@@ -149,7 +149,7 @@ class InitStage(Stage):
 class LoRA:
     """Low-rank adapters (arXiv:2106.09685) in place of the full weights; the finished stage has them merged in."""
 
-    r: int = 16  # rank of each adapter
+    r: int = 0  # rank of each adapter; 0: no adapters, all weights train
     alpha: float = 32.0  # an adapter's product counts alpha / r
     dropout: float = 0.0  # of an adapter's input, in [0, 1)
     target_modules: list[str] = field(
@@ -185,7 +185,7 @@ class TrainStage(Stage):
     precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
     rope_theta: float | None = None  # new RoPE base, for long-context stages
     max_position_embeddings: int | None = None  # new longest context, tokens
-    lora: LoRA | None = None  # train adapters alone; null: all weights
+    lora: LoRA = field(default_factory=LoRA)
     gradient_checkpointing: bool = tuning(True)
     logging_steps: int = tuning(10)
     save_steps: int = tuning(500)  # optimizer steps between resumable checkpoints

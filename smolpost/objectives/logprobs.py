@@ -25,6 +25,8 @@ TILE_TOKENS = {"cpu": 512, "cuda": 4096}  # beyond these, rereading the weight n
 KEPT_TOKENS = {"cpu": 256, "cuda": 4096}  # the same where the tokens' tiles are kept until the vocabulary is done
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**30}  # of the tiles kept
 
+BF16_INTO_FP32 = ("cuda",)  # devices whose matrix products read bf16 and write fp32
+
 # Sums of exponentials within which a tile needs no shift: far inside fp32 and bf16, far outside common logits.
 SAFE_MASS = (1e-25, 1e25)
 
@@ -80,9 +82,9 @@ def token_scores(
     With `weights`, only `total` carries it: the gradient is made beside the logits, in the forward pass, and backward
     scales it: 3 products, and one backward per forward. No gradient is made where none is wanted.
 
-    Under autocast the products read hidden and weight in autocast's dtype. They sum in fp32, and all else is fp32
-    (fp64 where hidden is). Memory, besides results: the tiles, the fp32 gradient [V, H] of a weight that trains, and
-    a weight not in the products' dtype once more in that dtype.
+    The products read hidden and weight in autocast's dtype, or hidden's where there is none. They sum in fp32, and
+    all else is fp32 (fp64 where hidden is). Memory, besides results: the tiles, the fp32 gradient [V, H] of a weight
+    that trains, and a weight that is not in the products' dtype once more in that dtype.
 
     Args:
         hidden: [T, H]; for T = 0 all results are empty or 0, and connected to the graph.
@@ -91,8 +93,6 @@ def token_scores(
         weights: [T], what the loss multiplies each logp with; without gradient.
         metrics: Whether to compute entropy and is_top1.
         tile_bytes: Bound on the tiles' memory; by default what was measured fastest, 128 MiB at most on a CPU.
-    Returns:
-        Scores, fp32.
     Raises:
         ValueError: Shapes differ, a target lies outside the vocabulary, or `weights` requires a gradient.
     """
@@ -198,16 +198,17 @@ def stand_in_logits(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, T
     # An instance without the constructor, which would make a whole model, and without the hooks and patches.
     twin = object.__new__(type(model))
     vars(twin).update(vars(model))
-    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        states = torch.tensor([[[1.0, -2.0, 4.0], [-8.0, 3.0, 0.5]]])
-        weight = 4 * torch.linspace(-3, 3, 15).reshape(5, 3).sin()
-        bias = None if layer.bias is None else torch.linspace(-1, 2, 5)
-        head = nn.utils.skip_init(nn.Linear, 3, 5, bias=bias is not None)
-        head.weight = nn.Parameter(weight)
-        head.bias = None if bias is None else nn.Parameter(bias)
-        vars(twin)["_modules"] = {**parts, at[0]: head, body: FixedStates(states, parts[body])}
+    states = torch.tensor([[[1.0, -2.0, 4.0], [-8.0, 3.0, 0.5]]], device="cpu")
+    weight = 4 * torch.linspace(-3, 3, 15, device="cpu").reshape(5, 3).sin()
+    bias = None if layer.bias is None else torch.linspace(-1, 2, 5, device="cpu")
+    head = nn.Linear(3, 5, bias=bias is not None, device="meta")  # meta: no random numbers are drawn
+    head.weight = nn.Parameter(weight)
+    head.bias = None if bias is None else nn.Parameter(bias)
+    vars(twin)["_modules"] = {**parts, at[0]: head, body: FixedStates(states, parts[body])}
+    ids = torch.zeros(1, 2, dtype=torch.long, device="cpu")
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            actual = type(model).forward(twin, input_ids=torch.zeros(1, 2, dtype=torch.long), return_dict=True).logits
+            actual = type(model).forward(twin, input_ids=ids, return_dict=True).logits
         except Exception as error:
             raise ValueError(f"{name}.forward would not show how it makes its logits: {error}") from error
         return actual, nn.functional.linear(states, weight, bias)
@@ -256,9 +257,9 @@ class Plan:
         self.softcap, self.scale, self.metrics, self.kept = head.softcap, head.scale, metrics, kept
         self.rounding = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         self.dtype = torch.promote_types(self.rounding, torch.float32)
-        # Only CUDA multiplies bf16 into fp32. Elsewhere the rounded operands are multiplied as fp32, which gives the
-        # same numbers; results in bf16 would not. Tiles as fp16 would overflow.
-        self.mixed = device == "cuda" and self.rounding == torch.bfloat16
+        # Elsewhere the rounded operands are multiplied as fp32, which gives the same numbers; products rounded to bf16
+        # would not. As fp16, tiles would overflow.
+        self.mixed = device in BF16_INTO_FP32 and self.rounding == torch.bfloat16
         self.operand_dtype = self.rounding if self.mixed else self.dtype
         linear = head.bias is None and not head.softcap
         self.entropy_from_gradient = kept and metrics and linear and hidden.requires_grad and not self.mixed
@@ -339,7 +340,7 @@ class Plan:
 
 
 class Sums:
-    """Sums over the words of one tile row each: [number of word slices, t], and at the targets [t]."""
+    """A token slice's sums over each slice of words, [number of word slices, t], and what is at its targets, [t]."""
 
     def __init__(self, plan: Plan, t: int, like: Tensor):
         shape = (len(plan.words), t)

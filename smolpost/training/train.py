@@ -71,7 +71,7 @@ def train(
     tokenizer.chat_template = load_template(stage.template)
     model = load_start()
     check_space(name, stage, model, out)
-    if stage.lora:
+    if stage.lora.r:
         model = add_adapters(name, model, stage.lora, seed)
     if cache:
         arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the cache

@@ -109,6 +109,25 @@ def test_the_reference_is_worked_out_once_for_all_seeds_and_losses(started, tmp_
     assert other == 120 and elsewhere != cache
 
 
+@pytest.mark.parametrize("config", ["single", "ddp", "zero3"])
+def test_adapters_train_alone_and_are_merged(started, tmp_path, config):
+    """The result is an ordinary checkpoint whose linear layers moved by a matrix of the adapters' rank."""
+    small = started.copy(tmp_path)
+    words = ["stages.apo.lora.r=2", "stages.apo.lora.alpha=8"]
+    done = small.launch("apo", config, 1 if config == "single" else 2, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert small.log("apo", *words)[0]["loss"] == pytest.approx(1, abs=1e-5)
+    start, trained = started.weights("init"), small.weights("apo", *words)
+    assert trained.keys() == start.keys()
+    for name, tensor in trained.items():
+        moved = tensor - start[name]
+        if "_proj" in name:
+            values = torch.linalg.svdvals(moved)
+            assert values[1] > 1e-5 and values[2] < 1e-6
+        else:
+            assert not moved.any()
+
+
 def test_killed_training_goes_on_and_ends_the_same(started, single, tmp_path):
     """kill -9 of the whole process group once a checkpoint is whole; the same command continues from it."""
     cut = started.copy(tmp_path)
