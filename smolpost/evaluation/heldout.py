@@ -7,7 +7,6 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from smolpost.chat.masks import encode
@@ -16,11 +15,9 @@ from smolpost.chat.render import render
 from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
+from smolpost.objectives.logprobs import head_of, token_scores
 
 MODES = {"think": True, "no_think": False}
-
-# Logits of one tile, fp32: a quarter of a GiB.
-_TILE_ELEMENTS = 2**26
 
 
 def heldout_loss(model, tokenizer, rows, *, today, batch_size, max_rows):
@@ -188,12 +185,8 @@ def _summed_loss(model, batch, padding):
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
     hidden, targets = hidden[:, :-1][trained], input_ids[:, 1:][trained]  # [T, H], [T]
 
-    tile = max(1, _TILE_ELEMENTS // model.config.vocab_size)
-    nats = 0.0
-    for start in range(0, len(targets), tile):
-        logits = model.lm_head(hidden[start : start + tile]).float()  # [at most tile, V]
-        nats += F.cross_entropy(logits, targets[start : start + tile], reduction="sum").item()
-    return nats, len(targets)
+    scores = token_scores(hidden, targets, head_of(model), metrics=False)
+    return -scores.logps.double().sum().item(), len(targets)
 
 
 def _share(flags):

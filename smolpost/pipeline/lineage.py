@@ -34,7 +34,7 @@ CODE = {  # the parts of the library that decide a step's result; tests/pipeline
     "merge": ("merging",),
     "evaluate": (
         "chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "data/tasks.py",
-        "evaluation",
+        "objectives/logprobs.py", "evaluation",
     ),
 }  # fmt: skip
 # Settings of a training stage that decide its prepared rows.

@@ -182,5 +182,7 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
         shown.pop(key, None)
     if stage.plan.seed is not None:
         shown = {"seed": stage.plan.seed} | shown
+    if "lora" in shown:
+        shown["lora"] = shown["lora"] if shown["lora"]["r"] else None
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
     return lines

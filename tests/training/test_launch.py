@@ -1,5 +1,6 @@
 """The same stage on one process, on two ranks, interrupted, and in other micro-batches: the same result."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from small import ROOT, environment
 
 from smolpost.pipeline import manifest
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 WEIGHTS = {"atol": 2e-5, "rtol": 0}  # FACTS section 4: 2 processes against 1
 
 
@@ -29,7 +31,7 @@ def assert_same(found, expected, stage, *more, words=()):
 
 
 @pytest.mark.parametrize("stage", ["sft", "apo"])
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", SLOW("zero2"), "zero3"])
 def test_two_ranks_match_one_process(started, single, tmp_path, stage, config):
     two = started.copy(tmp_path)
     done = two.launch(stage, config, 2)
@@ -38,7 +40,7 @@ def test_two_ranks_match_one_process(started, single, tmp_path, stage, config):
     assert_same(two, single, stage)
 
 
-@pytest.mark.parametrize("stage", ["sft", "apo"])
+@pytest.mark.parametrize("stage", ["sft", SLOW("apo")])
 def test_fsdp2_matches_one_process(started, single, tmp_path, stage):
     two = started.copy(tmp_path)
     shim = (str(ROOT / "tests" / "training" / "fsdp_on_cpu.py"),)
@@ -66,7 +68,7 @@ def test_forward_passes_do_not_matter(started, single, tmp_path, words):
     assert_same(other, single, *words)
 
 
-@pytest.mark.parametrize("stage", ["sft", "apo"])
+@pytest.mark.parametrize("stage", [SLOW("sft"), "apo"])
 def test_a_batch_that_does_not_divide_over_the_ranks(started, tmp_path, stage):
     """Five rows on two ranks are the five rows of one process, and the empty forward pass is no secret."""
     words = [f"stages.{stage}.global_batch_size=5", f"stages.{stage}.max_steps=3"]
@@ -109,7 +111,7 @@ def test_the_reference_is_worked_out_once_for_all_seeds_and_losses(started, tmp_
     assert other == 120 and elsewhere != cache
 
 
-@pytest.mark.parametrize("config", ["single", "ddp", "zero3"])
+@pytest.mark.parametrize("config", ["single", SLOW("ddp"), SLOW("zero3")])
 def test_adapters_train_alone_and_are_merged(started, tmp_path, config):
     """The result is an ordinary checkpoint whose linear layers moved by a matrix of the adapters' rank."""
     small = started.copy(tmp_path)
