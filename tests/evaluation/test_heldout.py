@@ -47,9 +47,7 @@ def reference_loss(model, tokenizer, rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-@pytest.mark.parametrize("tile_elements", [1, 1000, 2**26])
-def test_loss_is_transformers_loss(model, tokenizer, batch_size, tile_elements, monkeypatch):
-    monkeypatch.setattr(heldout, "_TILE_ELEMENTS", tile_elements)
+def test_loss_is_transformers_loss(model, tokenizer, batch_size):
     result = heldout.heldout_loss(model, tokenizer, ROWS, today=TODAY, batch_size=batch_size, max_rows=100)
     for mode, rows in (("think", THINK), ("no_think", NO_THINK)):
         loss, num_tokens = reference_loss(model, tokenizer, [ROWS[i] for i in rows])
@@ -68,15 +66,16 @@ def test_a_mode_without_rows_has_no_loss(model, tokenizer):
     assert result["no_think"] == {"loss": None, "tokens": 0, "rows": 0}
 
 
-def test_the_head_sees_trained_positions_only_and_a_tile_at_a_time(model, tokenizer, monkeypatch):
-    seen = []
-    model.lm_head.register_forward_hook(lambda head, inputs, output: seen.append(inputs[0].shape[0]))
+def test_the_head_sees_trained_positions_only(model, tokenizer, monkeypatch):
+    seen, score = [], heldout.token_scores
+
+    def counted(hidden, *rest, **more):
+        seen.append(len(hidden))
+        return score(hidden, *rest, **more)
+
+    monkeypatch.setattr(heldout, "token_scores", counted)
     result = heldout.heldout_loss(model, tokenizer, ROWS, today=TODAY, batch_size=50, max_rows=100)
     assert seen == [result["think"]["tokens"], result["no_think"]["tokens"]]
-    seen.clear()
-    monkeypatch.setattr(heldout, "_TILE_ELEMENTS", 7 * len(tokenizer) + 1)
-    heldout.heldout_loss(model, tokenizer, ROWS[1:2] * 5, today=TODAY, batch_size=50, max_rows=100)
-    assert seen == [7, 3]  # a digit and the stop token, five times
 
 
 def test_training_mode_comes_back(model, tokenizer):
