@@ -15,7 +15,8 @@ from smolpost.chat.render import render
 from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
-from smolpost.objectives.logprobs import head_of, token_scores
+from smolpost.objectives.head import head_of
+from smolpost.objectives.logprobs import token_scores
 
 MODES = {"think": True, "no_think": False}
 

@@ -15,6 +15,7 @@ from smolpost.recipe import Request
 
 ROWS = ("data/sources.py", "data/mixtures.py")
 MODEL = ("model/configuration_smollm3.py", "model/modeling_smollm3.py", "model/register.py", "model/attention.py")
+HEAD = ("objectives/head.py", "objectives/logprobs.py")
 PACKS = ("data/collate.py", "data/dataset_folder.py", "data/packing.py")
 TRAINING = ("chat/render.py", *MODEL, *PACKS, "objectives", "training")
 CODE = {  # the parts of the library that decide a step's result; tests/pipeline/test_lineage.py checks them by imports
@@ -27,14 +28,14 @@ CODE = {  # the parts of the library that decide a step's result; tests/pipeline
     "sft": TRAINING,
     "apo": TRAINING,
     "reference": (
-        *MODEL, *PACKS, "objectives/logprobs.py", "training/batches.py", "training/environment.py",
+        *MODEL, *PACKS, *HEAD, "training/batches.py", "training/environment.py",
         "training/reference.py", "training/reference_cache.py", "training/scoring.py",
     ),
     "pairs": ("chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "synthesis"),
     "merge": ("merging",),
     "evaluate": (
         "chat", *MODEL, "model/loading.py", "model/generation.py", *ROWS, "data/prompts.py", "data/tasks.py",
-        "objectives/logprobs.py", "evaluation",
+        *HEAD, "evaluation",
     ),
 }  # fmt: skip
 # Settings of a training stage that decide its prepared rows.

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from smolpost.objectives.logprobs import TokenScores, head_of, token_scores
+from smolpost.objectives.head import head_of
+from smolpost.objectives.logprobs import TokenScores, token_scores
 
 
 class Scored(NamedTuple):

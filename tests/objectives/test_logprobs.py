@@ -37,7 +37,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.objectives import logprobs
-from smolpost.objectives.logprobs import Head, head_of, token_scores
+from smolpost.objectives.head import Head, head_of
+from smolpost.objectives.logprobs import token_scores
 
 anywhere = settings(deadline=None, max_examples=60)  # a busy CPU is no failure
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
