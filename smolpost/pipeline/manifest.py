@@ -23,7 +23,7 @@ from pathlib import Path
 from smolpost.errors import UserError
 
 FILE = "manifest.json"
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
 
 
 def digest(value: object) -> str:

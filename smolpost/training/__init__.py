@@ -1,1 +1,1 @@
-"""TRL's trainers on prepared rows: the same stage on one CPU core or on many GPUs."""
+"""Training on prepared rows: the same stage on one CPU core or on many GPUs."""

@@ -137,6 +137,24 @@ def test_sft_steps_equal_trls(tokenizer, tmp_path):
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=2e-5, rtol=0)
 
 
+def test_resuming_inside_a_later_epoch_changes_nothing(tokenizer, tmp_path):
+    """Three steps an epoch, cut after the fifth: the second epoch's order has to be found again."""
+    model = build(tokenizer)
+    changes = {"max_seq_len": 420, "global_batch_size": 2, "max_steps": 8, "save_steps": 5}
+    trainer, _, stage = sft_trainer(tokenizer, tmp_path, model, **changes)
+    trainer.train()
+    again = build(tokenizer, seed=9)
+    rows = load_from_disk(str(tmp_path / "rows"))
+    arguments = training_arguments(stage, 1, len(rows), tmp_path / "out", CPU)
+    other = sft.trainer(stage, again, tokenizer, rows, arguments, 1, CPU, [])
+    other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert len(other.batches) == 3 and other.batches.epoch == 2
+    keys = ("loss", "grad_norm", "num_tokens", "epoch")
+    assert logged(other, keys) == logged(trainer, keys)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, atol=1e-7, rtol=0)
+
+
 def test_batches_are_the_prepared_packs(tokenizer, tmp_path):
     trainer, rows, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), shuffle_packs=False)
     steps = list(trainer.get_train_dataloader())
