@@ -10,7 +10,7 @@ of assistant turns, TRL scores every token of a completion. "second seed" is the
 import time
 from pathlib import Path
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from side_by_side import alternate, keep, options, run_side, show
 from workload import (
     SMALL,
@@ -20,6 +20,7 @@ from workload import (
     matmul_tflops,
     model_flops,
     model_for,
+    prepared,
     rates,
     rows_of,
     scratch,
@@ -27,7 +28,6 @@ from workload import (
 )
 
 from smolpost.chat.masks import encode_pair
-from smolpost.data.prepare import prepare_apo
 from smolpost.schema import RELEASE_DAY, APOStage
 from smolpost.training import apo, reference
 from smolpost.training.arguments import training_arguments
@@ -48,10 +48,7 @@ def smolpost_side(case: dict) -> dict:
     with scratch() as folder:
         rows = rows_of(case["file"], case["rows"])
         tokenizer, stage, here = tokenizer_for(rows), stage_of(case), environment(case)
-        prepared = Path(folder) / "rows"
-        prepared.mkdir()
-        prepare_apo(stage, [("pairs", row) for row in rows], tokenizer, prepared)
-        pairs = load_from_disk(str(prepared))
+        pairs, _ = prepared(stage, case["file"], case["rows"], tokenizer, Path(folder))
         spent = []
         for _ in range(2):  # the second time stands for a second seed
             began = time.perf_counter()

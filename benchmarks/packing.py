@@ -6,9 +6,9 @@ Document lengths are log-normal (mu 6.5, sigma 1.2) and clipped to the row: TRL 
 packs per `map` batch of 1000 rows, as its user gets it; "one batch" gives it the whole dataset at once.
 
 Plan: ours from lengths alone. TRL cannot plan without moving tokens, so here its tokens are one byte each.
-Set: each side starts from the same tokenized rows as it holds them, ours in memory after `smolpost prepare` tokenized
-them, TRL's memory-mapped and in the page cache (in memory they are no faster), and ends with a `datasets` dataset in a
-file; tokens and labels are int32. Ours runs what `smolpost prepare` runs.
+Set: each side starts from the same tokenized rows in files, memory-mapped and in the page cache, and ends with a
+`datasets` dataset in a file; tokens and labels are int32. Ours runs what `smolpost prepare` runs once its rows are
+tokenized, and also keeps why each token trains or not.
 Peak memory counts what a side imports and the file pages it has mapped.
 """
 
@@ -77,6 +77,7 @@ def plan_trl_one_batch(case: dict) -> dict:
 def write_rows(folder: Path, number: int) -> None:
     """Tokenized rows, a third of each a prompt: as arrays for us, as a dataset in TRL's own batches for TRL."""
     from smolpost.data.dataset_folder import write_dataset
+    from smolpost.data.tokenize import BATCH_ROWS, SCHEMA
 
     lengths = lengths_of(number)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -92,24 +93,50 @@ def write_rows(folder: Path, number: int) -> None:
 
     (folder / "rows").mkdir()
     write_dataset(folder / "rows", COLUMNS, batches())
-    for name, array in (("ids", ids), ("trained", trained), ("offsets", offsets)):
-        np.save(folder / f"{name}.npy", array)
+    with pa.ipc.new_file(str(folder / "tokens.arrow"), SCHEMA) as writer:
+        for first, last in pairwise([*range(0, number, BATCH_ROWS), number]):
+            writer.write_batch(token_batch(ids, trained, offsets[first : last + 1]))
+
+
+def token_batch(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray) -> pa.RecordBatch:
+    """Rows as `smolpost prepare` leaves them tokenized."""
+    from smolpost.chat.fates import Fate
+    from smolpost.data.tokenize import SCHEMA
+
+    span, number = slice(offsets[0], offsets[-1]), len(offsets) - 1
+    fates = np.where(trained[span], Fate.TRAINED, Fate.USER).astype(np.int8)
+    starts = (offsets[:-1] - offsets[0]).astype(np.int32)
+    fates[starts] = Fate.FIRST
+    edges = pa.array(np.append(starts, offsets[-1] - offsets[0]).astype(np.int32))
+    lengths, counts = np.diff(offsets), np.zeros((number, len(Fate)), np.int64)
+    counts[:, Fate.TRAINED] = np.add.reduceat(fates == Fate.TRAINED, starts, dtype=np.int64)
+    counts[:, Fate.FIRST], counts[:, Fate.USER] = 1, lengths - 1 - counts[:, Fate.TRAINED]
+    zeros, no = np.zeros(number, np.int64), np.zeros(number, bool)
+    columns = {
+        "path": ["rows"] * number, "number": zeros, "ids": pa.ListArray.from_arrays(edges, ids[span]),
+        "fates": pa.ListArray.from_arrays(edges, fates), "parts": lengths[:, None].astype(np.int32).tolist(),
+        "fate_counts": pa.FixedSizeListArray.from_arrays(counts.ravel(), len(Fate)), "is_text": no, "think": no,
+        "unknown": zeros, "neutralised": zeros, "content": zeros.astype(np.uint64), "features": [None] * number,
+    }  # fmt: skip
+    arrays = [pa.array(column, SCHEMA.field(name).type) if not isinstance(column, pa.Array) else column
+              for name, column in columns.items()]  # fmt: skip
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def set_smolpost(case: dict) -> dict:
-    from smolpost.data import prepare
+    from smolpost.data import prepare_sft
     from smolpost.data.dataset_folder import write_dataset
-    from smolpost.data.tokenize import Tokens
+    from smolpost.data.tokens import open_tokens
     from smolpost.schema import SFTStage
 
     folder, out = Path(case["folder"]), output("smolpost", case)
     stage = SFTStage(init_from="x", data="y", max_seq_len=CAPACITY, learning_rate=1e-4, global_batch_size=1)
-    ids, trained, offsets = (np.load(folder / f"{name}.npy") for name in ("ids", "trained", "offsets"))
-    tokens = Tokens(ids, trained, offsets, np.zeros(len(offsets) - 1, bool))
 
     def work():
-        _, pieces, plan = prepare.pack(stage, tokens, prepare.fit(stage, [], tokens))
-        write_dataset(out.parent, prepare.PACK_TYPES, prepare.pack_chunks(tokens, pieces, plan))
+        tokens = open_tokens([folder / "tokens.arrow"])
+        documents = prepare_sft.whole_rows(tokens, np.arange(len(tokens)))
+        _, pieces, plan = prepare_sft.pack(stage, tokens, documents)
+        write_dataset(out.parent, prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
         return datasets.load_from_disk(out.parent)
 
     clock, packs = timed(work)

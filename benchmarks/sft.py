@@ -8,7 +8,7 @@ gradient checkpointing, in the device's precision; both sides run transformers' 
 
 from pathlib import Path
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from side_by_side import alternate, keep, options, run_side, show
 from workload import (
     SMALL,
@@ -18,14 +18,15 @@ from workload import (
     matmul_tflops,
     model_flops,
     model_for,
+    prepared,
     rates,
     rows_of,
     scratch,
     tokenizer_for,
 )
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode_batch
-from smolpost.data.prepare import prepare_sft
 from smolpost.schema import RELEASE_DAY, SFTStage
 from smolpost.training import sft
 from smolpost.training.arguments import training_arguments
@@ -47,10 +48,7 @@ def smolpost_side(case: dict) -> dict:
         rows = rows_of(case["file"], ROWS)
         tokenizer = tokenizer_for(rows)
         stage = stage_of(case, WARMUP + case["steps"])
-        prepared = Path(folder) / "rows"
-        prepared.mkdir()
-        prepare_sft(stage, [("gsm8k", row) for row in rows], tokenizer, prepared)
-        packs = load_from_disk(str(prepared))
+        packs, _ = prepared(stage, case["file"], ROWS, tokenizer, Path(folder))
         here = environment(case)
         arguments = training_arguments(stage, 0, len(packs), folder, here)
         model, clock = model_for(case, tokenizer, ours=True), Clock(WARMUP)
@@ -77,7 +75,10 @@ def trl_side(case: dict) -> dict:
             tokenizer, [row["messages"] for row in rows], today=RELEASE_DAY,
             template_kwargs=[row.get("chat_template_kwargs") for row in rows],
         )  # fmt: skip
-        labels = [[i if on else -100 for i, on in zip(row.input_ids, row.trained, strict=True)] for row in encoded]
+        labels = [
+            [i if fate == Fate.TRAINED else -100 for i, fate in zip(row.input_ids, row.fates, strict=True)]
+            for row in encoded
+        ]
         documents = Dataset.from_dict({"input_ids": [row.input_ids for row in encoded], "labels": labels})
         on_gpu, clock = case["device"] == "cuda", Clock(WARMUP)
         arguments = SFTConfig(

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from datasets import load_from_disk
 from transformers import TrainerCallback
 
 import smolpost.model  # noqa: F401  registers our SmolLM3 and its attention
 from smolpost.chat.render import load_template, render
 from smolpost.chat.tokenizer import build_tokenizer
+from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import RELEASE_DAY
+from smolpost.schema import RELEASE_DAY, Mixture, Source
 from smolpost.training.environment import Environment, detect
 
 SMALL = {
@@ -37,6 +39,14 @@ TEXT_TOKENS = 8000  # vocabulary the tokenizer is built with; a model's may be l
 def rows_of(file: Path, number: int | None = None) -> list[dict]:
     with open(file) as lines:
         return [json.loads(line) for line in lines][:number]
+
+
+def prepared(stage, file: str, number: int | None, tokenizer, folder: Path):
+    """The rows as `smolpost prepare` makes them, as a dataset, and the report."""
+    (out := folder / "prepared").mkdir()
+    mixture = Mixture(sources={"rows": Source(path=file, max_rows=number)}, shuffle=False)
+    report = prepare(stage, mixture, tokenizer, lambda name: folder / name, out)
+    return load_from_disk(str(out)), report
 
 
 def tokenizer_for(rows: list[dict]):

@@ -34,14 +34,33 @@ def choice(*options: str) -> Any:
 class Source:
     """One set of rows inside a mixture."""
 
-    path: str = MISSING  # JSONL or Parquet file, `datasets` folder, or Hub id
+    path: str = MISSING  # JSONL (.gz, .zst) or Parquet file, glob pattern, folder, or Hub id
     stage: str | None = None  # the path is relative to this stage's output folder
     subset: str | None = None  # Hub config name, e.g. SFT
-    split: str = "train"  # of a `datasets` folder or Hub id
+    split: str = "train"  # of a folder or Hub id; several joined by +
     revision: str | None = None  # Hub commit or tag
-    weight: float = 1.0  # share of the rows kept after a seeded shuffle; above 1 repeats rows
+    columns: str = choice("smoltalk2", "sharegpt", "alpaca")  # shape of the rows in the file
+    rename: dict[str, str] = field(default_factory=dict)  # column of the file -> the column it stands for
     first_row: int = 0  # rows before this one are left out (a held-out tail and its training head share a file)
     max_rows: int | None = None  # at most this many rows, counted from first_row
+    max_tokens: int | None = None  # at most this many tokens, of the rows kept by weight; training stages only
+    weight: float = 1.0  # epochs: share of the rows kept after a seeded shuffle; above 1 repeats rows
+    share: float | None = None  # of the mixture, in share_of; rows that would go beyond it are left out
+    loss_weight: float = 1.0  # of each trained token's loss (apo: each pair's), relative to other sources
+    think_share: float | None = None  # of kept rows, those that train a think block; refused when off by over 0.01
+
+
+@dataclass
+class Hygiene:
+    """Which rows of a mixture are removed; each one is listed in `dropped.jsonl` of the prepared rows."""
+
+    exact: bool = False  # rows whose text an earlier row has, up to Unicode form and white space
+    near: float = 0.0  # rows this similar to an earlier kept one: estimated Jaccard index of word 5-grams; 0: off
+    near_permutations: int = 128  # of the MinHash that estimates it
+    against: list[str] = field(default_factory=list)  # evaluation files; rows that share words with them in a row
+    ngram: int = 13  # how many words in a row count as shared
+    languages: list[str] = field(default_factory=list)  # ISO 639-1 codes that stay; empty: all
+    min_confidence: float = 0.5  # of the detected language, below which a row stays
 
 
 @dataclass
@@ -49,6 +68,8 @@ class Mixture:
     sources: dict[str, Source] = field(default_factory=dict)  # name in reports -> rows
     seed: int = 0  # of the per-source subsampling and of the shuffle
     shuffle: bool = True  # false keeps file order, source after source: a curriculum
+    share_of: str = choice("tokens", "rows")  # what the sources' shares are shares of
+    hygiene: Hygiene = field(default_factory=Hygiene)
 
 
 # ---------------------------------------------------------------- model
@@ -165,7 +186,13 @@ class TrainStage(Stage):
     data: str = MISSING  # mixture name under data
     template: str = "smollm3"  # chat template: a name under smolpost/chat/templates or a .jinja file
     today: str = RELEASE_DAY  # date rendered into training text; frozen, or prepared data would change daily
-    last_turn_only: bool = False  # train the last assistant turn alone
+    allow_template_change: bool = tuning(False)  # start from a checkpoint that was trained with another template
+    train_roles: list[str] = field(
+        default_factory=lambda: ["assistant"]
+    )  # whose turns train; sft: [all] is every token
+    train_reasoning: bool = True  # false: think blocks are context, the reply after them trains
+    last_turn_only: bool = False  # train the last of those turns alone
+    max_dropped: float = tuning(0.2)  # share of a source's rows; more dropped ones are refused
     max_seq_len: int = MISSING  # tokens per row
     overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
     learning_rate: float = MISSING  # peak
@@ -186,6 +213,7 @@ class TrainStage(Stage):
     rope_theta: float | None = None  # new RoPE base, for long-context stages
     max_position_embeddings: int | None = None  # new longest context, tokens
     lora: LoRA = field(default_factory=LoRA)
+    num_workers: int | None = tuning(None)  # processes that tokenize; null: one per core
     gradient_checkpointing: bool = tuning(True)
     logging_steps: int = tuning(10)
     save_steps: int = tuning(500)  # optimizer steps between resumable checkpoints
@@ -203,7 +231,6 @@ class TrainStage(Stage):
 class SFTStage(TrainStage):
     kind: str = "sft"
     packing: str = choice("bfd", "wrapped", "none")
-    loss_on: str = choice("assistant", "all")  # tokens that train: assistant turns with their stop token, or every one
     shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
     micro_batch_size: int = tuning(1)  # packs per rank and forward pass
 

@@ -11,10 +11,10 @@ FLOORS = {
     "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
     "recipe": 3,
-    "pipeline": 4, "report": 4,
+    "pipeline": 4, "report": 4, "doctor": 4,
     "cli": 5, "train": 5,
 }  # fmt: skip
-NEIGHBOURS = {("data", "chat"), ("train", "cli")}  # the exceptions on one floor
+NEIGHBOURS = {("data", "chat"), ("doctor", "pipeline"), ("train", "cli")}  # the exceptions on one floor
 
 
 def imports(file: Path) -> set[str]:

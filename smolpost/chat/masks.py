@@ -1,13 +1,50 @@
-"""Conversations to token ids with a policy-first mask: True where the policy produced the token.
+"""Conversations to token ids with the fate of every token: trained where a policy trains it, else the reason.
 
-Text is cut at the edges of the trained spans and each piece is tokenized by itself. No token straddles an edge, and
-the ids are those of inference: a tokenized prompt, then the reply.
+Text is cut at the edges of the replies and each piece is tokenized by itself. No token straddles an edge, and the ids
+are those of inference: a tokenized prompt, then the reply. What trains changes no id.
 """
 
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from smolpost.chat.render import clean_messages, render, render_spans
+from smolpost.chat.contents import locate
+from smolpost.chat.fates import Fate
+from smolpost.chat.pieces import Piece, check_encodable, vocabulary_of
+from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
+from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, text_of
+from smolpost.chat.spans import check_prefix, generation_spans, prefix_spans, turn_end
 from smolpost.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What trains.
+
+    Attributes:
+        roles: Whose turns, each from the first character after its header up to and including its stop token; of
+            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out.
+        reasoning: False leaves out the non-empty think blocks of replies, tags included, and trains what follows.
+        last_turn_only: Only the last turn that would train.
+    Raises:
+        UserError: A role is unknown.
+    """
+
+    roles: tuple[str, ...] = ("assistant",)
+    reasoning: bool = True
+    last_turn_only: bool = False
+
+    def __post_init__(self):
+        for role in self.roles:
+            if role not in ROLES:
+                raise UserError(f"role {role!r} cannot be trained; use {', '.join(ROLES)}")
+
+    def turns(self, messages):
+        """Indices of the messages that train."""
+        chosen = [i for i, m in enumerate(messages) if _role(m) in self.roles and not _left_out(m)]
+        return chosen[-1:] if self.last_turn_only else chosen
 
 
 class Encoded(NamedTuple):
@@ -15,11 +52,13 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: [L] token ids.
-        trained: [L] True for the policy's tokens: assistant replies up to and including the stop token.
+        fates: [L] `Fate` of each token; FIRST is for who lays out the documents.
+        neutralised: Number of control tokens in the row's own texts that became plain text.
     """
 
     input_ids: list[int]
-    trained: list[bool]
+    fates: list[int]
+    neutralised: int
 
 
 class EncodedPair(NamedTuple):
@@ -29,45 +68,49 @@ class EncodedPair(NamedTuple):
         prompt_ids: [P] token ids both sides share.
         chosen_ids: [C] token ids, ending with the stop token (rejected_ids: [R], alike).
         rejected_ids: See chosen_ids.
-        chosen_trained: [C] True for the policy's tokens: a completion of several turns also holds user and tool turns.
-        rejected_trained: [R] See chosen_trained.
+        prompt_fates: [P] `Fate` of each token; nothing in the prompt is trained.
+        chosen_fates: [C] `Fate`: a completion of several turns also holds user and tool turns.
+        rejected_fates: [R] See chosen_fates.
+        neutralised: As `Encoded`; those of the prompt count once.
     """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    chosen_trained: list[bool]
-    rejected_trained: list[bool]
+    prompt_fates: list[int]
+    chosen_fates: list[int]
+    rejected_fates: list[int]
+    neutralised: int
 
 
-def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, last_turn_only=False):
+def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
     """Tokenize one conversation.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
+        tokenizer: A fast tokenizer with a chat template, with or without {% generation %} tags.
         messages, template_kwargs, tools, today: As `smolpost.chat.render.render`.
-        last_turn_only: Train the last trained reply only; the ids stay the same.
+        policy: What trains; the ids are the same under each.
     Returns:
         Encoded.
     Raises:
-        UserError: The template refuses the messages.
+        UserError: The template refuses the messages, or does not tell where a turn that trains begins and ends.
     """
-    segments = _rendered(tokenizer, messages, template_kwargs, tools, today, last_turn_only)
-    return _tokenize(tokenizer, [segments])[0]
+    conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today)
+    return _tokenize(tokenizer, [_layout(tokenizer, conversation, policy)])[0].encoded()
 
 
-def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, today, last_turn_only=False):
+def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, today, policy=Policy()):
     """`encode` for many conversations in one call of the fast tokenizer.
 
     Args:
         conversations: [B] lists of messages.
         template_kwargs: [B] dicts or None, or None for all.
         tools: [B] lists or None, or None for all.
-        today, last_turn_only: As `encode`, for all.
+        today, policy: As `encode`, for all.
     Returns:
         [B] Encoded.
     Raises:
-        UserError: The template refuses a row; the text begins with `rows[i]: `.
+        UserError: As `encode`; the text begins with `rows[i]: `.
         ValueError: The lists differ in length.
     """
     rows = []
@@ -75,13 +118,14 @@ def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, 
     columns = zip(conversations, template_kwargs or no_values, tools or no_values, strict=True)
     for i, (messages, kwargs, row_tools) in enumerate(columns):
         try:
-            rows.append(_rendered(tokenizer, messages, kwargs, row_tools, today, last_turn_only))
+            conversation = conversation_of(tokenizer, messages, kwargs, row_tools, today)
+            rows.append(_layout(tokenizer, conversation, policy))
         except UserError as error:
             raise UserError(f"rows[{i}]: {error}") from error
-    return _tokenize(tokenizer, rows)
+    return [tokens.encoded() for tokens in _tokenize(tokenizer, rows)]
 
 
-def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None, today):
+def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None, today, policy=Policy()):
     """Tokenize a preference pair given as two full conversations.
 
     The prompt is the longest common prefix of messages, with the generation prompt where both continue with a trained
@@ -90,97 +134,242 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
     Args:
         tokenizer, template_kwargs, tools, today: As `encode`.
         chosen, rejected: Messages. Where one side is a prefix of the other, its last message is its completion.
+        policy: What is scored of each completion.
     Returns:
         EncodedPair.
     Raises:
-        UserError: The sides share no message, or the template rewrites earlier turns.
+        UserError: As `encode`, or the sides share no message, or the template rewrites earlier turns.
     """
-    options = {"template_kwargs": template_kwargs, "tools": tools, "today": today}
     chosen, rejected = clean_messages(chosen), clean_messages(rejected)
-    sides = [render_spans(tokenizer, messages, **options) for messages in (chosen, rejected)]
-    boundary = _common_prompt_length(tokenizer, chosen[: _num_common(chosen, rejected)], sides, options)
-    text, spans = sides[0]
-    rows = [_segments(text[:boundary], [span for span in spans if span[1] <= boundary])]
-    for text, spans in sides:
-        completion = text[boundary:].rstrip("\n")
-        rows.append(_segments(completion, [(a - boundary, b - boundary) for a, b in spans if a >= boundary]))
-    prompt, chosen_completion, rejected_completion = _tokenize(tokenizer, rows)
+    num_common = _num_common(chosen, rejected)
+    sides = [conversation_of(tokenizer, side, template_kwargs, tools, today) for side in (chosen, rejected)]
+    rows = [_layout(tokenizer, side, policy, first=num_common, trim=True) for side in sides]
+    boundary = _common_prompt_length(replace(sides[0], messages=sides[0].messages[:num_common]), rows)
+    tokens = _tokenize(tokenizer, [replace(row, boundary=boundary) for row in rows])
+    length = min(side.num_before for side in tokens)
+    one, two = (side.ids[:length] for side in tokens)
+    if one != two:
+        length = next(i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
+    neutral = [(i, span) for i, row in enumerate(rows) for span in row.neutral if i == 0 or span[0] >= boundary]
+    (chosen_ids, chosen_fates), (rejected_ids, rejected_fates) = ((side.ids, side.fates) for side in tokens)
     return EncodedPair(
-        prompt.input_ids,
-        chosen_completion.input_ids,
-        rejected_completion.input_ids,
-        chosen_completion.trained,
-        rejected_completion.trained,
+        chosen_ids[:length],
+        chosen_ids[length:],
+        rejected_ids[length:],
+        chosen_fates[:length],
+        chosen_fates[length:],
+        rejected_fates[length:],
+        len(neutral),
     )
 
 
-def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None, today):
-    """`encode`, derived without generation spans, to check them.
-
-    A reply is what a conversation's rendering gains over the generation prompt of the messages before it.
+def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
+    """`encode` by differences of renderings alone, whatever the template's {% generation %} tags say.
 
     Raises:
         UserError: As `encode`, or the template rewrites earlier turns.
     """
-    options = {"template_kwargs": template_kwargs, "tools": tools, "today": today}
-    text = render(tokenizer, messages, **options)
-    ids, trained, done = [], [], 0
-
-    def take(end, is_reply):
-        piece = tokenizer.encode(text[done:end], add_special_tokens=False)
-        ids.extend(piece)
-        trained.extend([is_reply] * len(piece))
-        return end
-
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or False in (message.get("train"), message.get("training")):
-            continue
-        before = render(tokenizer, messages[:i], **options, add_generation_prompt=True)
-        after = render(tokenizer, messages[: i + 1], **options)
-        _check_prefix(text, before)
-        _check_prefix(text, after)
-        done = take(len(before), False)
-        done = take(len(after.removesuffix("\n")), True)
-    take(len(text), False)
-    return Encoded(ids, trained)
+    conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today)
+    return _tokenize(tokenizer, [_layout(tokenizer, conversation, policy, by_prefixes=True)])[0].encoded()
 
 
-def _rendered(tokenizer, messages, template_kwargs, tools, today, last_turn_only):
-    text, spans = render_spans(tokenizer, messages, template_kwargs=template_kwargs, tools=tools, today=today)
-    segments = _segments(text, spans)
-    return _only_last_trained(segments) if last_turn_only else segments
+def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today):
+    """Refuse a template whose {% generation %} tags mark something else than the replies after their prompts.
+
+    Raises:
+        UserError: Names the first reply that differs; or as `encode`.
+    """
+    conversation = _without_flags(conversation_of(tokenizer, messages, template_kwargs, tools, today))
+    text, marked = conversation.render()
+    told, unknown = prefix_spans(conversation, text, vocabulary_of(tokenizer).stops)
+    if unknown:
+        raise UserError(next(iter(unknown.values())))
+    tagged = generation_spans(conversation, marked)
+    for ours, theirs in zip(told, tagged, strict=False):
+        if ours != theirs:
+            tagged_ends, ends = (f"{text[s.start :][:24]!r} ... {text[: s.end][-12:]!r}" for s in (theirs, ours))
+            raise UserError(
+                f"messages[{ours.message}]: the template's generation span is {tagged_ends}, but the reply after its "
+                f"prompt is {ends}; put the tags around the reply and its stop token"
+            )
+    if len(told) != len(tagged):
+        raise UserError(
+            f"the template marks {len(tagged)} generation spans for {len(told)} assistant messages; put the tags "
+            "around each reply and its stop token"
+        )
 
 
-def _segments(text, spans):
-    """[(piece, trained)]: the text cut at the edges of the spans, without empty pieces."""
-    pieces, done = [], 0
-    for start, end in spans:
-        pieces += [(text[done:start], False), (text[start:end], True)]
-        done = end
-    pieces.append((text[done:], False))
-    return [piece for piece in pieces if piece[0]]
+# ───── layout: where a rendering is cut, and the fate of its characters ─────
 
 
-def _only_last_trained(segments):
-    last = max((i for i, (_, trained) in enumerate(segments) if trained), default=None)
-    return [(piece, i == last) for i, (piece, _) in enumerate(segments)]
+@dataclass(frozen=True)
+class _Layout:
+    text: str
+    pieces: list  # [(start, end, plain)]
+    ranges: list  # [(start, end, fate)], ascending; a later one paints over an earlier one
+    neutral: list
+    trained_starts: frozenset
+    boundary: int = 0
 
 
-def _tokenize(tokenizer, rows):
-    """One tokenizer call for the pieces of all rows: [B] lists of (piece, trained) to [B] Encoded."""
-    pieces = [piece for row in rows for piece, _ in row]
-    # verbose=False: rows longer than model_max_length are the packer's business, not a warning.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids = iter(tokenizer(pieces, **options)["input_ids"] if pieces else ())
-    encoded = []
-    for row in rows:
-        row_ids, trained = [], []
-        for _, is_trained in row:
-            piece_ids = next(ids)
-            row_ids += piece_ids
-            trained += [is_trained] * len(piece_ids)
-        encoded.append(Encoded(row_ids, trained))
-    return encoded
+def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes=False):
+    """Args beyond `encode`: first: index of the first message that may train; trim: drop trailing line breaks."""
+    flagged, conversation = conversation.messages, _without_flags(conversation)
+    vocabulary = vocabulary_of(tokenizer)
+    text, marked = conversation.render()
+    check_encodable(text, conversation)
+    spans, unknown = generation_spans(conversation, marked), {}
+    if by_prefixes or not _one_each(spans, conversation):
+        spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
+    turns = [i for i in policy.turns(flagged) if i >= first]
+    for i in turns:
+        if i in unknown:
+            raise UserError(unknown[i])
+    others = [i for i in turns if _role(flagged[i]) != "assistant"]
+    contents, neutral = locate(conversation, text, spans, vocabulary, exact=bool(others))
+    ranges = [(c.start, c.end, c.fate) for c in contents or []]
+    ranges += [(*_search_reply(conversation, text, i), Fate.REPLY) for i in unknown]
+    for span in spans:
+        ranges.append((span.start, span.end, Fate.TRAINED if span.message in turns else Fate.REPLY))
+        if span.message in turns and not policy.reasoning:
+            inside = reasoning_ranges(text[span.start : span.end])
+            ranges += [(span.start + a, span.start + b, Fate.REASONING) for a, b in inside]
+        neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, neutral)
+    ranges += [(*_turn(conversation, text, contents, i, vocabulary), Fate.TRAINED) for i in others]
+    ranges.sort(key=lambda painted: painted[0])
+    cut_at = [span for span in spans if not _left_out(flagged[span.message])]
+    if trim:
+        text = text.rstrip("\n")
+    edges = [edge for span in cut_at for edge in (span.start, span.end) if edge < len(text)]
+    starts = frozenset(span.start for span in cut_at)
+    neutral.sort()
+    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts)
+
+
+def _one_each(spans, conversation):
+    return conversation.marks_spans and all(span.message is not None for span in spans)
+
+
+def _turn(conversation, text, contents, i, vocabulary):
+    """(start, end) of a turn that is no reply: its text up to and including its stop token, or that alone."""
+    start = next((content.start for content in contents or [] if content.message == i), None)
+    is_empty = not text_of(conversation.messages[i].get("content")).strip()
+    if start is None and not is_empty:
+        raise UserError(
+            f"messages[{i}]: the chat template does not show the text of this {_role(conversation.messages[i])} turn "
+            "as it is, so where it begins cannot be told; take the role out of what trains, or use another template"
+        )
+    end = turn_end(conversation, text, i, vocabulary.stops)
+    if start is None:
+        start = end - len(next(stop for stop in vocabulary.stops if text.endswith(stop, 0, end)))
+    return start, end
+
+
+def _search_reply(conversation, text, i):
+    """A reply the template shows differently later on: its answer where that stands once, else nothing."""
+    answer = split_reasoning(text_of(conversation.messages[i].get("content")))[1].strip()
+    start = text.find(answer)
+    once = answer and start >= 0 and text.find(answer, start + 1) < 0
+    return (start, start + len(answer)) if once else (0, 0)
+
+
+def _inner_stops(text, span, vocabulary, eos, neutral):
+    """Stop tokens inside a reply that came about in rendering: only the last one ends it."""
+    stop = eos if eos and text.endswith(eos, 0, span.end) else None
+    stop = stop or next((s for s in vocabulary.stops if text.endswith(s, 0, span.end)), None)
+    found, place = [], text.find(stop, span.start, span.end - len(stop)) if stop else -1
+    while place >= 0:
+        if not any(start < place + len(stop) and end > place for start, end in neutral):
+            found.append((place, place + len(stop)))
+        place = text.find(stop, place + len(stop), span.end - len(stop))
+    return found
+
+
+def _without_flags(conversation):
+    """Without train and training: templates then mark each reply, and the policy decides."""
+    flags = ("train", "training")
+    if not any(flag in message for message in conversation.messages for flag in flags):
+        return conversation
+    messages = [{key: value for key, value in m.items() if key not in flags} for m in conversation.messages]
+    return replace(conversation, messages=messages)
+
+
+def _left_out(message):
+    return message.get("train") is False or message.get("training") is False
+
+
+def _role(message):
+    return "tool" if message.get("role") in RESULT_ROLES else message.get("role")
+
+
+# ───── tokens ─────
+
+
+@dataclass
+class _Tokens:
+    ids: list
+    fates: list
+    neutralised: int
+    num_before: int  # tokens that begin before the layout's boundary
+
+    def encoded(self):
+        return Encoded(self.ids, self.fates, self.neutralised)
+
+
+def _tokenize(tokenizer, layouts):
+    """One tokenizer call for the pieces of all rows: [B] _Layout to [B] _Tokens."""
+    vocabulary = vocabulary_of(tokenizer)
+    painted = [_painted(layout) for layout in layouts]
+    pieces = [piece for row in painted for piece, _ in row]
+    results = iter(vocabulary.tokenize(pieces))
+    tokens = []
+    for layout, row in zip(layouts, painted, strict=True):
+        row_tokens = _Tokens([], [], len(layout.neutral), 0)
+        for piece, ranges in row:
+            ids, starts = next(results)
+            fates = _fates(piece, ranges, ids, starts, vocabulary)
+            if piece.start < layout.boundary:
+                before = bisect_left(starts, layout.boundary) if starts is not None else len(ids)
+                row_tokens.num_before += before
+            row_tokens.ids += ids
+            row_tokens.fates += fates
+        tokens.append(row_tokens)
+    return tokens
+
+
+def _painted(layout):
+    """[(Piece, the ranges that reach into it)]."""
+    painted, first = [], 0
+    for start, end, plain in layout.pieces:
+        while first < len(layout.ranges) and layout.ranges[first][1] <= start:
+            first += 1
+        ranges, i = [], first
+        while i < len(layout.ranges) and layout.ranges[i][0] < end:
+            if layout.ranges[i][1] > start:
+                ranges.append(layout.ranges[i])
+            i += 1
+        whole = not ranges or (len(ranges) == 1 and ranges[0][0] <= start and ranges[0][1] >= end)
+        offsets = not whole or start < layout.boundary < end
+        painted.append((Piece(layout.text[start:end], start, plain, offsets), ranges))
+    return painted
+
+
+def _fates(piece, ranges, ids, starts, vocabulary):
+    """A token has the fate of its first character."""
+    fates = [Fate.TEMPLATE.value] * len(ids)
+    for start, end, fate in ranges:
+        i, j = (0, len(ids)) if starts is None else (bisect_left(starts, start), bisect_left(starts, end))
+        fates[i:j] = [fate.value] * (j - i)
+        forbidden = vocabulary.special_ids if fate is Fate.SYSTEM else vocabulary.added_ids
+        if fate in _OWN and not forbidden.isdisjoint(ids[i:j]):
+            raise UserError(
+                f"the text {piece.text[start - piece.start if start > piece.start else 0 :][:60]!r} comes out as a "
+                "control token of the tokenizer, which its normalisation makes of it; take it out of the row"
+            )
+    return fates
+
+
+_OWN = (Fate.SYSTEM, Fate.USER, Fate.TOOL)
 
 
 def _num_common(chosen, rejected):
@@ -195,20 +384,13 @@ def _num_common(chosen, rejected):
     return num
 
 
-def _common_prompt_length(tokenizer, common, sides, options):
+def _common_prompt_length(common, rows):
     """Length in characters of the prompt that both renderings begin with."""
-    prompt = render(tokenizer, common, **options, add_generation_prompt=True)
-    if not all(any(start == len(prompt) for start, _ in spans) for _, spans in sides):
+    common = _without_flags(common)
+    prompt = replace(common, add_generation_prompt=True).text()
+    if not all(len(prompt) in row.trained_starts for row in rows):
         # A side continues with a user, a tool or an untrained turn: the sides part before its header.
-        prompt = render(tokenizer, common, **options)
-    for text, _ in sides:
-        _check_prefix(text, prompt)
+        prompt = common.text()
+    for row in rows:
+        check_prefix(row.text, prompt)
     return len(prompt)
-
-
-def _check_prefix(text, prefix):
-    if not text.startswith(prefix):
-        raise UserError(
-            "the chat template renders earlier turns differently once later ones follow; "
-            "use one whose renderings extend each other, such as smollm3"
-        )

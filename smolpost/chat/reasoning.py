@@ -32,3 +32,23 @@ def split_reasoning(text, *, opened_in_prompt=False):
         answer.append(rest)
     inner = [part.strip("\n") for part in reasoning]
     return ("\n".join(part for part in inner if part) if inner else None), "".join(answer).lstrip("\n")
+
+
+def reasoning_ranges(text):
+    """Where a reply's reasoning stands, as `split_reasoning` finds it, with its tags.
+
+    Args:
+        text: The reply; a stop token at its end belongs to reasoning that was cut by length.
+    Returns:
+        [(start, end)] ascending; blocks with nothing but white space in them are none.
+    """
+    ranges, done = [], 0
+    while (close := text.find(_CLOSE, done)) >= 0:
+        opening = text.find(_OPEN, done, close)
+        start = done if opening < 0 else opening
+        if text[start:close].removeprefix(_OPEN).strip():
+            ranges.append((start, close + len(_CLOSE)))
+        done = close + len(_CLOSE)
+    if text[done:].lstrip().startswith(_OPEN):
+        ranges.append((done, len(text)))
+    return ranges

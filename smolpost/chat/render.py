@@ -7,10 +7,11 @@ filled with None count as missing, and tool-call arguments kept as JSON strings 
 import hashlib
 import json
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from smolpost.errors import UserError
 
@@ -18,6 +19,12 @@ _FOLDER = Path(__file__).parent / "templates"
 
 # SmolTalk2's columns: a row may carry them whether or not the template reads them.
 _ROW_KWARGS = ("custom_instructions", "enable_thinking", "python_tools", "xml_tools")
+
+#: Roles of tool results.
+RESULT_ROLES = ("tool", "function", "ipython")
+
+# A template is a program: what it does with a value it did not expect is not always a TemplateError.
+TEMPLATE_ERRORS = (jinja2.exceptions.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def load_template(name):
@@ -56,12 +63,11 @@ def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_
     Raises:
         UserError: The template refuses the messages, or an argument has the wrong type.
     """
-    text, _ = _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
-    return text
+    return conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt).text()
 
 
 def render_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
-    """`render`, with the characters the policy has to produce.
+    """`render`, with the characters the policy has to produce, as the template's {% generation %} tags say.
 
     Returns:
         text, and a list of (start, end) into it, ascending and disjoint: one per trained assistant message, from the
@@ -69,30 +75,100 @@ def render_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today
     Raises:
         UserError: As `render`, or the template marks no generation spans.
     """
-    if not re.search(r"{%-?\s*generation", _template_of(tokenizer)):
+    conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
+    if not conversation.marks_spans:
         raise UserError(
-            "the chat template marks no {% generation %} spans, so no token would be trained; "
+            "the chat template marks no {% generation %} spans; "
             "use smollm3 or chatml, or add the tags around each reply"
         )
-    return _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
+    return conversation.render()
 
 
-def _render(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt):
-    template = _template_of(tokenizer)
-    _check_tools(tools)
-    try:
+@dataclass(frozen=True)
+class Conversation:
+    """Everything a template is given for one conversation.
+
+    Attributes:
+        template: Text of the chat template.
+        messages: Clean messages, tool calls as objects.
+        variables: The row's own variables, checked, without None.
+        tools: JSON schemas, or None.
+        fixed: Variables no row sets: today's date and the tokenizer's special tokens by name.
+        add_generation_prompt: As `render`.
+    """
+
+    template: str
+    messages: list[dict]
+    variables: dict
+    tools: list[dict] | None
+    fixed: dict
+    add_generation_prompt: bool = False
+
+    @property
+    def marks_spans(self):
+        """Whether the template has {% generation %} tags."""
+        return re.search(r"{%-?\s*generation", self.template) is not None
+
+    def text(self):
+        return self.render()[0]
+
+    def render(self):
+        """The text, and the (start, end) of the template's generation spans in it.
+
+        Raises:
+            UserError: The template refuses the messages, or fails on them; the line names the message.
+        """
+        try:
+            return self._render()
+        except TEMPLATE_ERRORS as error:
+            raise UserError(self._complaint(error)) from error
+
+    def _render(self):
         texts, spans = render_jinja_template(
-            conversations=[_as_the_template_reads(messages)],
-            tools=tools or None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            today=today,
-            **_checked_variables(template_kwargs, template),
+            conversations=[self.messages],
+            tools=self.tools,
+            chat_template=self.template,
+            return_assistant_tokens_mask=self.marks_spans,
+            add_generation_prompt=self.add_generation_prompt,
+            **self.fixed,
+            **self.variables,
         )
-    except jinja2.exceptions.TemplateError as error:
-        raise UserError(str(error)) from error
-    return texts[0], spans[0]
+        return texts[0], spans[0] if self.marks_spans else []
+
+    def _complaint(self, error):
+        """One line that names the message: the first one that every longer part of the conversation fails with."""
+        text = " ".join(str(error).split())
+        if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
+            return f"the chat template is no valid jinja: {text}; mend it or use smollm3"
+        if isinstance(error, jinja2.exceptions.TemplateError) and ("messages[" in text or len(self.messages) < 2):
+            return text
+        lengths = reversed(range(1, len(self.messages)))
+        place = next((f"messages[{i}]: " for i in lengths if self._renders(i)), "")
+        if isinstance(error, jinja2.exceptions.TemplateError):
+            return f"{place}{text}"
+        return f"{place}the chat template fails ({type(error).__name__}: {text}); mend the row or use another template"
+
+    def _renders(self, num_messages):
+        try:
+            replace(self, messages=self.messages[:num_messages])._render()
+        except TEMPLATE_ERRORS:
+            return False
+        return True
+
+
+def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt=False):
+    """A Conversation, checked; the arguments are those of `render`.
+
+    Raises:
+        UserError: There is no template, an argument has the wrong type, or a tool result answers no call.
+    """
+    template = _template_of(tokenizer)
+    messages = _as_the_template_reads(messages)
+    _check_order(messages)
+    variables = _checked_variables(template_kwargs, template)
+    special = {} if isinstance(tokenizer, str) else tokenizer.special_tokens_map
+    fixed = {"today": today, **{key: value for key, value in special.items() if key not in variables}}
+    return Conversation(template, messages, variables, _schemas(tools), fixed, add_generation_prompt)
 
 
 def _template_of(tokenizer):
@@ -113,6 +189,19 @@ def clean_messages(messages):
         if not isinstance(message, dict):
             raise UserError(f"messages[{i}]={message!r:.80} is not a message; expected an object with role and content")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def text_of(content):
+    """The text of a message's content: a string, or the text parts of a list one after another."""
+    if isinstance(content, str):
+        return content
+    return "".join(part_text(part) for part in content) if isinstance(content, list | tuple) else ""
+
+
+def part_text(part):
+    """The text of one part of a content; "" where it is no text part."""
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
 
 
 def _as_the_template_reads(messages):
@@ -141,10 +230,24 @@ def _with_parsed_arguments(call):
     return call
 
 
-def _check_tools(tools):
+def _check_order(messages):
+    """Refuse a tool result before any assistant turn: nobody made the call that it answers."""
+    for i, role in enumerate(message.get("role") for message in messages):
+        if role == "assistant":
+            return
+        if role in RESULT_ROLES:
+            raise UserError(
+                f"messages[{i}].role={role} is a tool result without a call before it; "
+                "add the assistant turn that made the call, or make this a user turn"
+            )
+
+
+def _schemas(tools):
+    """Tools as JSON schemas; None where there are none."""
     for i, tool in enumerate(tools or []):
         if not isinstance(tool, dict) and not callable(tool):
             raise UserError(f"tools[{i}]={tool!r:.80} is not a JSON schema; pass finished strings as xml_tools")
+    return [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools or []] or None
 
 
 def _checked_variables(template_kwargs, template):

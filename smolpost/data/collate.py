@@ -19,15 +19,18 @@ def collate_packs(packs: list[dict]) -> dict:
     Returns:
         input_ids, labels, position_ids: [1, T] int64; labels are not shifted, positions restart with every document.
         document_lengths: Tokens of each document, plain ints, so that attention need not ask the device.
+        token_weights: [T] float32 weight of each token's loss.
     """
     lengths = torch.cat([as_ids(pack["seq_lengths"]) for pack in packs])
     starts = lengths.cumsum(0) - lengths
     position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    weights = torch.cat([as_weights(pack.get("seq_weights"), len(pack["seq_lengths"])) for pack in packs])
     return {
         "input_ids": torch.cat([as_ids(pack["input_ids"]) for pack in packs])[None],
         "labels": torch.cat([as_ids(pack["labels"]) for pack in packs])[None],
         "position_ids": position_ids[None],
         "document_lengths": lengths.tolist(),
+        "token_weights": weights.repeat_interleave(lengths),
     }
 
 
@@ -45,6 +48,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
             chosen, ...; shared tokens belong to both sides.
         sides: Alike, 0 to 2P - 1: the side each of them stands for.
         side_lengths: [2P] int64 scored tokens of each side.
+        pair_weights: [P] float32 weight of each pair's loss.
     """
     ids, position_ids, positions, targets, side_tokens, side_lengths, pair_lengths = ([] for _ in range(7))
     start = num_scored = 0
@@ -79,8 +83,14 @@ def collate_pairs(pairs: list[dict]) -> dict:
         "side_tokens": torch.cat(side_tokens),
         "sides": torch.arange(len(side_lengths)).repeat_interleave(side_lengths),
         "side_lengths": side_lengths,
+        "pair_weights": torch.cat([as_weights(pair.get("weights"), 1) for pair in pairs]),
     }
 
 
 def as_ids(values: Iterable[int]) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.int64)
+
+
+def as_weights(values: Iterable[float] | None, number: int) -> torch.Tensor:
+    """[number] float32; all 1 where the rows were prepared without weights."""
+    return torch.ones(number) if values is None else torch.as_tensor(values, dtype=torch.float32)

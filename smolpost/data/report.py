@@ -1,24 +1,32 @@
 """What preparation did to each source: counted, written beside the rows, shown as a table."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
 TITLES = ("rows", "think", "tokens", "trained", "masked", "cut", "dropped", "p50/p99/max")
 COUNTS = (
+    "rows_available",
     "rows_read",
     "rows_kept",
+    "rows_repeated",
+    "rows_duplicate",
     "rows_truncated",
     "rows_split",
     "think_rows",
     "no_think_rows",
     "tokens_read",
     "tokens_unknown",
+    "tokens_neutralised",
     "tokens_trained",
     "tokens_masked",
     "tokens_truncated",
@@ -30,10 +38,13 @@ COUNTS = (
 def new_source() -> dict:
     """The entry of a source nothing is known of: tokens_read is trained + masked + truncated + dropped.
 
-    think_rows train a think block; texts are neither think nor no-think rows. tokens_unknown, of those read, stand
-    for characters the tokenizer has no token for; tokens_shared, of a pair's prompt, serve both of its sides.
+    Rows: available in the source; read, as often as they are taken; kept, of those; repeated, taken before; duplicate,
+    of the tokens of an earlier row. think_rows train a think block; texts are neither think nor no-think rows.
+    Tokens: unknown, of those read, stand for characters the tokenizer has no token for; neutralised were control
+    tokens in a row's own text; shared, of a pair's prompt, serve both of its sides. `masked` says why tokens_masked
+    are not trained.
     """
-    return {**dict.fromkeys(COUNTS, 0), "dropped": {}, "length_percentiles": {}}
+    return {**dict.fromkeys(COUNTS, 0), "masked": {}, "dropped": {}, "length_percentiles": {}}
 
 
 def percentiles(lengths) -> dict[str, int]:
@@ -52,29 +63,35 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
     Returns:
         The report: {"settings", "sources", "totals"}.
     """
-    dropped = {}
-    for entry in sources.values():
-        for reason, count in entry["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    sums = {key: sum(entry[key] for entry in sources.values()) for key in COUNTS}
-    report = {"settings": settings, "sources": sources, "totals": {**sums, "dropped": dropped, **totals}}
+    sums: dict = {key: sum(entry[key] for entry in sources.values()) for key in COUNTS}
+    for key in ("masked", "dropped"):
+        sums[key] = dict(sum((Counter(entry[key]) for entry in sources.values()), Counter()))
+    report = {"settings": settings, "sources": sources, "totals": {**sums, **totals}}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
-def format_report(report: dict) -> Table:
+def format_report(report: dict) -> Group:
     """A row per source and one for the whole, in rounded numbers that fit a terminal; data_report.json has them all."""
     settings, totals = report["settings"], report["totals"]
     title = ", ".join(f"{key} {value}" for key, value in settings.items())
-    table = Table(title=title, caption=caption(totals), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    tables = [source_table(report, TITLES, cells, title=title)]
+    if reasons := tuple(totals["masked"]):
+        masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
+        tables.append(source_table(report, reasons, masked, title="masked tokens by reason"))
+    return Group(*tables, Text(caption(totals)))
+
+
+def source_table(report: dict, titles: tuple[str, ...], cells_of: Callable[[dict], list[str]], **texts) -> Table:
+    table = Table(**texts, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("source")
-    for name in TITLES:
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in titles:
+        table.add_column(name, justify="right")
     for name, entry in report["sources"].items():
-        table.add_row(name, *cells(entry))
+        table.add_row(Text(name), *cells_of(entry))  # a name is no markup
     if len(report["sources"]) > 1:
         table.add_section()
-        table.add_row("all", *cells(totals))
+        table.add_row("all", *cells_of(report["totals"]))
     return table
 
 
@@ -114,6 +131,12 @@ def caption(totals: dict) -> str:
             "as two sequences each"
         )
     notes = [f"{count:,} rows dropped: {reason}" for reason, count in totals["dropped"].items()]
-    if totals["tokens_unknown"]:
-        notes.append(f"{totals['tokens_unknown']:,} tokens unknown to the tokenizer")
+    for key, what in (
+        ("rows_duplicate", "rows with the tokens of an earlier one"),
+        ("rows_repeated", "rows taken again"),
+        ("tokens_unknown", "tokens unknown to the tokenizer"),
+        ("tokens_neutralised", "control tokens in the rows' own text, kept as plain text"),
+    ):
+        if totals[key]:
+            notes.append(f"{totals[key]:,} {what}")
     return "; ".join([whole, *notes])

@@ -1,106 +1,177 @@
-"""Rows to token ids and the mask of the policy's tokens, as flat arrays.
+"""Rows to Arrow batches of token ids with the fate of each token, and what there is to know of each row."""
 
-N rows, T tokens of all rows one after another.
-"""
-
-from dataclasses import dataclass
-from itertools import chain
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from tqdm import tqdm
+import pyarrow as pa
 
-from smolpost.chat.masks import encode, encode_batch, encode_pair
-from smolpost.data.sources import validate_row
+from smolpost.chat.fates import Fate
+from smolpost.chat.masks import Encoded, Policy, encode, encode_batch, encode_pair
+from smolpost.data.rows import Row
+from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.schema import SFTStage, TrainStage
 
-BATCH_ROWS = 256  # of one tokenizer call
+BATCH_ROWS = 256  # of one tokenizer call, at most
+BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
 END_OF_TEXT = "<|end_of_text|>"
+THINK = "<think>"
 
-Rows = list[tuple[str, dict]]  # (source name, row)
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("number", pa.int64()),  # row of path, from 1
+        ("ids", pa.list_(pa.int32())),  # sft: of the row; apo: of prompt, chosen and rejected, one after another
+        ("fates", pa.list_(pa.int8())),
+        ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of an sft row, of all of it
+        ("fate_counts", pa.list_(pa.int64(), len(Fate))),
+        ("is_text", pa.bool_()),  # plain text, not a conversation
+        ("think", pa.bool_()),  # a think block trains
+        ("unknown", pa.int64()),  # tokens that stand for characters the tokenizer has no token for
+        ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
+        ("content", pa.uint64()),  # hash of ids and parts
+        ("features", pa.binary()),  # what hygiene compares, or null
+    ]
+)
 
-PAIR_TYPES = {
-    "prompt_ids": "int32",
-    "chosen_ids": "int32",
-    "rejected_ids": "int32",
-    "prompt_mask": "int8",
-    "chosen_mask": "int8",
-    "rejected_mask": "int8",
-}
 
+def token_batches(
+    stage: TrainStage, rows: Iterable[Row], tokenizer, features: Callable[[dict], bytes] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Batches of SCHEMA, a line per row, in order.
 
-@dataclass
-class Tokens:
-    """All rows, tokenized.
-
-    Attributes:
-        ids: [T] int32.
-        trained: [T] bool, False on the first token of each row.
-        offsets: [N + 1] row i is ids[offsets[i]:offsets[i + 1]].
-        is_text: [N] bool: plain text, not a conversation.
+    Args:
+        tokenizer: Its chat template is the stage's.
+        features: Row -> what hygiene compares rows by.
+    Raises:
+        UserError: A row is refused.
     """
-
-    ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-    is_text: np.ndarray
+    tokenize = tokenize_pairs if stage.kind == "apo" else tokenize_rows
+    for batch in batched(rows):
+        yield record_batch(batch, tokenize(stage, batch, tokenizer), tokenizer, features)
 
 
-def tokenize_rows(stage: SFTStage, rows: Rows, tokenizer) -> Tokens:
-    ids, trained, lengths, is_text = [], [], [], []
-    with tqdm(total=len(rows), desc=f"prepare {stage.data}", unit="row", disable=None) as bar:
-        for first in range(0, len(rows), BATCH_ROWS):
-            batch = list(enumerate(rows[first : first + BATCH_ROWS], start=first))
-            shapes = [sft_shape(i, name, row) for i, (name, row) in batch]
-            encoded = encode_rows(stage, batch, shapes, tokenizer)
-            ids.append(np.fromiter(chain.from_iterable(row_ids for row_ids, _ in encoded), np.int32))
-            trained.append(np.fromiter(chain.from_iterable(row_trained for _, row_trained in encoded), bool))
-            lengths += [len(row_ids) for row_ids, _ in encoded]
-            is_text += [shape == "text" for shape in shapes]
-            bar.update(len(batch))
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    tokens = Tokens(np.concatenate(ids), np.concatenate(trained), offsets, np.array(is_text))
-    if stage.loss_on == "all":
-        tokens.trained[:] = True
-    tokens.trained[offsets[:-1]] = False
-    return tokens
+def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += num_characters(row)
+        if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def sft_shape(i: int, name: str, row: dict) -> str:
-    shape = validate_row(row, where_of(i, row))
+def num_characters(value) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(num_characters, value.values()))
+    return sum(map(num_characters, value)) if isinstance(value, list) else 0
+
+
+class Tokenized:
+    """A row: its parts' ids and fates."""
+
+    __slots__ = ("fates", "ids", "is_text", "neutralised")
+
+    def __init__(self, ids: list[np.ndarray], fates: list[np.ndarray], neutralised: int, is_text: bool = False):
+        self.ids = ids
+        self.fates = fates
+        self.neutralised = neutralised
+        self.is_text = is_text
+
+
+def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
+    think_id = tokenizer.convert_tokens_to_ids(THINK)
+    ids = [np.concatenate(row.ids) for row in tokenized]
+    fates = [np.concatenate(row.fates) for row in tokenized]
+    for row_fates in fates:
+        row_fates[:1] = Fate.FIRST
+    parts = [np.array([len(part) for part in row.ids], np.int32) for row in tokenized]
+    # A pair thinks where its chosen side does.
+    think = [
+        bool(((row_ids == think_id) & (row_fates == Fate.TRAINED))[: sum(sizes[:2])].any())
+        for row_ids, row_fates, sizes in zip(ids, fates, parts, strict=True)
+    ]
+    columns = {
+        "path": [row.path for row in rows],
+        "number": [row.number for row in rows],
+        "ids": lists(ids, np.int32),
+        "fates": lists(fates, np.int8),
+        "parts": lists(parts, np.int32),
+        "fate_counts": [np.bincount(row_fates, minlength=len(Fate)) for row_fates in fates],
+        "is_text": [row.is_text for row in tokenized],
+        "think": think,
+        "unknown": [int((row_ids == tokenizer.unk_token_id).sum()) for row_ids in ids],
+        "neutralised": [row.neutralised for row in tokenized],
+        "content": [content_hash(*pair) for pair in zip(ids, parts, strict=True)],
+        "features": [features(row) if features else None for row in rows],
+    }
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
+        for name, column in columns.items()
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def lists(arrays: list[np.ndarray], dtype) -> pa.ListArray:
+    offsets = np.concatenate(([0], np.cumsum([len(array) for array in arrays]))).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays).astype(dtype, copy=False))
+
+
+def content_hash(ids: np.ndarray, parts: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes() + parts.tobytes(), digest_size=8).digest(), "little")
+
+
+# ---------------------------------------------------------------- conversations and texts
+
+
+def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized]:
+    """Conversations and texts in one tokenizer call each."""
+    shapes = [sft_shape(row) for row in rows]
+    chats = [row for row, shape in zip(rows, shapes, strict=True) if shape == "messages"]
+    texts = [row["text"] for row, shape in zip(rows, shapes, strict=True) if shape == "text"]
+    encoded = {"messages": iter(encode_chats(stage, chats, tokenizer)), "text": iter(encode_texts(texts, tokenizer))}
+    tokenized = []
+    for shape in shapes:
+        row = next(encoded[shape])
+        fates = np.array(row.fates, np.int8)
+        if "all" in stage.train_roles:
+            fates[:] = Fate.TRAINED
+        tokenized.append(Tokenized([np.array(row.input_ids, np.int32)], [fates], row.neutralised, shape == "text"))
+    return tokenized
+
+
+def sft_shape(row: Row) -> str:
+    shape = validate_row(row, row.where)
     if shape == "preference":
         raise UserError(
-            f"{where_of(i, row)} (source {name}): is a preference row in an sft stage; "
-            "expected messages or text; take the source out of the mixture"
+            f"{row.where}: is a preference row in an sft stage; expected messages or text; "
+            "take the source out of the mixture"
         )
     return shape
 
 
-def encode_rows(stage: SFTStage, batch, shapes: list[str], tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each row, conversations and texts in one tokenizer call each."""
-    chats = [(i, row) for (i, (_, row)), shape in zip(batch, shapes, strict=True) if shape == "messages"]
-    texts = [row["text"] for (_, (_, row)), shape in zip(batch, shapes, strict=True) if shape == "text"]
-    encoded = {"messages": iter(encode_chats(stage, chats, tokenizer)), "text": iter(encode_texts(texts, tokenizer))}
-    return [next(encoded[shape]) for shape in shapes]
-
-
-def encode_chats(stage: SFTStage, chats: list[tuple[int, dict]], tokenizer):
-    options = {"today": stage.today, "last_turn_only": stage.last_turn_only}
-    kwargs = [row.get("chat_template_kwargs") for _, row in chats]
-    tools = [row.get("tools") for _, row in chats]
-    messages = [row["messages"] for _, row in chats]
+def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded]:
+    options = {"today": stage.today, "policy": policy_of(stage)}
+    kwargs = [row.get("chat_template_kwargs") for row in rows]
+    tools = [row.get("tools") for row in rows]
+    messages = [row["messages"] for row in rows]
     try:
         return encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
     except UserError:
-        for (i, row), turns, variables, functions in zip(chats, messages, kwargs, tools, strict=True):
+        for row, turns, variables, functions in zip(rows, messages, kwargs, tools, strict=True):
             try:  # one by one, to name the row
                 encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options)
             except UserError as error:
-                raise UserError(f"{where_of(i, row)}: {error}") from error
+                raise UserError(f"{row.where}: {error}") from error
         raise
 
 
-def encode_texts(texts: list[str], tokenizer):
+def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
     """The text's tokens and the token that ends it, all trained."""
     if not texts:
         return []
@@ -108,14 +179,28 @@ def encode_texts(texts: list[str], tokenizer):
     if end is None or end == tokenizer.unk_token_id:
         end = tokenizer.eos_token_id
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return [([*ids, end], [True] * (len(ids) + 1)) for ids in tokenizer(texts, **options)["input_ids"]]
+    return [
+        Encoded([*ids, end], [Fate.TRAINED] * (len(ids) + 1), 0) for ids in tokenizer(texts, **options)["input_ids"]
+    ]
 
 
-def tokenize_pair(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> dict[str, np.ndarray]:
-    where = where_of(i, row)
-    if validate_row(row, where) != "preference":
+def policy_of(stage: TrainStage) -> Policy:
+    roles = tuple(role for role in stage.train_roles if role != "all")
+    return Policy(roles=roles, reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokenized]:
+    return [tokenize_pair(stage, row, tokenizer) for row in rows]
+
+
+def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
+    """Prompt, chosen and rejected; what both sides begin with is part of the prompt."""
+    if validate_row(row, row.where) != "preference":
         raise UserError(
-            f"{where} (source {name}): has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
+            f"{row.where}: has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
             "take the source out of the mixture"
         )
     try:
@@ -126,39 +211,23 @@ def tokenize_pair(stage: APOStage, i: int, name: str, row: dict, tokenizer) -> d
             template_kwargs=row.get("chat_template_kwargs"),
             tools=row.get("tools"),
             today=stage.today,
+            policy=policy_of(stage),
         )
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    ids = [np.array(side, PAIR_TYPES["chosen_ids"]) for side in (pair.chosen_ids, pair.rejected_ids)]
-    masks = [np.array(side, PAIR_TYPES["chosen_mask"]) for side in (pair.chosen_trained, pair.rejected_trained)]
-    if stage.last_turn_only:
-        masks = [last_run(mask) for mask in masks]
-    shared = num_shared(ids, masks)
-    columns = (
-        np.concatenate((np.array(pair.prompt_ids, PAIR_TYPES["prompt_ids"]), ids[0][:shared])),
-        *(side[shared:] for side in ids),
-        np.concatenate((np.zeros(len(pair.prompt_ids), PAIR_TYPES["prompt_mask"]), masks[0][:shared])),
-        *(mask[shared:] for mask in masks),
+        raise UserError(f"{row.where}: {error}") from error
+    ids = [np.array(part, np.int32) for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    fates = [np.array(part, np.int8) for part in (pair.prompt_fates, pair.chosen_fates, pair.rejected_fates)]
+    shared = num_shared(ids[1:], fates[1:])
+    return Tokenized(
+        [np.concatenate((ids[0], ids[1][:shared])), ids[1][shared:], ids[2][shared:]],
+        [np.concatenate((fates[0], fates[1][:shared])), fates[1][shared:], fates[2][shared:]],
+        pair.neutralised,
     )
-    return dict(zip(PAIR_TYPES, columns, strict=True))
 
 
-def num_shared(ids: list[np.ndarray], masks: list[np.ndarray]) -> int:
+def num_shared(ids: list[np.ndarray], fates: list[np.ndarray]) -> int:
     """Tokens both completions begin with, scored alike; each side keeps at least its last token to itself."""
     length = max(0, min(map(len, ids)) - 1)
-    differs = (ids[0][:length] != ids[1][:length]) | (masks[0][:length] != masks[1][:length])
+    scored = [side[:length] == Fate.TRAINED for side in fates]
+    differs = (ids[0][:length] != ids[1][:length]) | (scored[0] != scored[1])
     return int(differs.argmax()) if differs.any() else length
-
-
-def last_run(mask: np.ndarray) -> np.ndarray:
-    """The mask with its last run of ones alone: the last reply, as headers part one reply from the next."""
-    ones = np.flatnonzero(mask)
-    breaks = np.flatnonzero(np.diff(ones) > 1)
-    kept = np.zeros_like(mask)
-    kept[ones[breaks[-1] + 1 :] if len(breaks) else ones] = 1
-    return kept
-
-
-def where_of(i: int, row: dict) -> str:
-    """File and row number where the row knows them, else its place in the mixture."""
-    return getattr(row, "where", f"row {i + 1} of the mixture")

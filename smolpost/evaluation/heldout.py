@@ -9,6 +9,7 @@ import re
 import torch
 from tqdm import tqdm
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import render
@@ -178,9 +179,11 @@ def _summed_loss(model, batch, padding):
     """(nats summed over the trained tokens of B encoded rows, their number)."""
     longest = max(len(row.input_ids) for row in batch)
     input_ids = [row.input_ids + [padding] * (longest - len(row.input_ids)) for row in batch]
-    trained = [row.trained + [False] * (longest - len(row.trained)) for row in batch]
+    fates = [row.fates + [Fate.TEMPLATE] * (longest - len(row.fates)) for row in batch]
     input_ids = torch.tensor(input_ids, device=model.device)  # [B, L]
-    trained = torch.tensor(trained, device=model.device)[:, 1:]  # [B, L - 1]; no position predicts the first token
+    trained = (
+        torch.tensor(fates, device=model.device)[:, 1:] == Fate.TRAINED
+    )  # [B, L - 1]; no position predicts the first token
 
     # Padding is on the right, where causality hides it from every real token: no mask needed.
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state

@@ -13,17 +13,23 @@ from smolpost.pipeline.manifest import code_version, digest
 from smolpost.pipeline.plan import StagePlan, plan
 from smolpost.recipe import Request
 
-ROWS = ("data/sources.py", "data/mixtures.py")
+READING = (
+    "data/sources.py", "data/paths.py", "data/piece.py", "data/jsonl.py", "data/arrow_rows.py", "data/rows.py",
+    "data/columns.py", "data/validate.py",
+)  # fmt: skip
+ROWS = (*READING, "data/mixtures.py")
 MODEL = ("model/configuration_smollm3.py", "model/modeling_smollm3.py", "model/register.py", "model/attention.py")
 HEAD = ("objectives/head.py", "objectives/logprobs.py")
 PACKS = ("data/collate.py", "data/dataset_folder.py", "data/packing.py")
 TRAINING = ("chat/render.py", *MODEL, *PACKS, "objectives", "training")
+TOKENIZING = ("chat", *READING, "data/tokenize.py", "data/shards.py", "data/hygiene.py", "data/overlap.py")
 CODE = {  # the parts of the library that decide a step's result; tests/pipeline/test_lineage.py checks them by imports
     "tasks": ("data/tasks.py",),
     "init": ("chat", *MODEL, *ROWS),
+    "tokenize": TOKENIZING,
     "prepare": (
-        "chat", *ROWS, "data/tokenize.py", "data/packing.py", "data/prepare.py", "data/dataset_folder.py",
-        "data/report.py", "data/collate.py",
+        *TOKENIZING, "data/mixtures.py", "data/tokens.py", "data/taken.py", "data/prepare.py", "data/prepare_sft.py",
+        "data/prepare_apo.py", "data/packing.py", "data/dataset_folder.py", "data/report.py", "data/collate.py",
     ),
     "sft": TRAINING,
     "apo": TRAINING,
@@ -42,6 +48,8 @@ CODE = {  # the parts of the library that decide a step's result; tests/pipeline
 PREPARING = (
     "template",
     "today",
+    "train_roles",
+    "train_reasoning",
     "last_turn_only",
     "max_seq_len",
     "overlong",
@@ -81,7 +89,8 @@ class Lineage:
     """Keys and folders of all stages of one request, worked out parents first.
 
     Raises:
-        UserError: A data file does not exist, or a local base checkpoint has no manifest.
+        UserError: A data file does not exist, a local base checkpoint has no manifest, or a stage would go on under
+            another chat template than its parent was trained with.
     """
 
     def __init__(self, request: Request):
@@ -117,6 +126,8 @@ class Lineage:
 
     def _locate(self, stage: StagePlan) -> Located:
         config, kind = stage.config, stage.config.kind
+        if isinstance(config, schema.TrainStage):
+            self._check_template(stage.stage, config)
         mixtures = [name for _, name in config.mixtures()]
         parent_keys = {name: self._checkpoint_key(name) for name in stage.weights}
         parts = {"kind": kind, "parents": parent_keys, "seed": stage.seed, "code": code_version(*CODE[kind])}
@@ -165,13 +176,56 @@ class Lineage:
             )
         return found["key"]
 
+    def _check_template(self, name: str, config: schema.TrainStage) -> None:
+        """Refuse another template than the parent's; a base checkpoint's own is known when its rows are prepared."""
+        parent = config.init_from
+        while parent != "checkpoint" and self.stages[parent].plan.config.kind == "merge":
+            parent = self.stages[parent].plan.base
+        if parent == "checkpoint" or not isinstance(self.stages[parent].plan.config, schema.TrainStage):
+            return
+        trained_with = self.stages[parent].plan.config.template
+        if load_template(trained_with) != load_template(config.template) and not config.allow_template_change:
+            raise UserError(
+                f"stages.{name}.template={config.template}, but {config.init_from} was trained with {trained_with}; "
+                f"set the same one, or stages.{name}.allow_template_change=true where the change is meant"
+            )
+
     def _mixture_key(self, name: str) -> str:
         mixture = self.recipe.data[name]
-        sources = {}
-        for key, source in mixture.sources.items():
-            rows = self.stages[source.stage].key if source.stage else self._fingerprint(source)
-            sources[key] = [rows, dataclasses.asdict(source) | ({} if source.stage else {"path": None})]
-        return digest({"sources": sources, "order": list(sources), "seed": mixture.seed, "shuffle": mixture.shuffle})
+        sources = {key: self._source_key(source) for key, source in mixture.sources.items()}
+        order = list(sources)
+        return digest([dataclasses.asdict(mixture) | {"sources": sources}, order, self._against(mixture)])
+
+    def _against(self, mixture: schema.Mixture) -> list[str]:
+        """Content of the evaluation files that the mixture's rows are held against."""
+        return [self._fingerprint(schema.Source(path=path)) for path in mixture.hygiene.against]
+
+    def _source_key(self, source: schema.Source, **changes) -> list:
+        """The source's rows by their content, and its settings."""
+        rows = self.stages[source.stage].key if source.stage else self._fingerprint(source)
+        return [rows, dataclasses.asdict(source) | ({} if source.stage else {"path": None}) | changes]
+
+    def tokenized(self, stage: Located, source: str, tokenizer: str) -> Path:
+        """Folder of a source's tokenized rows, which every stage shares that reads and renders them alike.
+
+        Args:
+            source: Name in the stage's mixture.
+            tokenizer: All that decides how it renders and tokenizes.
+        """
+        config = stage.plan.config
+        mixture = self.recipe.data[config.data]
+        selecting = dict.fromkeys(("max_tokens", "weight", "share", "loss_weight", "think_share"))
+        rendering = ("kind", "today", "train_roles", "train_reasoning", "last_turn_only")
+        key = digest(
+            {
+                "source": self._source_key(mixture.sources[source], **selecting),
+                "rendering": {name: getattr(config, name) for name in rendering},
+                "hygiene": [mixture.hygiene, *self._against(mixture)],
+                "tokenizer": tokenizer,
+                "code": code_version(*CODE["tokenize"]),
+            }
+        )
+        return self.root / "tokenized" / f"{source}-{key}"
 
     def _fingerprint(self, source: schema.Source) -> str:
         identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"

@@ -1,5 +1,6 @@
 """What each command of a plan does: find the inputs, call the library, finish the folder with a manifest."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -123,7 +124,8 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from smolpost.data.prepare import format_report, prepare_apo, prepare_sft
+    from smolpost.data.prepare import prepare as prepare_rows
+    from smolpost.data.report import format_report
 
     config = stage.plan.config
     if stage.prepared is None:
@@ -137,13 +139,40 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
         tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
-        tokenizer.chat_template = load_template(config.template)
-        with manifest.building(stage.prepared) as part:
-            prepare_rows = prepare_apo if config.kind == "apo" else prepare_sft
-            report = prepare_rows(config, mix(stage.data[config.data]), tokenizer, part)
-            manifest.write(part, kind="prepared", key=stage.prepared.name.rpartition("-")[2], report=report)
+        template = load_template(config.template)
+        if config.init_from == "checkpoint":
+            check_template(stage, tokenizer.chat_template, template)
+        tokenizer.chat_template = template
+        identity = manifest.digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, template])
+        mixture = stage.data[config.data]
+        shards = {name: lineage.tokenized(stage, name, identity) for name in mixture.sources}
+        with contextlib.ExitStack() as locks:
+            for folder in sorted(set(shards.values())):
+                locks.enter_context(manifest.lock(folder))
+            part = locks.enter_context(manifest.building(stage.prepared))
+            report = prepare_rows(config, mixture, tokenizer, shards.__getitem__, part)
+            tokenizer.save_pretrained(part / PREPARED_TOKENIZER)
+            manifest.write(
+                part,
+                kind="prepared",
+                key=stage.prepared.name.rpartition("-")[2],
+                template_hash=template_hash(template),
+                report=report,
+            )
     Console().print(format_report(report))
+    print(f"{stage.prepared}; `smolpost inspect {stage.prepared}` shows its rows", flush=True)
     return stage.prepared
+
+
+def check_template(stage: Located, found: str | None, template: str) -> None:
+    """Refuse to go on from a checkpoint under another chat template than its own."""
+    config = stage.plan.config
+    if isinstance(found, str) and found != template and not config.allow_template_change:
+        raise UserError(
+            f"stages.{stage.plan.stage}.template={config.template} (hash {template_hash(template)}) is not the chat "
+            f"template of model.checkpoint (hash {template_hash(found)}); set a .jinja file with that one, or "
+            f"stages.{stage.plan.stage}.allow_template_change=true where the change is meant"
+        )
 
 
 def train(lineage: Lineage, stage: Located) -> None:

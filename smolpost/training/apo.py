@@ -28,11 +28,12 @@ class PairTrainer(StageTrainer):
         super().__init__(*args)
         self.stage = stage
 
-    def count(self, batch: dict) -> list[int]:
-        return [len(batch["pair_lengths"]), int(batch["side_lengths"][::2].sum())]
+    def count(self, batch):
+        weights = batch["pair_weights"]
+        return [float(weights.sum()), float((weights * batch["side_lengths"][::2]).sum())]
 
     def pass_loss(self, model, batch, counts, totals):
-        stage, (num_pairs, num_chosen_tokens) = self.stage, totals[:2]
+        stage, (num_pairs, num_chosen_tokens) = self.stage, totals[:2].float()
         scores = model(
             **{key: batch[key] for key in ("input_ids", "position_ids", "pair_lengths")},
             scored=Scored(batch["positions"], batch["targets"]),
@@ -46,9 +47,12 @@ class PairTrainer(StageTrainer):
             stage.loss, *ratios.unbind(1), beta=stage.beta, label_smoothing=stage.label_smoothing,
             num_chosen=side_lengths[::2], num_rejected=side_lengths[1::2],
         )  # fmt: skip
-        loss = losses.sum() / num_pairs
+        weights = batch["pair_weights"]
+        loss = (weights * losses).sum() / num_pairs
         if stage.sft_weight:
-            loss = loss - stage.sft_weight * scores.logps[tokens[sides % 2 == 0]].sum() / num_chosen_tokens
+            is_chosen = sides % 2 == 0
+            chosen = weights[sides[is_chosen] // 2] * scores.logps[tokens[is_chosen]]
+            loss = loss - stage.sft_weight * chosen.sum() / num_chosen_tokens
         self._observe(batch, scores, ratios.detach(), counts)
         return loss * counts
 

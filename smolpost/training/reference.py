@@ -15,6 +15,8 @@ from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.scoring import Scored, score_tokens
 
+PAIR_COLUMNS = (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask")), "weights")
+
 
 class PairsBesideReference(torch.utils.data.Dataset):
     """Prepared pairs with their reference's log-probabilities.
@@ -25,7 +27,8 @@ class PairsBesideReference(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: Dataset, cache: ReferenceCache):
-        self.rows = rows.with_format("numpy")
+        columns = [name for name in rows.column_names if name in PAIR_COLUMNS]
+        self.rows = rows.with_format("numpy", columns=columns)
         self.cache = cache
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Mid-training and SFT: the mean negative log-likelihood of the trained tokens of a global batch."""
+"""Mid-training and SFT: the weighted mean negative log-likelihood of the trained tokens of a global batch."""
 
 import functools
 
@@ -14,19 +14,25 @@ from smolpost.training.environment import Environment
 from smolpost.training.scoring import Scored
 from smolpost.training.trainer import StageTrainer
 
+COLUMNS = ("input_ids", "labels", "seq_lengths", "seq_weights")
+TINY = torch.finfo(torch.float64).tiny  # in place of 0: a global batch without a trained token
+
 
 class PackTrainer(StageTrainer):
     """Trains on packs of documents."""
 
-    def count(self, batch: dict) -> list[int]:
-        return [int((batch["labels"] != IGNORE_INDEX).sum())]
+    def count(self, batch):
+        return [float(batch["token_weights"][batch["labels"][0] != IGNORE_INDEX].sum())]
 
     def pass_loss(self, model, batch, counts, totals):
-        labels = batch.pop("labels")[0]
+        labels, weights = batch["labels"][0], batch["token_weights"]
         positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
         # The coefficients are known before the forward, so the head makes its gradients in the same sweep.
-        weights = torch.full((len(positions),), counts / totals[0].clamp(min=1), device=labels.device)
-        scores = model(**batch, scored=Scored(positions, labels[positions + 1], weights))
+        coefficients = (weights[positions + 1] * counts / totals[0].clamp(min=TINY)).float()
+        scores = model(
+            **{key: batch[key] for key in ("input_ids", "position_ids", "document_lengths")},
+            scored=Scored(positions, labels[positions + 1], coefficients),
+        )
         num_tokens = len(positions) * counts
         self.observe("entropy", scores.entropy.sum() * counts, num_tokens)
         self.observe("mean_token_accuracy", scores.is_top1.sum() * counts, num_tokens)
@@ -58,7 +64,7 @@ def trainer(
         model,
         arguments,
         tokenizer,
-        rows.with_format("numpy"),
+        rows.with_format("numpy", columns=[name for name in rows.column_names if name in COLUMNS]),
         collate_packs,
         batches(stage, rows, seed, environment),
         callbacks,

@@ -48,7 +48,7 @@ class StageTrainer(Trainer):
         self.batches = batches
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
 
-    def count(self, batch: dict) -> list[int]:
+    def count(self, batch: dict) -> list[float]:
         """What the loss is divided by, in one forward pass; the trainer sums it over the global batch."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class StageTrainer(Trainer):
         numbers = [
             [number * counts for number in (*self.count(batch), batch["input_ids"].numel())] for batch, counts in inputs
         ]
-        totals = torch.tensor(numbers, dtype=torch.int64, device=self.args.device).sum(0)
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.args.device).sum(0)
         totals = self.accelerator.reduce(totals, "sum")
         self.state.num_input_tokens_seen += int(totals[-1])
         loss = torch.zeros((), device=self.args.device)

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smolpost.chat.masks import Encoded, encode, encode_batch, encode_pair, trained_by_prefixes
+from smolpost.chat.fates import Fate
+from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair, trained_by_prefixes
 from smolpost.chat.render import load_template, render
 from smolpost.errors import UserError
 
 DAY = "01 July 2025"
+LAST = Policy(last_turn_only=True)
 USER = {"role": "user", "content": "hi"}
 DIALOG = [
     {"role": "system", "content": "Be brief."},
@@ -28,13 +30,18 @@ CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 def trained_runs(tokenizer, encoded):
     """The decoded text of each run of trained tokens."""
     runs, previous = [], False
-    for token, trained in zip(*encoded, strict=True):
+    for token, fate in zip(*encoded[:2], strict=True):
+        trained = fate == Fate.TRAINED
         if trained and not previous:
             runs.append([])
         if trained:
             runs[-1].append(token)
         previous = trained
     return [tokenizer.decode(run) for run in runs]
+
+
+def is_trained(fates):
+    return [fate == Fate.TRAINED for fate in fates]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -58,17 +65,18 @@ def test_ids_are_those_of_inference(bpe, thinking):
     reply = bpe.encode("the answer<|im_end|>", add_special_tokens=False)
     encoded = encode(bpe, messages, **options)
     newline = bpe.encode("\n", add_special_tokens=False)
-    assert encoded == Encoded(prompt + reply + newline, [False] * len(prompt) + [True] * len(reply) + [False])
+    assert encoded.input_ids == prompt + reply + newline
+    assert is_trained(encoded.fates) == [False] * len(prompt) + [True] * len(reply) + [False]
 
 
 def test_last_turn_only_trains_the_last_reply_with_the_same_ids(bpe):
-    full, last = encode(bpe, DIALOG, today=DAY), encode(bpe, DIALOG, today=DAY, last_turn_only=True)
+    full, last = encode(bpe, DIALOG, today=DAY), encode(bpe, DIALOG, today=DAY, policy=LAST)
     assert last.input_ids == full.input_ids
     assert trained_runs(bpe, last) == ["two<|im_end|>"]
     ends_untrained = [*DIALOG[:-1], {**DIALOG[-1], "train": False}]
-    assert trained_runs(bpe, encode(bpe, ends_untrained, today=DAY, last_turn_only=True)) == [CALL + "<|im_end|>"]
-    no_reply = encode(bpe, [USER], today=DAY, last_turn_only=True)
-    assert not any(no_reply.trained)
+    assert trained_runs(bpe, encode(bpe, ends_untrained, today=DAY, policy=LAST)) == [CALL + "<|im_end|>"]
+    no_reply = encode(bpe, [USER], today=DAY, policy=LAST)
+    assert Fate.TRAINED not in no_reply.fates
 
 
 def test_encode_batch_equals_encode(bpe, char):
@@ -79,7 +87,7 @@ def test_encode_batch_equals_encode(bpe, char):
         batch = encode_batch(tokenizer, conversations, template_kwargs=kwargs, tools=tools, today=DAY)
         columns = zip(conversations, kwargs, tools, strict=True)
         assert batch == [encode(tokenizer, m, template_kwargs=k, tools=t, today=DAY) for m, k, t in columns]
-    assert batch[3] == Encoded([], [])
+    assert batch[3] == Encoded([], [], 0)
     assert encode_batch(bpe, [], today=DAY) == []
 
 
@@ -109,9 +117,17 @@ ASSISTANT = st.one_of(
     st.fixed_dictionaries({"role": st.just("assistant"), "content": st.none(), "tool_calls": CALLS}),
 )
 OTHER = st.fixed_dictionaries({"role": st.sampled_from(["user", "tool", "system"]), "content": TEXT})
+
+
+def legal(messages):
+    """Tool results before the first reply become user turns."""
+    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    return [{**m, "role": "user"} if m["role"] == "tool" and i < first else m for i, m in enumerate(messages)]
+
+
 SYSTEM = st.lists(st.sampled_from(["/think", "/no_think", "/system_override", "Be brief."]), max_size=2)
 CONVERSATIONS = st.builds(
-    lambda words, turns: ([{"role": "system", "content": " ".join(words)}] if words else []) + turns,
+    lambda words, turns: legal(([{"role": "system", "content": " ".join(words)}] if words else []) + turns),
     SYSTEM,
     st.lists(st.one_of(ASSISTANT, OTHER), min_size=1, max_size=6),
 )
@@ -181,6 +197,9 @@ def test_prefixes_find_a_template_whose_spans_are_wrong(bpe):
     broken.chat_template = faulty.replace(reply, '{{- assistant_header ~ reply ~ "<|im_end|>" -}}')
     assert render(broken, DIALOG, today=DAY) == render(bpe, DIALOG, today=DAY)
     assert encode(broken, DIALOG, today=DAY) != trained_by_prefixes(broken, DIALOG, today=DAY)
+    with pytest.raises(UserError, match=r"^messages\[2\]: the template's generation span is '<\|im_start\|>assistant"):
+        check_spans(broken, DIALOG, today=DAY)
+    check_spans(bpe, DIALOG, today=DAY)
 
 
 def test_template_that_rewrites_history_is_refused(bpe):
@@ -189,6 +208,7 @@ def test_template_that_rewrites_history_is_refused(bpe):
         "{% for m in messages %}{% generation %}{{ m.content if loop.last else '-' }}{% endgeneration %}{% endfor %}"
     )
     dialog = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
+    rewriting.chat_template = rewriting.chat_template.replace("}}{% endg", "}}<|im_end|>{% endg")
     with pytest.raises(UserError, match="renders earlier turns differently once later ones follow"):
         trained_by_prefixes(rewriting, dialog, today=DAY)
     with pytest.raises(UserError, match="renders earlier turns differently"):
@@ -199,16 +219,17 @@ def test_template_that_rewrites_history_is_refused(bpe):
 
 
 def sides_of(pair):
-    yield pair.chosen_ids, pair.chosen_trained
-    yield pair.rejected_ids, pair.rejected_trained
+    yield pair.chosen_ids, pair.chosen_fates
+    yield pair.rejected_ids, pair.rejected_fates
 
 
 def assert_pair_equals_encode(tokenizer, pair, chosen, rejected, **options):
     newline = tokenizer.encode("\n", add_special_tokens=False)
-    for messages, (completion, trained) in zip((chosen, rejected), sides_of(pair), strict=True):
+    for messages, (completion, fates) in zip((chosen, rejected), sides_of(pair), strict=True):
         full = encode(tokenizer, messages, **options)
         assert pair.prompt_ids + completion + newline == full.input_ids
-        assert [*trained, False] == full.trained[len(pair.prompt_ids) :]
+        assert [*fates, Fate.TEMPLATE] == full.fates[len(pair.prompt_ids) :]
+        assert Fate.TRAINED not in pair.prompt_fates and len(pair.prompt_fates) == len(pair.prompt_ids)
         assert completion[-1] == tokenizer.eos_token_id
 
 
@@ -220,7 +241,7 @@ def test_pair_of_replies_shares_the_generation_prompt(bpe, thinking):
     assert bpe.decode(pair.prompt_ids) == render(bpe, DIALOG[:-1], **options, add_generation_prompt=True)
     assert bpe.decode(pair.chosen_ids) == "the two<|im_end|>"
     assert bpe.decode(pair.rejected_ids) == "the three<|im_end|>"
-    assert all(pair.chosen_trained) and all(pair.rejected_trained)
+    assert {*pair.chosen_fates, *pair.rejected_fates} == {Fate.TRAINED}
     assert_pair_equals_encode(bpe, pair, chosen, rejected, **options)
 
 
@@ -229,7 +250,7 @@ def test_pair_that_parts_at_a_user_turn(bpe):
     rejected = [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "c"}, DIALOG[-1], USER]
     pair = encode_pair(bpe, chosen, rejected, today=DAY)
     assert bpe.decode(pair.prompt_ids) == render(bpe, chosen[:2], today=DAY)
-    assert trained_runs(bpe, (pair.rejected_ids, pair.rejected_trained)) == ["two<|im_end|>"]
+    assert trained_runs(bpe, (pair.rejected_ids, pair.rejected_fates)) == ["two<|im_end|>"]
     assert_pair_equals_encode(bpe, pair, chosen, rejected, today=DAY)
 
 
@@ -272,4 +293,4 @@ def test_tokens_never_straddle_an_edge(bpe):
         reply = "".join(draw.choices("the \t é", k=5))
         encoded = encode(bpe, [USER, {"role": "assistant", "content": reply}], today=DAY)
         assert encoded.input_ids[: len(prompt)] == prompt
-        assert encoded.trained == [i >= len(prompt) for i in range(len(encoded.trained) - 1)] + [False]
+        assert is_trained(encoded.fates) == [i >= len(prompt) for i in range(len(encoded.fates) - 1)] + [False]

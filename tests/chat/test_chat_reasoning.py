@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.reasoning import split_reasoning
 
@@ -39,6 +40,6 @@ def test_split_where_the_prompt_opened_the_block(text, expected):
 @given(st.lists(st.sampled_from(["a", " b", "\n", "<think>", "</think>", "é"]), max_size=8).map("".join))
 def test_answer_is_what_the_template_renders_in_no_think_mode(bpe, text):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-    ids, trained = encode(bpe, messages, template_kwargs={"enable_thinking": False}, today="d")
-    reply = bpe.decode([token for token, is_trained in zip(ids, trained, strict=True) if is_trained])
+    ids, fates, _ = encode(bpe, messages, template_kwargs={"enable_thinking": False}, today="d")
+    reply = bpe.decode([token for token, fate in zip(ids, fates, strict=True) if fate == Fate.TRAINED])
     assert reply == split_reasoning(text)[1] + "<|im_end|>"

@@ -19,7 +19,7 @@ def test_load_template_by_name_and_by_path(tmp_path):
 
 
 def test_unknown_template_names_the_choices(tmp_path):
-    with pytest.raises(UserError, match=r"'smolm3' does not exist; use one of chatml, smollm3 or the path of"):
+    with pytest.raises(UserError, match=r"'smolm3' does not exist; use one of chatml, smollm3, smollm3_published"):
         load_template("smolm3")
     with pytest.raises(UserError, match="does not exist"):
         load_template(tmp_path / "absent.jinja")
@@ -92,8 +92,8 @@ def test_templates_that_cannot_be_used_are_refused(char, tmp_path):
         render(tokenizer, [USER], today=DAY)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert render(tokenizer, [USER], today=DAY) == "hi"
-    with pytest.raises(UserError, match=r"marks no \{% generation %\} spans, so no token would be trained"):
-        encode(tokenizer, [USER], today=DAY)
+    with pytest.raises(UserError, match=r"marks no \{% generation %\} spans; use smollm3 or chatml"):
+        render_spans(tokenizer, [USER], today=DAY)
 
 
 def test_variables_of_a_users_own_template_pass(char):

@@ -25,6 +25,7 @@ Reasoning Mode: {mode}
 
 {instructions}<|im_end|>
 """
+ASK_TOOL = [USER, {"role": "assistant", "content": "<tool_call>{}</tool_call>"}]
 DEFAULT = {
     "/think": "You are SmolLM, a helpful assistant. Think the request through first, then answer.",
     "/no_think": "You are SmolLM, a helpful assistant. Answer directly.",
@@ -234,7 +235,7 @@ def test_legacy_function_call(bpe):
 
 
 def test_tool_result_that_brings_its_tags_gets_no_second_pair(bpe):
-    text = text_of(bpe, [USER, {"role": "tool", "content": "<tool_response>\n1\n</tool_response>"}])
+    text = text_of(bpe, [*ASK_TOOL, {"role": "tool", "content": "<tool_response>\n1\n</tool_response>"}])
     assert text.endswith("<|im_start|>tool\n<tool_response>\n1\n</tool_response><|im_end|>\n")
 
 
@@ -244,9 +245,10 @@ def test_tool_result_that_brings_its_tags_gets_no_second_pair(bpe):
 def test_list_content_is_the_concatenated_text(bpe):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b\n"}]
     for role in ("system", "user", "assistant", "tool"):
-        listed = [USER, {"role": role, "content": parts}]
-        assert text_of(bpe, listed) == text_of(bpe, [USER, {"role": role, "content": "ab\n"}])
-        assert text_of(bpe, listed[1:]) == text_of(bpe, [{"role": role, "content": "ab\n"}])
+        listed = [*ASK_TOOL, {"role": role, "content": parts}]
+        assert text_of(bpe, listed) == text_of(bpe, [*ASK_TOOL, {"role": role, "content": "ab\n"}])
+        if role != "tool":
+            assert text_of(bpe, listed[2:]) == text_of(bpe, [{"role": role, "content": "ab\n"}])
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
@@ -289,12 +291,14 @@ def test_fault_1_calls_and_tools_argument_are_not_dropped(bpe):
 
 
 def test_fault_2_tool_results_are_not_user_turns(bpe):
-    as_tool = text_of(bpe, [USER, {"role": "tool", "content": "18C"}])
-    assert after_header(as_tool) == (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>tool\n<tool_response>18C</tool_response><|im_end|>\n"
+    as_tool = text_of(bpe, [*ASK_TOOL, {"role": "tool", "content": "18C"}])
+    assert after_header(as_tool).endswith(
+        "<|im_end|>\n<|im_start|>tool\n<tool_response>18C</tool_response><|im_end|>\n"
     )
-    assert as_tool != text_of(bpe, [USER, {"role": "user", "content": "18C"}])
-    assert text_of(bpe, [USER, {"role": "function", "content": "18C"}]) == as_tool
+    assert as_tool != text_of(bpe, [*ASK_TOOL, {"role": "user", "content": "18C"}])
+    assert text_of(bpe, [*ASK_TOOL, {"role": "function", "content": "18C"}]) == as_tool
+    with pytest.raises(UserError, match=r"^messages\[1\]\.role=tool is a tool result without a call before it; add"):
+        text_of(bpe, [USER, {"role": "tool", "content": "18C"}])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ def test_packs_become_one_row_whose_positions_restart_with_every_document():
     ]
     batch = collate_packs(packs)
     assert batch.pop("document_lengths") == [3, 2, 1, 1]
+    assert batch.pop("token_weights").tolist() == [1.0] * 7
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9, 1, 2]],
         "labels": [[-100, 6, 7, -100, 9, -100, 2]],
@@ -34,6 +35,7 @@ def test_pairs_by_hand():
     ]  # fmt: skip
     batch = collate_pairs(pairs)
     assert batch.pop("pair_lengths") == [(3, 2, 1), (1, 1, 2)]
+    assert batch.pop("pair_weights").tolist() == [1.0, 1.0]
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]],
         "position_ids": [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2]],
@@ -80,3 +82,13 @@ def test_pairs_score_what_two_separate_sequences_score(lengths, seed):
         found[side].append((contexts[batch["positions"][token]], batch["targets"][token].item()))
     assert found == expected
     assert batch["side_lengths"].tolist() == [len(side) for side in expected]
+
+
+def test_weights_of_documents_and_pairs_follow_their_tokens():
+    packs = [
+        {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [1, 2], "seq_weights": [0.5, 2.0]},
+        {"input_ids": [8], "labels": [8], "seq_lengths": [1], "seq_weights": [3.0]},
+    ]
+    assert collate_packs(packs)["token_weights"].tolist() == [0.5, 2.0, 2.0, 3.0]
+    pair = {f"{part}_{what}": [1] for part in PARTS for what in ("ids", "mask")}
+    assert collate_pairs([pair | {"weights": [0.5]}, pair | {"weights": [2.0]}])["pair_weights"].tolist() == [0.5, 2.0]

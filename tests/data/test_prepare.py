@@ -7,24 +7,27 @@ from unittest import mock
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
-from smolpost.data import prepare
+from smolpost.data import prepare_apo, prepare_sft
 from smolpost.data.collate import PARTS, collate_packs, collate_pairs
 from smolpost.data.dataset_folder import write_dataset
 from smolpost.data.mixtures import mix
 from smolpost.data.packing import best_fit_decreasing, unpacked, wrapped
-from smolpost.data.prepare import format_report, prepare_apo, prepare_sft
-from smolpost.data.sources import Row
-from smolpost.data.tokenize import Tokens, num_shared
+from smolpost.data.report import format_report
+from smolpost.data.tokenize import SCHEMA, num_shared
+from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, Mixture, SFTStage, Source
+from tests.prepared import prepared
 
 OVERRIDE = {"role": "system", "content": "/system_override"}
 END = "<|im_end|>"
@@ -41,24 +44,22 @@ def pair(user, chosen, rejected):
     return {"prompt": user, **sides, "chat_template_kwargs": {"enable_thinking": True}}
 
 
+def new(folder):
+    """A folder of its own, for a test that prepares more than once."""
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
 CHAT_TOKENS = 10  # of a think row beside its user and assistant characters
 
 
 def sft(**settings):
     stage = {"init_from": "base", "data": "mixed", "max_seq_len": 64, "learning_rate": 1e-3, "global_batch_size": 1}
-    return SFTStage(**stage | settings)
+    return SFTStage(**stage | {"max_dropped": 1.0, "num_workers": 1} | settings)
 
 
 def apo(**settings):
     stage = {"init_from": "base", "data": "pairs", "max_seq_len": 64, "global_batch_size": 1}
-    return APOStage(**stage | settings)
-
-
-def prepared(stage, rows, tokenizer, folder):
-    """(dataset, report) of rows that are dicts of one source, or (source, row)."""
-    rows = [row if isinstance(row, tuple) else ("only", row) for row in rows]
-    report = (prepare_apo if stage.kind == "apo" else prepare_sft)(stage, rows, tokenizer, folder)
-    return datasets.load_from_disk(folder), report
+    return APOStage(**stage | {"max_dropped": 1.0, "num_workers": 1} | settings)
 
 
 def documents_of(dataset):
@@ -79,26 +80,29 @@ def decoded_labels(tokenizer, labels):
 
 
 def test_one_conversation_by_hand(tokenizer, tmp_path):
-    dataset, _ = prepared(sft(), [chat("ab", "cd")], tokenizer, tmp_path)
+    dataset, _ = prepared(sft(), [chat("ab", "cd")], tokenizer, new(tmp_path))
     ids = tokenizer.encode(f"<|im_start|>user\nab{END}\n<|im_start|>assistant\ncd{END}\n", add_special_tokens=False)
     labels = [-100] * 10 + ids[10:13] + [-100]
-    assert dataset[:] == {"input_ids": [ids], "labels": [labels], "seq_lengths": [[14]]}
+    header = 5  # <|im_start|>user\n is a token each, and the first of the document
+    fates = [Fate.FIRST, *[Fate.TEMPLATE] * 2, *[Fate.USER] * 2, *[Fate.TEMPLATE] * header, *[Fate.TRAINED] * 3, 4]
+    assert dataset[:] == {
+        "input_ids": [ids], "labels": [labels], "fates": [fates], "seq_lengths": [[14]], "rows": [[0]],
+    }  # fmt: skip
     assert len(ids) == CHAT_TOKENS + 4
 
 
 def test_text_trains_all_but_its_first_token_and_ends_with_end_of_text(tokenizer, tmp_path):
-    dataset, report = prepared(sft(), [{"text": "abc"}], tokenizer, tmp_path)
+    dataset, report = prepared(sft(), [{"text": "abc"}], tokenizer, new(tmp_path))
     ids = tokenizer.convert_tokens_to_ids(["a", "b", "c", "<|end_of_text|>"])
-    assert dataset[:] == {"input_ids": [ids], "labels": [[-100, *ids[1:]]], "seq_lengths": [[4]]}
+    assert (dataset["input_ids"][:], dataset["labels"][:]) == ([ids], [[-100, *ids[1:]]])
     assert report["totals"]["think_rows"] == report["totals"]["no_think_rows"] == 0
 
 
 def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
     dataset, report = prepared(sft(), [chat("ab", "cd")], tokenizer, tmp_path)
-    int32 = datasets.List(datasets.Value("int32"))
-    assert dataset.features == {"input_ids": int32, "labels": int32, "seq_lengths": int32}
-    assert [file["filename"] for file in dataset.cache_files] == [str(tmp_path / "data-00000-of-00001.arrow")]
-    assert json.loads((tmp_path / "data_report.json").read_text()) == report
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_sft.PACK_TYPES
+    assert [file["filename"] for file in dataset.cache_files] == [str(tmp_path / "rows" / "data-00000-of-00001.arrow")]
+    assert json.loads((tmp_path / "rows" / "data_report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
@@ -106,14 +110,17 @@ def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
 def test_packs_hold_every_document_whatever_the_chunks(tokenizer, tmp_path, monkeypatch, packing, chunk):
     rng = np.random.default_rng(0)
     rows = [chat("u" * rng.integers(1, 20), "r" * rng.integers(1, 20)) for _ in range(30)]
-    monkeypatch.setattr(prepare, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_sft, "CHUNK_TOKENS", chunk)
     dataset, report = prepared(sft(packing=packing), rows, tokenizer, tmp_path)
     found = documents_of(dataset)
     whole = [encode(tokenizer, row["messages"], today="x") for row in rows]
     if packing == "wrapped":
         assert [t for ids, _ in found for t in ids] == [t for row in whole for t in row.input_ids]
     else:
-        expected = [[t if on else -100 for t, on in zip(*row, strict=True)] for row in whole]
+        expected = [
+            [t if fate == Fate.TRAINED else -100 for t, fate in zip(row.input_ids, row.fates, strict=True)]
+            for row in whole
+        ]
         assert sorted(found) == sorted(zip([row.input_ids for row in whole], expected, strict=True))
     assert all(len(row["input_ids"]) <= 64 for row in dataset)
     assert all(labels[0] == -100 for _, labels in found)
@@ -142,8 +149,8 @@ def naive_packs(documents, plan):
 
 
 @settings(max_examples=60, deadline=None)
-@given(FLAGS, st.sampled_from(list(PLANS)), st.sampled_from([1, 20, 2**18]))
-def test_the_folder_equals_a_naive_construction(flags, packing, chunk):
+@given(FLAGS, st.sampled_from(list(PLANS)), st.sampled_from([1, 20, 2**18]), st.integers(1, 5))
+def test_the_folder_equals_a_naive_construction(flags, packing, chunk, rows_per_batch):
     flags = [[False, *trained] for trained in flags]
     offsets = np.cumsum([0, *map(len, flags)])
     rows = [(list(range(a, b)), trained) for (a, b), trained in zip(pairwise(offsets.tolist()), flags, strict=True)]
@@ -151,12 +158,31 @@ def test_the_folder_equals_a_naive_construction(flags, packing, chunk):
     if not documents:
         return
     stage = sft(packing=packing, max_seq_len=16)
-    tokens = Tokens(np.arange(offsets[-1], dtype=np.int32), np.concatenate(flags), offsets, np.zeros(len(rows), bool))
-    _, pieces, plan = prepare.pack(stage, tokens, prepare.whole_rows(tokens))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare, "CHUNK_TOKENS", chunk):
-        write_dataset(Path(folder), prepare.PACK_TYPES, prepare.pack_chunks(tokens, pieces, plan))
-        found = datasets.load_from_disk(folder).to_list()
-    assert found == naive_packs(documents, PLANS[packing]([len(ids) for ids, _ in documents], 16))
+    tokens = Tokens([token_batch(rows[i : i + rows_per_batch]) for i in range(0, len(rows), rows_per_batch)])
+    _, pieces, plan = prepare_sft.pack(stage, tokens, prepare_sft.whole_rows(tokens, np.arange(len(rows))))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare_sft, "CHUNK_TOKENS", chunk):
+        write_dataset(Path(folder), prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
+        found = datasets.load_from_disk(folder)
+    assert found.select_columns(["input_ids", "labels", "seq_lengths"]).to_list() == naive_packs(
+        documents, PLANS[packing]([len(ids) for ids, _ in documents], 16)
+    )
+    trained = np.concatenate(found["fates"][:]) == Fate.TRAINED
+    assert trained.tolist() == (np.concatenate(found["labels"][:]) != -100).tolist()
+
+
+def token_batch(rows):
+    """Rows of (ids, trained) as tokenization stores them."""
+    fates = [np.where(trained, Fate.TRAINED, Fate.USER) for _, trained in rows]
+    for row_fates in fates:
+        row_fates[0] = Fate.FIRST
+    columns = {
+        "path": ["f"] * len(rows), "number": [1] * len(rows), "ids": [ids for ids, _ in rows],
+        "fates": [row_fates.tolist() for row_fates in fates], "parts": [[len(ids)] for ids, _ in rows],
+        "fate_counts": [np.bincount(row_fates, minlength=len(Fate)).tolist() for row_fates in fates],
+        "is_text": [False] * len(rows), "think": [False] * len(rows), "unknown": [0] * len(rows),
+        "neutralised": [0] * len(rows), "content": [0] * len(rows), "features": [None] * len(rows),
+    }  # fmt: skip
+    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
 def test_the_fingerprint_follows_every_value_length_and_type(tmp_path):
@@ -181,14 +207,20 @@ def test_preparing_twice_gives_the_same_bytes(tokenizer, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         prepared(sft(), [chat("ab", "cd"), {"text": "abc"}], tokenizer, tmp_path / name)
-        files.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+        files.append(
+            {
+                file.name: file.read_bytes()
+                for file in (tmp_path / name / "rows").glob("*[!t].*")
+                if file.suffix != ".parquet"
+            }
+        )
     assert files[0] == files[1]
 
 
 def test_last_turn_only_trains_the_last_reply(tokenizer, tmp_path):
     row = chat("a", "first")
     row["messages"] += chat("b", "second")["messages"][1:]
-    dataset, _ = prepared(sft(last_turn_only=True), [row], tokenizer, tmp_path)
+    dataset, _ = prepared(sft(last_turn_only=True), [row], tokenizer, new(tmp_path))
     assert decoded_labels(tokenizer, dataset["labels"][0]) == f"second{END}"
 
 
@@ -197,15 +229,13 @@ OVERLONG = chat("u" * 30, "r" * 30)  # 70 tokens, of which the last 32 are the r
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
 def test_overlong_rows_are_refused_by_name(tokenizer, tmp_path, packing):
-    rows = [("s", chat("a", "b")), ("s", Row(OVERLONG, "f.jsonl", 7))]
+    rows = [("s", chat("a", "b")), ("s", OVERLONG)]
     message = (
-        r"^f.jsonl:7 \(source s\): has 70 tokens, above max_seq_len=64; 1 of 2 rows are too long, the longest has 70; "
+        r"s.jsonl:2 \(source s\): has 70 tokens, above max_seq_len=64; 1 of 2 rows are too long, the longest has 70; "
         "raise max_seq_len or set overlong to truncate, split or drop$"
     )
     with pytest.raises(UserError, match=message):
         prepared(sft(packing=packing), rows, tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"^row 1 of the mixture \(source only\): has 70 tokens"):
-        prepared(sft(), [dict(OVERLONG)], tokenizer, tmp_path)
 
 
 def source_entry(report, *keys):
@@ -216,14 +246,14 @@ KEPT_KEYS = ("rows_kept", "rows_truncated", "rows_split", "tokens_trained", "tok
 
 
 def test_overlong_rows_are_truncated(tokenizer, tmp_path):
-    dataset, report = prepared(sft(overlong="truncate"), [OVERLONG], tokenizer, tmp_path)
+    dataset, report = prepared(sft(overlong="truncate"), [OVERLONG], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][0] == [64]
     assert decoded_labels(tokenizer, dataset["labels"][0]) == "r" * 26
     assert source_entry(report, *KEPT_KEYS) == [1, 1, 0, 26, 6, 0]
 
 
 def test_overlong_rows_are_split(tokenizer, tmp_path):
-    dataset, report = prepared(sft(overlong="split"), [OVERLONG], tokenizer, tmp_path)
+    dataset, report = prepared(sft(overlong="split"), [OVERLONG], tokenizer, new(tmp_path))
     assert sorted(map(sum, dataset["seq_lengths"])) == [6, 64]
     # The second piece's first token follows nothing it could be predicted from.
     assert decoded_labels(tokenizer, dataset["labels"][0] + dataset["labels"][1]) == "r" * 26 + "r" * 3 + END
@@ -231,13 +261,13 @@ def test_overlong_rows_are_split(tokenizer, tmp_path):
 
 
 def test_split_pieces_without_a_trained_token_are_left_out(tokenizer, tmp_path):
-    dataset, report = prepared(sft(overlong="split"), [chat("u" * 80, "r" * 5)], tokenizer, tmp_path)
+    dataset, report = prepared(sft(overlong="split"), [chat("u" * 80, "r" * 5)], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][0] == [31]
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 1, 6, 0, 64]
 
 
 def test_overlong_rows_are_dropped(tokenizer, tmp_path):
-    dataset, report = prepared(sft(overlong="drop"), [chat("a", "b"), OVERLONG], tokenizer, tmp_path)
+    dataset, report = prepared(sft(overlong="drop"), [chat("a", "b"), OVERLONG], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][:] == [[12]]
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 0, 2, 0, 70]
     assert report["sources"]["only"]["dropped"] == {"overlong": 1}
@@ -245,42 +275,43 @@ def test_overlong_rows_are_dropped(tokenizer, tmp_path):
 
 def test_rows_whose_truncation_leaves_no_reply_are_dropped(tokenizer, tmp_path):
     rows = [chat("a", "b"), chat("u" * 80, "r")]
-    _, report = prepared(sft(overlong="truncate"), rows, tokenizer, tmp_path)
+    _, report = prepared(sft(overlong="truncate"), rows, tokenizer, new(tmp_path))
     assert report["sources"]["only"]["dropped"] == {"without a trained token": 1}
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 0, 2, 0, 91]
 
 
 def test_wrapped_cuts_overlong_rows_whatever_the_policy(tokenizer, tmp_path):
-    dataset, report = prepared(sft(packing="wrapped"), [OVERLONG], tokenizer, tmp_path)
+    dataset, report = prepared(sft(packing="wrapped"), [OVERLONG], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][:] == [[64], [6]]
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 1, 30, 0, 0]
 
 
 def test_untrained_rows_are_counted_and_an_untrained_source_is_refused(tokenizer, tmp_path):
     silent = chat("a", "b", train=False)
-    _, report = prepared(sft(), [silent, chat("a", "b")], tokenizer, tmp_path)
+    _, report = prepared(sft(), [silent, chat("a", "b")], tokenizer, new(tmp_path))
     assert report["sources"]["only"]["dropped"] == {"without a trained token": 1}
     with pytest.raises(
         UserError, match=r"source mute: none of its 2 rows has a trained token \(2 without a trained tok"
     ):
-        prepared(sft(), [("fine", chat("a", "b")), ("mute", silent), ("mute", silent)], tokenizer, tmp_path)
+        prepared(sft(), [("fine", chat("a", "b")), ("mute", silent), ("mute", silent)], tokenizer, new(tmp_path))
     with pytest.raises(
         UserError, match=r"source only: none of its 1 rows has a trained token \(1 overlong\); check its"
     ):
-        prepared(sft(overlong="drop"), [OVERLONG], tokenizer, tmp_path)
+        prepared(sft(overlong="drop"), [OVERLONG], tokenizer, new(tmp_path))
 
 
 def test_report_by_hand(tokenizer, tmp_path):
     think = chat("u", "<think>\nx\n</think>\ny")
     no_think = chat("u", "y", think=False)
     rows = [("a", think), ("b", {"text": "words é"}), ("a", no_think)]
-    _, report = prepared(sft(), rows, tokenizer, tmp_path)
+    _, report = prepared(sft(), rows, tokenizer, new(tmp_path))
     a, b = report["sources"]["a"], report["sources"]["b"]
     assert list(report["sources"]) == ["a", "b"]
     assert (a["rows_read"], a["rows_kept"], a["think_rows"], a["no_think_rows"]) == (2, 2, 1, 1)
     # think: <think> \n x \n </think> \n y and the stop token; no-think: y and the stop token.
     assert (a["tokens_trained"], b["tokens_trained"], b["tokens_read"]) == (8 + 2, 7, 8)
     assert (a["tokens_unknown"], b["tokens_unknown"]) == (0, 1)
+    assert b["masked"]["first of a document"] == 1
     assert a["length_percentiles"] == {"50": 17, "90": 18, "99": 18, "100": 18}
     assert report["settings"] == {"kind": "sft", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
     assert report["totals"]["tokens_read"] == a["tokens_read"] + b["tokens_read"] == 43
@@ -302,31 +333,31 @@ def test_every_token_read_is_accounted_for(tokenizer, tmp_path, packing, overlon
 
 
 def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"row 1 of the mixture \(source only\): is a preference row in an sft stage"):
-        prepared(sft(), [pair("u", "a", "b")], tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"row 1 of the mixture \(source only\): has the columns text in an apo stage"):
-        prepared(apo(), [{"text": "x"}], tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"data=mixed gives no rows to prepare"):
-        prepared(sft(), [], tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row in an sft stage"):
+        prepared(sft(), [pair("u", "a", "b")], tokenizer, new(tmp_path))
+    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text in an apo stage"):
+        prepared(apo(), [{"text": "x"}], tokenizer, new(tmp_path))
+    with pytest.raises(UserError, match=r"a mixture has no sources; give at least one"):
+        prepared(sft(), [], tokenizer, new(tmp_path))
 
 
 def test_a_row_the_template_refuses_is_named(tokenizer, tmp_path):
-    broken = Row({**chat("a", "b"), "chat_template_kwargs": {"enable_thinking": "no"}}, "f.jsonl", 3)
-    with pytest.raises(UserError, match=r"^f.jsonl:3: chat_template_kwargs.enable_thinking='no' is not a boolean"):
-        prepared(sft(), [chat("a", "b"), broken], tokenizer, tmp_path)
+    broken = {**chat("a", "b"), "chat_template_kwargs": {"enable_thinking": "no"}}
+    with pytest.raises(UserError, match=r"only.jsonl:2: chat_template_kwargs.enable_thinking='no' is not a boolean"):
+        prepared(sft(), [chat("a", "b"), broken], tokenizer, new(tmp_path))
 
 
 # ---------------------------------------------------------------- apo
 
 
 def test_one_pair_by_hand(tokenizer, tmp_path):
-    dataset, report = prepared(apo(), [pair("u", "<think>\nx\n</think>\ny", "n")], tokenizer, tmp_path)
+    dataset, report = prepared(apo(), [pair("u", "<think>\nx\n</think>\ny", "n")], tokenizer, new(tmp_path))
     row = dataset[0]
     assert tokenizer.decode(row["prompt_ids"]) == f"<|im_start|>user\nu{END}\n<|im_start|>assistant\n"
     assert tokenizer.decode(row["chosen_ids"]) == f"<think>\nx\n</think>\ny{END}"
     assert tokenizer.decode(row["rejected_ids"]) == f"n{END}"
     assert (row["chosen_mask"], row["rejected_mask"]) == ([1] * 8, [1] * 2)
-    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare.PAIR_TYPES
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_apo.PAIR_TYPES
     totals = report["totals"]
     assert (totals["pairs"], totals["think_rows"], totals["tokens_trained"], totals["tokens_masked"]) == (1, 1, 10, 9)
     assert totals["tokens_per_pair"] == 19
@@ -342,18 +373,18 @@ def multi_turn():
 
 
 def test_user_and_tool_turns_inside_a_completion_are_not_scored(tokenizer, tmp_path):
-    row = prepared(apo(max_seq_len=512), [multi_turn()], tokenizer, tmp_path)[0][0]
+    row = prepared(apo(max_seq_len=512), [multi_turn()], tokenizer, new(tmp_path))[0][0]
     whole = encode(tokenizer, multi_turn()["chosen"], today="x")
     assert row["prompt_ids"] + row["chosen_ids"] == whole.input_ids[:-1]  # up to the line break after the stop token
     scored = np.array(row["chosen_mask"], bool)
-    assert scored.tolist() == whole.trained[len(row["prompt_ids"]) : -1]
+    assert scored.tolist() == [fate == Fate.TRAINED for fate in whole.fates[len(row["prompt_ids"]) : -1]]
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     assert tokenizer.decode(np.array(row["chosen_ids"])[scored]) == f"one{END}{call}{END}{call}{END}last{END}"
 
 
 def test_what_both_completions_begin_with_is_part_of_the_prompt(tokenizer, tmp_path):
     rows = [pair("u", "same start, good", "same start, bad"), pair("u", "ab", "abc"), pair("u", "x", "y")]
-    dataset, report = prepared(apo(), rows, tokenizer, tmp_path)
+    dataset, report = prepared(apo(), rows, tokenizer, new(tmp_path))
     head = f"<|im_start|>user\nu{END}\n<|im_start|>assistant\n"
     texts = [[tokenizer.decode(row[f"{part}_ids"]) for part in PARTS] for row in dataset]
     assert texts == [
@@ -369,15 +400,15 @@ def test_what_both_completions_begin_with_is_part_of_the_prompt(tokenizer, tmp_p
 
 
 def test_sharing_ends_where_the_masks_differ():
-    same, mask = np.arange(5), np.array([1, 1, 0, 1, 1])
+    same, mask = np.arange(5), np.array([0, 0, 2, 0, 0])  # fates: 0 is trained
     assert num_shared([same, same + 0], [mask, mask]) == 4  # each side keeps its last token
-    assert num_shared([same, same], [mask, np.array([1, 1, 1, 1, 1])]) == 2
+    assert num_shared([same, same], [mask, np.array([0, 0, 0, 0, 0])]) == 2
     assert num_shared([same, np.array([0, 1, 9, 3, 4])], [mask, mask]) == 2
     assert num_shared([same, np.zeros(0, int)], [mask, np.zeros(0, int)]) == 0
 
 
 def test_last_turn_only_scores_the_last_reply_of_each_side(tokenizer, tmp_path):
-    row = prepared(apo(max_seq_len=512, last_turn_only=True), [multi_turn()], tokenizer, tmp_path)[0][0]
+    row = prepared(apo(max_seq_len=512, last_turn_only=True), [multi_turn()], tokenizer, new(tmp_path))[0][0]
     for side, text in (("chosen", f"last{END}"), ("rejected", f"bad{END}")):
         scored = np.array(row[f"{side}_mask"], bool)
         assert tokenizer.decode(np.array(row[f"{side}_ids"])[scored]) == text
@@ -386,21 +417,21 @@ def test_last_turn_only_scores_the_last_reply_of_each_side(tokenizer, tmp_path):
 def test_overlong_pairs(tokenizer, tmp_path):
     rows = [pair("u", "fine", "n"), pair("u", "c" * 60, "n")]  # 9 prompt tokens, then up to 61
     with pytest.raises(
-        UserError, match=r"row 2 of the mixture \(source only\): has 70 tokens, above max_seq_len=64; rai"
+        UserError, match=r"only.jsonl:2 \(source only\): has 70 tokens, above max_seq_len=64; 1 of 2 pairs are too long"
     ):
-        prepared(apo(), rows, tokenizer, tmp_path)
+        prepared(apo(), rows, tokenizer, new(tmp_path))
     with pytest.raises(UserError, match=r"overlong=split in the apo stage on data=pairs: pairs cannot be split"):
-        prepared(apo(overlong="split"), rows, tokenizer, tmp_path)
-    dataset, report = prepared(apo(overlong="drop"), rows, tokenizer, tmp_path)
+        prepared(apo(overlong="split"), rows, tokenizer, new(tmp_path))
+    dataset, report = prepared(apo(overlong="drop"), rows, tokenizer, new(tmp_path))
     assert (len(dataset), report["totals"]["dropped"]) == (1, {"overlong": 1})
-    dataset, report = prepared(apo(overlong="truncate"), rows, tokenizer, tmp_path)
+    dataset, report = prepared(apo(overlong="truncate"), rows, tokenizer, new(tmp_path))
     assert len(dataset[1]["chosen_ids"]) == len(dataset[1]["chosen_mask"]) == 55
     assert (report["totals"]["rows_truncated"], report["totals"]["tokens_truncated"]) == (1, 6)
 
 
 def test_pairs_that_truncation_spoils_are_dropped(tokenizer, tmp_path):
     rows = [pair("u", "fine", "n"), pair("u" * 70, "a", "b"), pair("u", "x" * 60 + "a", "x" * 60 + "b")]
-    _, report = prepared(apo(overlong="truncate"), rows, tokenizer, tmp_path)
+    _, report = prepared(apo(overlong="truncate"), rows, tokenizer, new(tmp_path))
     assert report["totals"]["dropped"] == {"without a trained token": 1, "equal after truncation": 1}
     entry = report["totals"]
     assert entry["tokens_read"] == sum(entry[f"tokens_{k}"] for k in ("trained", "masked", "truncated", "dropped"))
@@ -411,7 +442,7 @@ def test_pairs_do_not_depend_on_the_chunks(tokenizer, tmp_path, monkeypatch, chu
     rows = [pair("u" * i, "c" * i, "r" * (i + 1)) for i in range(1, 9)]
     (tmp_path / "one").mkdir()
     whole, _ = prepared(apo(), rows, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(prepare, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_apo, "CHUNK_TOKENS", chunk)
     (tmp_path / "many").mkdir()
     assert prepared(apo(), rows, tokenizer, tmp_path / "many")[0][:] == whole[:]
 
@@ -427,12 +458,12 @@ def shown(report):
 
 def test_the_table_shows_sources_totals_and_packs(tokenizer, tmp_path):
     rows = [("words", {"text": "one é"}), ("chats", chat("a", "b")), ("chats", OVERLONG)]
-    text = shown(prepared(sft(overlong="drop"), rows, tokenizer, tmp_path)[1])
+    text = shown(prepared(sft(overlong="drop"), rows, tokenizer, new(tmp_path))[1])
     assert "source rows think tokens trained masked cut dropped p50/p99/max" in text
     for row in ("words 1 0% 6 5 1 0 0 6/6/6", "chats 2 0% ", "all 3 0% "):
         assert row in text
     assert "1 packs of 18 tokens on average, 28.1% full; 1 rows dropped: overlong; 1 tokens unknown" in text
-    text = shown(prepared(apo(), [pair("u", "a", "b")], tokenizer, tmp_path)[1])
+    text = shown(prepared(apo(), [pair("u", "a", "b")], tokenizer, new(tmp_path))[1])
     assert "1 pairs of 13 tokens on average, 41% fewer than as two sequences each" in text
 
 
@@ -512,6 +543,6 @@ def test_the_chatml_template_prepares_mid_training_rows(shared_data, bpe, tmp_pa
     assert text == "".join(row["messages"][-1]["content"] + END for _, row in rows)
 
 
-def test_loss_on_all_trains_every_token_but_each_documents_first(tokenizer, tmp_path):
-    rows, _ = prepared(sft(loss_on="all"), [("chats", chat("hi", "yes"))], tokenizer, tmp_path)
+def test_all_roles_train_every_token_but_each_documents_first(tokenizer, tmp_path):
+    rows, _ = prepared(sft(train_roles=["all"]), [("chats", chat("hi", "yes"))], tokenizer, new(tmp_path))
     assert rows[0]["labels"] == [-100, *rows[0]["input_ids"][1:]]

@@ -4,9 +4,10 @@ import re
 import numpy as np
 import pytest
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
-from smolpost.data.sources import validate_row
 from smolpost.data.tasks import chase_row, copy_row, needle_row, recall_row, share_found, write_tasks
+from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.schema import TaskBlock, TaskFile
 
@@ -109,9 +110,9 @@ def test_share_found_counts_references_in_any_case():
 def test_rows_train_exactly_their_answer_after_a_prompt_without_header(row, tokenizer):
     assert validate_row(row, "f:1") == "messages"
     kwargs = row["chat_template_kwargs"]
-    ids, trained = encode(tokenizer, row["messages"], template_kwargs=kwargs, today="1 May 2025")
+    ids, fates, _ = encode(tokenizer, row["messages"], template_kwargs=kwargs, today="1 May 2025")
     user, assistant = turns(row)
-    assert tokenizer.decode(np.array(ids)[trained]) == assistant + "<|im_end|>"
+    assert tokenizer.decode(np.array(ids)[np.array(fates) == Fate.TRAINED]) == assistant + "<|im_end|>"
     assert tokenizer.decode(ids).startswith(f"<|im_start|>user\n{user}<|im_end|>")
     assert tokenizer.unk_token_id not in ids
 

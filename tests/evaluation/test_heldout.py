@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
-from smolpost.data.sources import Row
+from smolpost.data.rows import Row
 from smolpost.errors import UserError
 from smolpost.evaluation import heldout
 
@@ -38,7 +39,8 @@ def reference_loss(model, tokenizer, rows):
     """(nats per trained token, tokens) by transformers' own loss, row by row."""
     nats, num_tokens = 0.0, 0
     for row in rows:
-        ids, trained = encode(tokenizer, row["messages"], template_kwargs=row["chat_template_kwargs"], today=TODAY)
+        ids, fates, _ = encode(tokenizer, row["messages"], template_kwargs=row["chat_template_kwargs"], today=TODAY)
+        trained = [fate == Fate.TRAINED for fate in fates]
         labels = [token if mine else -100 for token, mine in zip(ids, trained, strict=True)]
         with torch.no_grad():
             loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()

@@ -114,6 +114,7 @@ def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path)
 ENTRIES = {  # where each step's work begins
     "tasks": ["data/tasks.py"],
     "init": ["chat/tokenizer.py", "model/__init__.py", "data/mixtures.py", "chat/render.py"],
+    "tokenize": ["data/shards.py", "data/hygiene.py"],
     "prepare": ["data/prepare.py", "data/mixtures.py"],
     "sft": ["training/train.py"],
     "apo": ["training/train.py"],

@@ -13,7 +13,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import collate_packs
-from smolpost.data.prepare import prepare_apo, prepare_sft
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import APOStage, SFTStage
@@ -23,6 +22,7 @@ from smolpost.training.environment import Environment
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.train import check_space
+from tests.prepared import prepared
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
 ASK = {"role": "user", "content": "6*7?"}
@@ -60,7 +60,7 @@ def stock(model):
 
 def settings(**changes):
     shared = dict(init_from="x", data="y", max_seq_len=400, learning_rate=1e-3, global_batch_size=2, max_grad_norm=1.0)
-    return {**shared, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
+    return {**shared, "num_workers": 1, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
 
 
 def same_settings(stage, folder):
@@ -96,8 +96,7 @@ def conversation(reply):
 def packs(tokenizer, folder, stage):
     rows = [("a", {"messages": conversation("x" * n), "chat_template_kwargs": NO_THINK}) for n in range(1, 13)]
     folder.mkdir()
-    prepare_sft(stage, rows, tokenizer, folder)
-    return load_from_disk(str(folder))
+    return prepared(stage, rows, tokenizer, folder)[0]
 
 
 def sft_trainer(tokenizer, folder, model, **changes):
@@ -144,7 +143,7 @@ def test_resuming_inside_a_later_epoch_changes_nothing(tokenizer, tmp_path):
     trainer, _, stage = sft_trainer(tokenizer, tmp_path, model, **changes)
     trainer.train()
     again = build(tokenizer, seed=9)
-    rows = load_from_disk(str(tmp_path / "rows"))
+    rows = load_from_disk(str(tmp_path / "rows" / "rows"))
     arguments = training_arguments(stage, 1, len(rows), tmp_path / "out", CPU)
     other = sft.trainer(stage, again, tokenizer, rows, arguments, 1, CPU, [])
     other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
@@ -223,9 +222,7 @@ class TokenizedPairs(DPOTrainer):
 
 def pair_trainer(tokenizer, folder, model, ref_model, **changes):
     stage = APOStage(**settings(global_batch_size=4, **changes))
-    (folder / "rows").mkdir()
-    prepare_apo(stage, pair_rows(), tokenizer, folder / "rows")
-    rows = load_from_disk(str(folder / "rows"))
+    rows, _ = prepared(stage, pair_rows(), tokenizer, folder)
     cache = ReferenceCache(folder / "cache", "k", reference.scored_tokens(rows))
     reference.fill(cache, rows, lambda: copy.deepcopy(ref_model), 150, CPU)
     cache.open()
@@ -314,3 +311,42 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tokenizer, tmp_path,
     monkeypatch.setattr("shutil.disk_usage", usage(needed - 1))
     with pytest.raises(UserError, match=r"GB free; free some, lower stages.sft.save_total_limit=2, or set run_dir="):
         check_space("sft", stage, model, tmp_path)
+
+
+# ---------------------------------------------------------------- loss weights of sources
+
+
+def weighted_step(tokenizer, folder, kind, rows, weights, **changes):
+    """Loss and gradient norm of one step on all rows."""
+    folder.mkdir()
+    stage = kind(**settings(max_steps=1, **changes))
+    found, _ = prepared(stage, rows, tokenizer, folder, {name: {"loss_weight": w} for name, w in weights.items()})
+    model, stage.global_batch_size = build(tokenizer), len(found)
+    arguments = training_arguments(stage, 1, len(found), folder / "out", CPU)
+    if kind is SFTStage:
+        trainer = sft.trainer(stage, model, tokenizer, found, arguments, 1, CPU, [])
+    else:
+        cache = ReferenceCache(folder / "cache", "k", reference.scored_tokens(found))
+        reference.fill(cache, found, lambda: build(tokenizer, seed=7), 150, CPU)
+        cache.open()
+        trainer = apo.trainer(stage, model, tokenizer, found, cache, arguments, 1, CPU, [])
+    trainer.train()
+    return [trainer.state.log_history[0][key] for key in ("loss", "grad_norm")]
+
+
+def texts(name, sizes):
+    return [(name, {"messages": conversation("y" * n), "chat_template_kwargs": NO_THINK}) for n in sizes]
+
+
+@pytest.mark.parametrize("kind, changes", [(SFTStage, {"packing": "none"}), (APOStage, {"sft_weight": 0.3})])
+def test_a_weight_of_two_counts_as_the_same_rows_twice(tokenizer, tmp_path, kind, changes):
+    if kind is SFTStage:
+        a, b = texts("a", (3, 8)), texts("b", (5, 1, 9))
+    else:
+        rows = [row for _, row in pair_rows()]
+        a, b = [("a", row) for row in rows[:2]], [("b", row) for row in rows[2:5]]
+    weighted = weighted_step(tokenizer, tmp_path / "weighted", kind, a + b, {"a": 2.0, "b": 1.0}, **changes)
+    twice = weighted_step(tokenizer, tmp_path / "twice", kind, a + a + b, {}, **changes)
+    once = weighted_step(tokenizer, tmp_path / "once", kind, a + b, {}, **changes)
+    assert weighted == pytest.approx(twice, rel=1e-5)
+    assert abs(weighted[0] - once[0]) > 1e-4

@@ -1,0 +1,99 @@
+"""Preparation side by side with TRL: from a JSONL file of conversations to packed rows with labels on disk.
+
+python benchmarks/prepare.py [--quick]
+
+The same rows, tokenizer, template and number of worker processes. TRL reads the file with `load_dataset` and prepares
+it in SFTTrainer with assistant_only_loss and packing_strategy=bfd, as its user does; ours is what `smolpost prepare`
+runs. Ours also checks every row, works out the fate of each token and writes the ledger. The clock covers reading,
+rendering, tokenizing, masking, packing and writing, not the imports.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from side_by_side import alternate, keep, options, run_side, show
+from workload import SMALL, model_for, prepared, rows_of, scratch, tokenizer_for
+
+from smolpost.schema import SFTStage
+
+LENGTH = 4096
+
+
+def smolpost_side(case: dict) -> dict:
+    with scratch() as folder:
+        file, tokenizer = copied(case, Path(folder)), tokenizer_for(rows_of(case["file"]))
+        stage = SFTStage(
+            init_from="x", data="y", max_seq_len=LENGTH, overlong="truncate", learning_rate=1e-4, global_batch_size=1,
+            num_workers=case["workers"],
+        )  # fmt: skip
+        began = time.perf_counter()
+        _, report = prepared(stage, str(file), None, tokenizer, Path(folder))
+        seconds = time.perf_counter() - began
+        totals = report["totals"]
+        return {
+            "seconds": seconds,
+            "rows": totals["rows_read"],
+            "tokens": totals["tokens_read"],
+            "packs": totals["packs"],
+        }
+
+
+def trl_side(case: dict) -> dict:
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    with scratch() as folder:
+        file, tokenizer = copied(case, Path(folder)), tokenizer_for(rows_of(case["file"]))
+        model = model_for({"model": SMALL, "vocab": len(tokenizer), "device": "cpu"}, tokenizer, ours=False)
+        began = time.perf_counter()
+        rows = load_dataset("json", data_files=str(file), split="train", cache_dir=f"{folder}/cache")
+        number = len(rows)
+        arguments = SFTConfig(
+            output_dir=folder, packing=True, packing_strategy="bfd", max_length=LENGTH, assistant_only_loss=True,
+            dataset_num_proc=case["workers"], use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+        )  # fmt: skip
+        packs = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
+        seconds = time.perf_counter() - began
+        tokens = sum(len(pack) for pack in packs["input_ids"])
+        return {"seconds": seconds, "rows": number, "tokens": tokens, "packs": len(packs)}
+
+
+def copied(case: dict, folder: Path) -> Path:
+    """The rows `copies` times over in one file."""
+    lines = Path(case["file"]).read_bytes()
+    (file := folder / "rows.jsonl").write_bytes(lines * case["copies"])
+    return file
+
+
+SIDES = {"smolpost": smolpost_side, "trl": trl_side}
+TARGET = 2.0
+
+
+def main() -> None:
+    arguments = options(__doc__.splitlines()[0])
+    if run_side(SIDES, arguments):
+        return
+    shared = {"file": str(arguments.data / "gsm8k" / "smoltalk2_sft.jsonl"), "workers": len(os.sched_getaffinity(0))}
+    if arguments.quick:
+        arguments.repeats = 1
+        cases = {"one copy": shared | {"copies": 1}}
+    else:
+        cases = {"10 copies": shared | {"copies": 10}, "10 copies, one worker": shared | {"copies": 10, "workers": 1}}
+    results = []
+    for name, case in cases.items():
+        sides = alternate(list(SIDES), case, arguments)
+        table = [
+            {"side": side, "rows/s": found["rows"] / found["seconds"], "tokens": found["tokens"],
+             "packs": found["packs"], "seconds": found["seconds"], "peak GB (parent)": found["peak_gb"]}
+            for side, found in sides.items()
+        ]  # fmt: skip
+        ratio = {"speed": sides["trl"]["seconds"] / sides["smolpost"]["seconds"]}
+        table.append({"side": "ratio", "rows/s": ratio["speed"]})
+        results.append({"case": name, "settings": case, "sides": sides, "ratio": ratio, "target": {"speed": TARGET}})
+        show(f"preparation, gsm8k {name}, {case['workers']} workers; target {TARGET}x", table)
+    keep("prepare", arguments, results)
+
+
+if __name__ == "__main__":
+    main()

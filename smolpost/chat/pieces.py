@@ -1,0 +1,169 @@
+"""Pieces of text to token ids and character offsets, with control tokens that are only text.
+
+Two copies of a tokenizer's backend do it: one as it is, and one that matches no added token.
+"""
+
+import re
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+
+from smolpost.errors import UserError
+
+_known = WeakKeyDictionary()
+
+
+class Piece(NamedTuple):
+    """A stretch of a rendering that is tokenized by itself.
+
+    Attributes:
+        text: Its characters.
+        start: Its first character's place in the rendering.
+        plain: True where no added token of the tokenizer may be matched.
+        offsets: True where the tokens' places are needed.
+    """
+
+    text: str
+    start: int
+    plain: bool
+    offsets: bool
+
+
+def vocabulary_of(tokenizer):
+    """The `Vocabulary` of a fast tokenizer, built once as long as no token is added to it."""
+    size, vocabulary = _known.get(tokenizer, (None, None))
+    if size != len(tokenizer):
+        vocabulary = Vocabulary(tokenizer)
+        _known[tokenizer] = len(tokenizer), vocabulary
+    return vocabulary
+
+
+class Vocabulary:
+    """Added tokens of a tokenizer, and how text is tokenized with and without them.
+
+    Attributes:
+        added: Matches any added token in text, white space apart: runs of blanks are no control tokens.
+        special: Matches the added tokens that are special.
+        added_ids, special_ids: Their ids, the unknown token's left out.
+        stops: The added tokens' texts.
+    """
+
+    def __init__(self, tokenizer):
+        self._backend = tokenizer.backend_tokenizer
+        tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        self.stops = sorted((token.content for token in tokens.values()), key=len, reverse=True)
+        self.added = _matcher(self.stops)
+        self.special = _matcher([token.content for token in tokens.values() if token.special])
+        self.added_ids = set(tokens) - {tokenizer.unk_token_id}
+        self.special_ids = {i for i, token in tokens.items() if token.special} - {tokenizer.unk_token_id}
+
+    @cached_property
+    def _usual(self):
+        copy = Tokenizer.from_str(self._backend.to_str())
+        # Post-processors move the offsets of blanks; with add_special_tokens=False they do nothing else.
+        copy.post_processor = None
+        copy.no_padding()
+        copy.no_truncation()
+        return copy
+
+    @cached_property
+    def _plain(self):
+        copy = Tokenizer.from_str(self._usual.to_str())
+        tokens = copy.get_added_tokens_decoder().values()
+        copy.add_special_tokens([AddedToken(t.content, special=True, normalized=t.normalized) for t in tokens])
+        copy.encode_special_tokens = True
+        return copy
+
+    def tokenize(self, pieces):
+        """Token ids and first characters of pieces.
+
+        Args:
+            pieces: [P] Piece.
+        Returns:
+            [P] (ids, starts): starts are places in the rendering, ascending, or None where not asked for.
+        """
+        results = [None] * len(pieces)
+        for plain in (False, True):
+            for offsets in (False, True):
+                chosen = [i for i, p in enumerate(pieces) if (p.plain, p.offsets) == (plain, offsets)]
+                if not chosen:
+                    continue
+                backend = self._plain if plain else self._usual
+                encode = backend.encode_batch if offsets else backend.encode_batch_fast
+                encodings = encode([pieces[i].text for i in chosen], add_special_tokens=False)
+                for i, encoding in zip(chosen, encodings, strict=True):
+                    starts = [pieces[i].start + start for start, _ in encoding.offsets] if offsets else None
+                    results[i] = encoding.ids, starts
+        return results
+
+    def cut(self, text, edges, neutral):
+        """[(start, end, plain)]: the text cut at the edges, and around control tokens that are only text.
+
+        Such a string is tokenized with the text around it, up to the next token that is one: what the tokenizer would
+        do if it did not know the string.
+
+        Args:
+            text: A rendering.
+            edges: Ascending places where a piece ends and the next begins.
+            neutral: [(start, end)] of the strings, ascending.
+        """
+        pieces = []
+        for start, end in pairwise(sorted({0, *edges, len(text)})):
+            inside = [(a, b) for a, b in neutral if a < end and b > start]
+            if not inside:
+                pieces.append((start, end, False))
+                continue
+            real = [
+                match.span()
+                for match in self.added.finditer(text, start, end)
+                if not any(match.start() < b and match.end() > a for a, b in inside)
+            ]
+            done = start
+            for a, b in [*real, (end, end)]:
+                if any(done < n_end and a > n_start for n_start, n_end in inside):
+                    pieces.append((done, a, True))
+                elif done < a:
+                    pieces.append((done, a, False))
+                if a < b:
+                    pieces.append((a, b, False))
+                done = b
+        return [piece for piece in pieces if piece[0] < piece[1]]
+
+
+def check_encodable(text, conversation):
+    """Refuse half surrogate pairs, which have no UTF-8 and so no tokens.
+
+    Raises:
+        UserError: Names the message, or the template's variable.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        places = {f"messages[{i}]": message for i, message in enumerate(conversation.messages)}
+        places |= {
+            "tools": conversation.tools,
+            **{f"chat_template_kwargs.{k}": v for k, v in conversation.variables.items()},
+        }
+        where = next((place for place, value in places.items() if _holds_surrogate(value)), "the chat template's text")
+        raise UserError(
+            f"{where} holds {half}, half of a surrogate pair, which the tokenizer cannot encode; "
+            "remove it or write the whole character"
+        ) from error
+
+
+def _holds_surrogate(value):
+    if isinstance(value, str):
+        return any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return any(_holds_surrogate(part) for pair in value.items() for part in pair)
+    return isinstance(value, list | tuple) and any(map(_holds_surrogate, value))
+
+
+def _matcher(tokens):
+    """Leftmost, longest match of one of the tokens, as tokenizers match them; of nothing where there are none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) if tokens else r"(?!)")

@@ -1,0 +1,98 @@
+"""Where the replies of a rendered conversation stand, derived in two independent ways.
+
+The template's {% generation %} tags say it, and so do differences of renderings: a reply is what the conversation
+gains over the generation prompt of the messages before it. The second way needs no tags, so any model's own template
+can be trained; where there are tags, each way checks the other.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from smolpost.errors import UserError
+
+
+class Span(NamedTuple):
+    """A reply in the text.
+
+    Attributes:
+        start: First character after the generation prompt.
+        end: Past the last character of the stop token.
+        message: Index of the assistant message; None where the template marks no span per message.
+    """
+
+    start: int
+    end: int
+    message: int | None
+
+
+def generation_spans(conversation, spans):
+    """The template's own spans as [Span], ascending.
+
+    Args:
+        conversation: A `smolpost.chat.render.Conversation`.
+        spans: [(start, end)], as its `render` gave them.
+    """
+    replies = assistant_turns(conversation.messages)
+    indices = replies if len(replies) == len(spans) else [None] * len(spans)
+    return [Span(start, end, i) for (start, end), i in zip(spans, indices, strict=True)]
+
+
+def prefix_spans(conversation, text, stops):
+    """The replies by differences of renderings, as [Span], ascending.
+
+    Args:
+        conversation: A `smolpost.chat.render.Conversation`.
+        text: Its rendering.
+        stops: Tokens of which one ends each reply.
+    Returns:
+        [Span], and {message: why its span cannot be told}.
+    """
+    spans, unknown = [], {}
+    for i in assistant_turns(conversation.messages):
+        try:
+            start, end = _reply(conversation, text, i, stops)
+        except UserError as error:
+            unknown[i] = str(error)
+        else:
+            spans.append(Span(start, end, i))
+    return spans, unknown
+
+
+def turn_end(conversation, text, i, stops):
+    """Past the last character of message i's stop token.
+
+    Raises:
+        UserError: The rendering up to message i is no beginning of the text, or ends without a stop token.
+    """
+    turn = replace(conversation, messages=conversation.messages[: i + 1], add_generation_prompt=False).text()
+    check_prefix(text, turn)
+    end = len(turn.rstrip("\n"))
+    if not text.endswith(tuple(stops), 0, end):
+        raise UserError(
+            f"messages[{i}]: the chat template ends the turn with {text[:end][-12:]!r}, which is no stop token of the "
+            "tokenizer, so a model could not learn to stop; use a template that writes one"
+        )
+    return end
+
+
+def assistant_turns(messages):
+    """Indices of the assistant messages."""
+    return [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+
+
+def check_prefix(text, prefix):
+    """Refuse a template whose renderings do not extend each other."""
+    if not text.startswith(prefix):
+        raise UserError(
+            "the chat template renders earlier turns differently once later ones follow; use one whose renderings "
+            "extend each other, such as smollm3, or train the last turn only"
+        )
+
+
+def _reply(conversation, text, i, stops):
+    before = replace(conversation, messages=conversation.messages[:i], add_generation_prompt=True).text()
+    check_prefix(text, before)
+    end = turn_end(conversation, text, i, stops)
+    if end < len(before):
+        raise UserError(f"messages[{i}]: the chat template's generation prompt is longer than the turn it begins")
+    return len(before), end

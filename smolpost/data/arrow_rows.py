@@ -1,0 +1,184 @@
+"""Parquet files, folders of `datasets.save_to_disk` and Hub datasets, cut into pieces and read.
+
+Their rows come with one schema for all, where a missing key is None: those keys are removed, except inside JSON
+columns, which keep what was written.
+"""
+
+import itertools
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smolpost.data.paths import is_hub_id, one_line, readable
+from smolpost.data.piece import Piece, cut_rows
+from smolpost.data.rows import MAX_ROW_BYTES, Row, parse_json, too_large
+from smolpost.errors import UserError
+from smolpost.schema import Source
+
+BATCH_BYTES = 16 * 2**20  # of Arrow data turned into rows at a time
+PARQUET = ("Parquet file", "write it again")
+
+
+def cut_dataset(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
+    num_rows = len(opened_dataset(source, path, again=True))
+    stop = min(stop, num_rows)
+    return cut_rows(path, [*range(skip, stop, rows_per_piece), stop]), num_rows
+
+
+def cut_parquet(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
+    """Cut at row groups; small ones are joined, and those above rows_per_piece are cut into ranges."""
+    with readable(path, *PARQUET), pq.ParquetFile(path) as file:
+        ends = group_starts(file)[1:]
+    edges = [skip]
+    for begin, end in itertools.pairwise([skip, *(min(end, stop) for end in ends if end > skip)]):
+        if end - edges[-1] > rows_per_piece and begin > edges[-1]:
+            edges.append(begin)
+        while end - edges[-1] > rows_per_piece:
+            edges.append(edges[-1] + rows_per_piece)
+    return cut_rows(path, [*edges, min(stop, ends[-1])] if ends else []), ends[-1] if ends else 0
+
+
+def group_starts(file: pq.ParquetFile) -> list[int]:
+    """First row of each row group, and the number of rows."""
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    return [0, *itertools.accumulate(sizes)]
+
+
+def dataset_rows(source: Source, piece: Piece) -> Iterator[Row]:
+    dataset = opened_dataset(source, piece.path)
+    table = dataset.data
+    step = rows_at_a_time(table.nbytes, table.num_rows)
+    dataset = dataset.with_format("arrow")  # undecoded: only then JSON columns can be told from others
+    for begin in range(piece.begin, min(piece.end, len(dataset)), step):
+        yield from table_rows(dataset[begin : min(begin + step, piece.end)], piece.path, begin + 1)
+
+
+class ParquetReader:
+    """The rows of one file, forward only, from the start of the row group that holds a row."""
+
+    def __init__(self, path: str, row: int):
+        self.file = pq.ParquetFile(path)
+        self.starts = group_starts(self.file)
+        groups = range(self.group_of(row), self.file.metadata.num_row_groups)
+        size = sum(self.file.metadata.row_group(i).total_byte_size for i in groups)
+        step = rows_at_a_time(size, self.starts[-1] - self.starts[groups[0]])
+        self.batches = self.file.iter_batches(step, row_groups=list(groups), use_threads=False)
+        self.begin = self.end = self.starts[groups[0]]  # rows of the current batch
+        self.batch = None
+
+    def group_of(self, row: int) -> int:
+        return min(bisect_right(self.starts, row), len(self.starts) - 1) - 1
+
+    def leads_to(self, row: int) -> bool:
+        """Whether reading on reaches the row without decoding more than a reader that starts at its row group."""
+        return self.begin <= row and self.starts[self.group_of(row)] <= self.end
+
+    def slices(self, begin: int, end: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(first row, rows) of each part of the range."""
+        while begin < min(end, self.starts[-1]):
+            while self.end <= begin:
+                self.batch = next(self.batches)
+                self.begin, self.end = self.end, self.end + len(self.batch)
+            found = self.batch.slice(begin - self.begin, end - begin)
+            yield begin, found
+            begin += len(found)
+
+
+# A reader stays open between pieces of one process: otherwise each of the pieces of a large row group would decode the
+# group from its start.
+_parked: dict[tuple, ParquetReader] = {}
+
+
+def parquet_rows(source: Source, piece: Piece) -> Iterator[Row]:
+    with readable(piece.path, *PARQUET):
+        stat = os.stat(piece.path)
+        key = (os.getpid(), piece.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        reader = _parked.pop(key, None)
+        if reader is None or not reader.leads_to(piece.begin):
+            reader = ParquetReader(piece.path, piece.begin)
+        for begin, batch in reader.slices(piece.begin, piece.end):
+            yield from table_rows(batch, piece.path, begin + 1)
+        _parked.clear()
+        _parked[key] = reader
+
+
+def rows_at_a_time(num_bytes: int, num_rows: int) -> int:
+    return max(1, min(1024, BATCH_BYTES * num_rows // max(1, num_bytes)))
+
+
+def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int) -> Iterator[Row]:
+    """The table's rows without the keys that hold None, at any depth: Arrow fills them in where rows differ."""
+    try:
+        if table.nbytes > MAX_ROW_BYTES:
+            raise UserError(f"{path}:{number}: {too_large(table.nbytes)}")
+        rows = table.to_pylist(maps_as_pydicts="strict")
+    except (UserError, UnicodeDecodeError, KeyError) as error:
+        if len(table) > 1:  # one by one, to name the row
+            for i in range(len(table)):
+                yield from table_rows(table.slice(i, 1), path, number + i)
+            return
+        if isinstance(error, UserError):
+            raise
+        found = "text that is no UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
+        raise UserError(f"{path}:{number}: holds {found} ({one_line(error)}); write the row again") from error
+    plain = struct_reader(table.schema)
+    for i, row in enumerate(rows, start=number):
+        yield Row(plain(row, f"{path}:{i}"), path, i)
+
+
+def value_reader(kind: pa.DataType) -> Callable | None:
+    """What turns a value of this type, never None, into plain Python; None where it stays as it is."""
+    if isinstance(kind, pa.JsonType):
+        return parse_json
+    if pa.types.is_struct(kind):
+        return struct_reader(kind)
+    if pa.types.is_map(kind):
+        inner = value_reader(kind.item_type)
+        return lambda value, where: {
+            key: inner(item, where) if inner else item for key, item in value.items() if item is not None
+        }
+    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind) and (inner := value_reader(kind.value_type)):
+        return lambda value, where: [None if item is None else inner(item, where) for item in value]
+    return None
+
+
+def struct_reader(fields: Iterable[pa.Field]) -> Callable:
+    readers = [(field.name, value_reader(field.type)) for field in fields]
+    return lambda value, where: {
+        name: reader(value[name], where) if reader else value[name]
+        for name, reader in readers
+        if value[name] is not None
+    }
+
+
+_datasets: dict[tuple, object] = {}  # the last one opened; forked processes share it, as it is memory-mapped
+
+
+def opened_dataset(source: Source, path: str, again: bool = False):
+    """The Dataset of a folder of save_to_disk or of a Hub id.
+
+    Args:
+        again: Open it anew, as its files may have changed.
+    """
+    import datasets  # takes a second, and files need none of it
+
+    key = (path, source.subset, source.split, source.revision)
+    if again or key not in _datasets:
+        try:
+            if is_hub_id(source):
+                dataset = datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision)
+            else:
+                dataset = datasets.load_from_disk(path)
+        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+            # No such id, subset or split; a script; no network; a damaged folder.
+            raise UserError(
+                f"{path}: cannot be read as a file, folder or Hub dataset (subset {source.subset}, split "
+                f"{source.split}, revision {source.revision}): {one_line(error)}; check path, names, HF_TOKEN and "
+                "network"
+            ) from error
+        _datasets.clear()
+        _datasets[key] = dataset
+    return _datasets[key]

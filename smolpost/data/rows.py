@@ -1,0 +1,122 @@
+"""What a row is, and how it is read from JSON: strictly, with whatever is not JSON refused by its place."""
+
+import json
+import math
+import re
+import sys
+
+from smolpost.errors import UserError
+
+MAX_ROW_BYTES = 64 * 2**20  # longer rows are broken files (a missing line break), not conversations
+
+
+class Row(dict):
+    """A row that remembers where it was read, for error messages.
+
+    Attributes:
+        path: File, folder or Hub id.
+        number: Row of it (JSONL: line), from 1.
+    """
+
+    __slots__ = ("number", "path")
+
+    def __init__(self, content: dict, path: str, number: int):
+        super().__init__(content)
+        self.path = path
+        self.number = number
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.number}"
+
+
+def parse_row(line: bytes, where: str) -> dict:
+    """A line of JSON as the object it holds.
+
+    Raises:
+        UserError: It is too long, no UTF-8, no JSON as `parse_json` reads it, or no object.
+    """
+    if len(line) > MAX_ROW_BYTES:
+        raise UserError(f"{where}: {too_large(len(line))}")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: is no UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}: Latin-1 or "
+            "Windows-1252?); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from error
+    if text.startswith("\ufeff"):
+        raise UserError(f"{where}: begins with a byte order mark amid the file; remove it")
+    expected = "expected one JSON object per line"
+    if text.lstrip().startswith("["):
+        expected += "; turn a list into lines with `jq -c '.[]'`"
+    row = parse_json(text, where, expected)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: is a JSON {kind_of(row).split()[-1]}; {expected}")
+    return row
+
+
+def parse_json(text: str, where: str, expected: str = "expected JSON"):
+    """A JSON value. Refused are also duplicate keys, NaN, infinite numbers, halves of surrogate pairs, integers that
+    Python does not convert and nesting beyond its recursion limit.
+
+    Raises:
+        UserError: With where, what was found, and `expected` where it is no JSON at all.
+    """
+    try:
+        value = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is no JSON ({error.msg} at column {error.pos + 1}); {expected}") from error
+    except UserError as error:  # of the hooks, which do not know the place
+        raise UserError(f"{where}: {error}") from error
+    except ValueError as error:
+        limit = sys.get_int_max_str_digits()
+        raise UserError(f"{where}: holds an integer of more than {limit} digits; write it as a string") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply; expected some hundred levels at most; flatten it") from error
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        check_surrogates(value, where)
+    return value
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"holds the key {twice!r:.80} twice in one object; keep one of them")
+    return found
+
+
+def refuse_constant(name: str):
+    raise UserError(f"holds {name}, which is no JSON; write null, a number or a string")
+
+
+def finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise UserError(f"holds the number {digits:.40}, which is too large for a float; write it as a string")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite)
+
+
+def check_surrogates(value, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(
+            f"{where}: holds {half}, half of a surrogate pair and no character; remove it or write both halves"
+        ) from error
+
+
+def too_large(size: int) -> str:
+    return (
+        f"has {size} bytes or more, above {MAX_ROW_BYTES}; split the row, or check that each row ends with a line break"
+    )
+
+
+def kind_of(value) -> str:
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,136 @@
+"""Tokenization in many processes: a file per piece of a source, each finished at once or not there."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from smolpost.data.columns import as_row
+from smolpost.data.piece import Piece
+from smolpost.data.sources import read_piece
+from smolpost.data.tokenize import SCHEMA, token_batches
+from smolpost.schema import Source, TrainStage
+
+SHARD_ROWS = 1024  # of a source, of which those that are taken are tokenized
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some rows of a piece of a source, and the file their tokens go to.
+
+    Attributes:
+        rows: Ascending, of the piece, from 0.
+    """
+
+    folder: Path
+    source: Source
+    piece: Piece
+    rows: np.ndarray
+
+    @property
+    def file(self) -> Path:
+        rows = hashlib.sha256(self.rows.astype(np.int64).tobytes()).hexdigest()[:12]
+        return self.folder / f"{self.piece.first:010d}-{self.piece.num_rows}-{rows}.arrow"
+
+    def is_whole(self) -> bool:
+        """Whether the file is there and ends as an Arrow file does."""
+        try:
+            with pa.memory_map(str(self.file)) as file:
+                return pa.ipc.open_file(file).schema.equals(SCHEMA)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return False
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """What turns rows into tokens; travels to the workers once.
+
+    Attributes:
+        features: What hygiene compares rows by, or None.
+    """
+
+    stage: TrainStage
+    tokenizer: PreTrainedTokenizerBase
+    features: Callable[[dict], bytes] | None = None
+
+    def __call__(self, shard: Shard) -> int:
+        """Make the shard's file. Returns its rows."""
+        shard.folder.mkdir(parents=True, exist_ok=True)
+        taken = iter(shard.rows.tolist())
+        rows = (as_row(row, shard.source) for row in nth(read_piece(shard.source, shard.piece), taken))
+        with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
+            try:
+                with pa.ipc.new_file(part, SCHEMA) as writer:
+                    for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
+                        writer.write_batch(batch)
+                part.flush()
+                os.fsync(part.fileno())
+                os.chmod(part.name, 0o644)
+                os.replace(part.name, shard.file)
+            except BaseException:
+                os.unlink(part.name)
+                raise
+        return len(shard.rows)
+
+
+def nth(values, places):
+    """The values at ascending places."""
+    place = next(places, None)
+    for i, value in enumerate(values):
+        if i == place:
+            yield value
+            place = next(places, None)
+            if place is None:
+                return
+
+
+def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, description: str) -> None:
+    """Make the files that are not there yet; the same files for any number of workers.
+
+    Raises:
+        UserError: A row is refused: the first one in the order of the shards, whichever worker came across it.
+    """
+    missing = [shard for shard in shards if not shard.is_whole()]
+    for folder in {shard.folder for shard in missing}:
+        for stale in folder.glob(".part-*"):  # of a killed process; the caller holds the lock
+            stale.unlink()
+    total = sum(len(shard.rows) for shard in shards)
+    done = total - sum(len(shard.rows) for shard in missing)
+    num_workers = min(num_workers, len(missing))
+    with tqdm(total=total, initial=done, desc=description, unit="row", disable=None) as bar:
+        if num_workers <= 1:
+            for shard in missing:
+                bar.update(tokenize(shard))
+            return
+        # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
+            try:
+                for num_rows in pool.map(tokenize_here, missing):
+                    bar.update(num_rows)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+_tokenize: Tokenize  # of this worker
+
+
+def receive(tokenize: Tokenize) -> None:
+    global _tokenize
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    _tokenize = tokenize
+
+
+def tokenize_here(shard: Shard) -> int:
+    return _tokenize(shard)

@@ -1,0 +1,184 @@
+"""The rows of a mixture, tokenized and chosen, and the ledger that follows each of them to its end."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smolpost.chat.fates import MASKED, Fate
+from smolpost.data.report import new_source, percentiles
+from smolpost.data.tokens import Tokens
+from smolpost.errors import UserError
+from smolpost.schema import Mixture, TrainStage
+
+ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and what became of it
+DROPPED = "dropped.jsonl"  # the dropped ones again, to read
+UNTRAINED = "without a trained token"
+OVERLONG = "overlong"
+THINK_TOLERANCE = 0.01  # of a declared share of think rows
+
+
+@dataclass
+class Taken:
+    """N tokenized rows, of which M are taken, some of them more than once.
+
+    Attributes:
+        names: Sources, as declared.
+        source: [N] index into names.
+        rows: [M] rows of tokens in the mixture's order.
+        removed: Row of tokens -> (reason, detail), before anything was taken.
+        removed_rows: [R] its rows of tokens, as often as they would have been taken.
+        available: Source -> its rows, taken or not.
+        searched: Evaluation file -> what of it the rows were held against (`hygiene.Hygiene.searched`).
+    """
+
+    names: list[str]
+    tokens: Tokens
+    source: np.ndarray
+    rows: np.ndarray
+    removed: dict[int, tuple[str, str]]
+    removed_rows: np.ndarray
+    available: dict[str, int]
+    searched: dict[str, dict[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, take: int) -> str:
+        """File, row and source of the take, for messages."""
+        row = self.rows[take]
+        return f"{self.tokens.where(row)} (source {self.names[self.source[row]]})"
+
+    def loss_weights(self, mixture: Mixture) -> np.ndarray | None:
+        """[M] float32 weight of each take's loss; None where all are 1."""
+        weights = np.array([mixture.sources[name].loss_weight for name in self.names], np.float32)
+        return None if (weights == 1).all() else weights[self.source[self.rows]]
+
+
+@dataclass
+class Ends:
+    """What became of M taken rows.
+
+    Attributes:
+        fate_counts: [M, len(Fate)] tokens in the prepared rows by fate; all 0 for a dropped row.
+        reason: [M] why a row is dropped, "" where it is kept.
+        cut: [M] bool: truncated.
+        split: [M] bool: in several pieces.
+        shared: [M] tokens that serve both sides of a pair.
+    """
+
+    fate_counts: np.ndarray
+    reason: np.ndarray
+    cut: np.ndarray
+    split: np.ndarray
+    shared: np.ndarray
+
+
+def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str, dict]:
+    """The report's entry of each source.
+
+    Raises:
+        UserError: A source has no trained token, more dropped rows than the stage allows, or another share of think
+            rows than declared.
+    """
+    tokens, source = taken.tokens, taken.source[taken.rows]
+    read, kept = tokens.lengths()[taken.rows], ends.fate_counts.sum(1)
+    think = tokens.think[taken.rows] & (ends.reason == "")
+    is_duplicate = duplicates(taken)
+    sources = {}
+    for i, name in enumerate(taken.names):
+        here, was_removed = source == i, taken.removed_rows[taken.source[taken.removed_rows] == i]
+        rows, fates = taken.rows[here], ends.fate_counts[here].sum(0)
+        is_kept, is_cut, lost = (ends.reason == "")[here], ends.cut[here], (read - kept)[here]
+        dropped = count_values(ends.reason[here][~is_kept]) | count_values(
+            [taken.removed[row][0] for row in was_removed.tolist()]
+        )
+        sources[name] = new_source() | {
+            "rows_available": taken.available[name],
+            "rows_read": int(here.sum()) + len(was_removed),
+            "rows_kept": int(is_kept.sum()),
+            "rows_repeated": len(rows) - len(np.unique(rows)),
+            "rows_duplicate": int(is_duplicate[np.unique(rows)].sum()),
+            "rows_truncated": int(is_cut.sum()),
+            "rows_split": int(ends.split[here].sum()),
+            "think_rows": int(think[here].sum()),
+            "no_think_rows": int((is_kept & ~think[here] & ~tokens.is_text[rows]).sum()),
+            "tokens_read": int(read[here].sum() + tokens.lengths()[was_removed].sum()),
+            "tokens_unknown": int(tokens.unknown[rows].sum()),
+            "tokens_neutralised": int(tokens.neutralised[rows].sum()),
+            "tokens_trained": int(fates[Fate.TRAINED]),
+            "tokens_masked": int(fates.sum() - fates[Fate.TRAINED]),
+            "masked": {label: int(fates[fate]) for fate, label in MASKED.items()},
+            "tokens_truncated": int(lost[is_cut].sum()),
+            "tokens_dropped": int(lost[~is_cut].sum() + tokens.lengths()[was_removed].sum()),
+            "tokens_shared": int(ends.shared[here].sum()),
+            "dropped": dropped,
+            "loss_weight": mixture.sources[name].loss_weight,
+            "length_percentiles": percentiles(read[here]),
+        }
+        check_source(stage, mixture, name, sources[name])
+    return sources
+
+
+def duplicates(taken: Taken) -> np.ndarray:
+    """[N] bool: an earlier row has the same tokens; removed rows aside."""
+    found = np.ones(len(taken.tokens), bool)
+    kept = np.setdiff1d(np.arange(len(found)), list(taken.removed))
+    found[kept[np.unique(taken.tokens.content[kept], return_index=True)[1]]] = False
+    return found
+
+
+def count_values(values) -> dict[str, int]:
+    names, counts = np.unique(np.array(values, dtype=str), return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def check_source(stage: TrainStage, mixture: Mixture, name: str, entry: dict) -> None:
+    """Refuse a source of which too little is left, or that is not what the recipe says it is."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
+    if not entry["tokens_trained"]:
+        raise UserError(
+            f"source {name}: none of its {entry['rows_read']} rows has a trained token ({reasons}); "
+            "check its roles and train flags, raise max_seq_len, or remove it from the mixture"
+        )
+    dropped = sum(entry["dropped"].values()) / entry["rows_read"]
+    if dropped > stage.max_dropped:
+        raise UserError(
+            f"source {name}: {dropped:.1%} of its {entry['rows_read']} rows are dropped ({reasons}), above "
+            f"max_dropped={stage.max_dropped}; look at {DROPPED}'s rows, raise max_seq_len, or raise max_dropped"
+        )
+    declared = mixture.sources[name].think_share
+    share = entry["think_rows"] / max(1, entry["rows_kept"])
+    if declared is not None and abs(share - declared) > THINK_TOLERANCE:
+        raise UserError(
+            f"source {name}: {share:.1%} of its {entry['rows_kept']} rows train a think block, and "
+            f"sources.{name}.think_share={declared}; check chat_template_kwargs.enable_thinking of its rows, or change "
+            "think_share"
+        )
+
+
+def write_rows(folder: Path, taken: Taken, ends: Ends) -> None:
+    """`rows.parquet`, a line per tokenized row, and `dropped.jsonl`, a line per dropped one."""
+    tokens = taken.tokens
+    reason = np.full(len(tokens), "", object)
+    reason[taken.rows] = ends.reason
+    detail = {row: f"{length} tokens" for row, length in enumerate(tokens.lengths()) if reason[row] == OVERLONG}
+    for row, (why, what) in taken.removed.items():
+        reason[row], detail[row] = why, what
+    names = pa.DictionaryArray.from_arrays(pa.array(taken.source), taken.names)
+    columns = {
+        "source": names,
+        "path": pa.array(tokens.path.tolist()).dictionary_encode(),
+        "number": tokens.number,
+        "tokens": tokens.lengths(),
+        "think": tokens.think,
+        "dropped": pa.array(reason.tolist(), pa.string()),
+    }
+    pq.write_table(pa.table(columns), folder / ROWS)
+    with open(folder / DROPPED, "w") as file:
+        for row in np.flatnonzero(reason != "").tolist():
+            where = {"source": taken.names[taken.source[row]], "path": tokens.path[row], "row": int(tokens.number[row])}
+            file.write(json.dumps(where | {"reason": reason[row], "detail": detail.get(row, "")}) + "\n")

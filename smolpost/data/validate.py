@@ -1,0 +1,177 @@
+"""Every rule that a row in our columns must keep."""
+
+import re
+from itertools import zip_longest
+
+from smolpost.data.rows import kind_of, parse_json
+from smolpost.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool", "function")
+RESULTS = ("tool", "function")
+# How calls look where they stand in the reply's text: SmolTalk2's two forms, and those of other templates.
+TEXT_CALL = re.compile(r"<tool_call|<code>|<function|<\|python_tag\|>|\[TOOL_CALLS\]")
+
+
+def validate_row(row: dict, where: str) -> str:
+    """The row's shape: "preference", "messages" or "text". A column that holds null counts as missing.
+
+    Args:
+        row: Preference rows hold `chosen` and `rejected`, two full conversations, and may hold `prompt`, a string or
+            messages; rows with `messages` and `text` are conversations.
+        where: File and row, for the message.
+    Raises:
+        UserError: The row has no known shape, or breaks its shape's rules.
+    """
+    for key, kind in (("chat_template_kwargs", dict), ("tools", list)):
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            expected = "an object" if kind is dict else "a list of JSON schemas"
+            raise UserError(f"{where}: {key} is {kind_of(row[key])}; expected {expected} or null")
+    for i, tool in enumerate(row.get("tools") or []):
+        if not isinstance(tool, dict):
+            raise UserError(f"{where}: tools[{i}] is {kind_of(tool)}; expected a JSON schema, an object with name")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        check_pair(row, where)
+        return "preference"
+    if row.get("messages") is not None:
+        check_messages(row["messages"], f"{where}: messages")
+        check_reply(row["messages"], f"{where}: messages")
+        return "messages"
+    if row.get("text") is not None:
+        if not isinstance(row["text"], str) or not row["text"]:
+            found = "empty" if row["text"] == "" else kind_of(row["text"])
+            raise UserError(f"{where}: text is {found}; expected a string with content, or delete the row")
+        return "text"
+    found = ", ".join(key if value is not None else f"{key} (null)" for key, value in row.items()) or "none"
+    raise UserError(
+        f"{where}: has the columns {found}; expected messages, or chosen and rejected, or text; {hint(row)}"
+    )
+
+
+def hint(row: dict) -> str:
+    """What to do about a row of no known shape."""
+    if row.get("conversations") is not None:
+        return "they look like ShareGPT; set columns: sharegpt"
+    if row.get("instruction") is not None:
+        return "they look like Alpaca; set columns: alpaca"
+    if row.get("question") is not None and row.get("function") is not None:
+        return (
+            "they are Berkeley function-calling prompts, made for evaluation, without a reply to train on; write rows "
+            "with messages (the turns of question, then an assistant turn with tool_calls) and rename {function: tools}"
+        )
+    return "rename the columns"
+
+
+def check_pair(row: dict, where: str) -> None:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is not None and not isinstance(prompt, str | list):
+        raise UserError(f"{where}: prompt is {kind_of(prompt)}; expected a string or a list of messages")
+    for key in ("chosen", "rejected"):
+        check_messages(row[key], f"{where}: {key}")
+    if chosen == rejected:
+        raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
+    if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
+        raise UserError(
+            f"{where}: chosen and rejected share no prompt; expected two full conversations that begin with the same "
+            "messages; put the prompt's messages before both replies"
+        )
+    shared = next(i for i, pair in enumerate(zip_longest(chosen, rejected)) if pair[0] != pair[1])
+    for key in ("chosen", "rejected"):
+        if not any(message["role"] == "assistant" for message in row[key][shared:]):
+            raise UserError(f"{where}: {key} has no assistant turn after the shared prompt; there is nothing to prefer")
+        check_reply(row[key], f"{where}: {key}")
+
+
+def check_messages(messages, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        found = "empty" if messages == [] else kind_of(messages)
+        raise UserError(f"{where} is {found}; expected a list of messages, each with role and content")
+    for i, message in enumerate(messages):
+        check_message(message, f"{where}[{i}]")
+        role = message["role"]
+        if role == "system" and i:
+            found = "a second system turn" if messages[0]["role"] == "system" else "a system turn after other turns"
+            raise UserError(
+                f"{where}[{i}] is {found}; expected one at most, at the start; "
+                "join its text to the first turn's, or make it a user turn"
+            )
+        if role in RESULTS and not any(is_call(earlier) for earlier in messages[:i]):
+            raise UserError(
+                f"{where}[{i}] is a {role} turn without an assistant's call before it; expected tool_calls in an "
+                "earlier assistant turn, or <tool_call> or <code> in its text; add the call or delete the row"
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
+
+
+def check_reply(messages: list[dict], where: str) -> None:
+    """Both templates render a conversation that the assistant opens; but one without any reply to a user, which they
+    render too, is a text or has lost its prompt."""
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
+        raise UserError(
+            f"{where} has no assistant turn after a user turn; expected a reply to someone; "
+            "add the user's turn, or put the words into a text column"
+        )
+
+
+def check_message(message, where: str) -> None:
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is {kind_of(message)}; expected an object with role and content")
+    role = message.get("role")
+    if role is None:
+        other = "; set columns: sharegpt" if "from" in message and "value" in message else ""
+        found = ", ".join(message) or "nothing"
+        raise UserError(f"{where} has no role, only {found}; expected role and content{other}")
+    if role not in ROLES:
+        raise UserError(f"{where}.role is {role!r:.80}; expected one of {', '.join(ROLES)}; rename the role")
+    check_calls(message, where)
+    text = message_text(message, where)
+    without_text = ("tool_calls", "function_call", "reasoning_content", "reasoning")
+    if role == "assistant" and any(message.get(key) for key in without_text):
+        return
+    if message.get("content") is None:
+        raise UserError(f"{where} has no content; expected a string (null only in an assistant turn with tool_calls)")
+    if role in ("user", "assistant") and not text.strip():
+        calls = " or tool_calls" if role == "assistant" else ""
+        raise UserError(f"{where} is an empty {role} turn; expected content{calls}; fill it or delete the row")
+
+
+def message_text(message: dict, where: str) -> str:
+    """The content's text, "" where it is missing; a list may hold strings and objects with text."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise UserError(f"{where}.content is {kind_of(content)}; expected a string or a list of text parts")
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}.content[{i}]={content[i]!r:.80} is no text part; only text can be trained on; delete the row"
+            )
+    return "".join(texts)
+
+
+def is_call(message: dict) -> bool:
+    if message["role"] != "assistant":
+        return False
+    calls = message.get("tool_calls") or message.get("function_call")
+    return bool(calls or TEXT_CALL.search(message_text(message, "")))
+
+
+def check_calls(message: dict, where: str) -> None:
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise UserError(f"{where}.tool_calls is {kind_of(calls)}; expected a list of calls")
+    places = [(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls or ())]
+    if message.get("function_call") is not None:
+        places.append((f"{where}.function_call", message["function_call"]))
+    for place, call in places:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{place} names no function; expected an object with name and arguments")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments:  # "" is how servers write a call without arguments
+            arguments = parse_json(arguments, f"{place}.arguments", "expected a JSON object")
+        if arguments not in (None, "") and not isinstance(arguments, dict):
+            raise UserError(f"{place}.arguments is {kind_of(arguments)}; expected a JSON object of names and values")

@@ -1,0 +1,335 @@
+"""The doctor's checks of the collated batch and of the model that is trained on it. Each is worked out a second time by
+another way: labels by prefixes instead of generation spans, documents one by one instead of packed, a loss by hand.
+
+A check takes a Case and returns (passed, detail); it raises NotChecked where it has nothing to say.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from smolpost.chat.fates import Fate
+from smolpost.chat.masks import Policy, encode, trained_by_prefixes
+from smolpost.chat.reasoning import split_reasoning
+from smolpost.chat.render import clean_messages, render
+from smolpost.data.collate import IGNORE_INDEX
+from smolpost.data.tokenize import policy_of
+from smolpost.doctor.case import Case, NotChecked, conversations, difference, mode_of
+from smolpost.errors import UserError
+
+
+class Derived(NamedTuple):
+    """A conversation's tokens, and which of them are replies that train: [L] each."""
+
+    ids: np.ndarray
+    is_reply: np.ndarray
+
+
+class Document(NamedTuple):
+    """A document of the collated batch, its row whole or a piece of it: [L] ids and labels.
+
+    Attributes:
+        replies: [L] the replies that train, by prefixes; None for a text and where the template rewrites turns.
+        is_whole: Whether the conversation is all there.
+    """
+
+    row: dict
+    ids: np.ndarray
+    labels: np.ndarray
+    replies: np.ndarray | None
+    is_whole: bool
+
+
+def derived(case: Case, row: dict, messages: list[dict]) -> Derived | None:
+    """Replies by the differences of rendered prefixes; None where the template rewrites earlier turns."""
+    policy = Policy() if "all" in case.config.train_roles else policy_of(case.config)
+    try:
+        found = trained_by_prefixes(case.tokenizer, messages, **case.options(row), policy=policy)
+    except UserError:
+        return None
+    return Derived(np.array(found.input_ids, np.int32), np.array(found.fates) == Fate.TRAINED)
+
+
+def runs(flags: np.ndarray) -> list[slice]:
+    """The stretches of flags that are set."""
+    found, place = [], 0
+    for is_set, group in groupby(flags.tolist()):
+        length = len(list(group))
+        if is_set:
+            found.append(slice(place, place + length))
+        place += length
+    return found
+
+
+def documents(case: Case) -> Iterator[Document]:
+    """Of the batch that the trainer's own collate makes of the prepared sample.
+
+    Raises:
+        UserError: A document's tokens are not those of its text.
+    """
+    from smolpost.training import sft
+
+    packs = case.arrays
+    batch = sft.collate_packs(packs)
+    ids, labels = (batch[key][0].numpy() for key in ("input_ids", "labels"))
+    numbers = np.concatenate([pack["rows"] for pack in packs])
+    ends = np.cumsum(batch["document_lengths"])
+    for number, length, end in zip(numbers, batch["document_lengths"], ends, strict=True):
+        row, span = case.fitting[number], slice(end - length, end)
+        whole = derived(case, row, row["messages"]) if conversations(row) else None
+        replies, is_labelled = None, labels[span] != IGNORE_INDEX
+        if whole is not None:
+            pieces = [whole.is_reply[start : start + length].copy() for start in places(whole.ids, ids[span])]
+            if not pieces:
+                raise UserError(f"{row.where}: its {length} tokens are not those of its text")
+            for piece in pieces:
+                piece[0] = False  # nothing predicts it
+            # A short piece of a cut row may stand in several places.
+            replies = next((piece for piece in pieces if (piece == is_labelled).all()), pieces[0])
+        is_whole = whole is not None and length == len(whole.ids)
+        yield Document(row, ids[span], labels[span], replies, is_whole)
+
+
+def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
+    """Where a piece of the ids may begin."""
+    size, text, place, found = ids.dtype.itemsize, ids.tobytes(), -1, []
+    sought = piece.astype(ids.dtype).tobytes()
+    while (place := text.find(sought, place + 1)) != -1:
+        if place % size == 0:
+            found.append(place // size)
+    return found
+
+
+def texts_of(case: Case, ids: np.ndarray, flags: np.ndarray) -> list[str]:
+    return [case.decode(ids[run]) for run in runs(flags)]
+
+
+def check_policy(case: Case) -> None:
+    """
+    Raises:
+        NotChecked: The policy is none that prefixes can tell.
+    """
+    roles = case.config.train_roles
+    if roles not in (["assistant"], ["all"]):
+        raise NotChecked(f"train_roles={roles}: prefixes tell replies only, not {', '.join(roles)} turns")
+
+
+def check_earlier(case: Case) -> None:
+    """
+    Raises:
+        NotChecked: What failed earlier leaves no rows to look at.
+    """
+    if earlier := case.failed & {"rows", "template", "stop token"}:
+        case.need("prepared_rows", ", ".join(sorted(earlier)))
+
+
+def mask_is_policy(case: Case) -> tuple[bool, str]:
+    """The text under the labels of the collated batch is what the policy names, and holds the messages' own text."""
+    check_policy(case)
+    check_earlier(case)
+    faults, num_labelled, num_named, num_checked, num_left = [], 0, 0, 0, 0
+    for document in documents(case):
+        row, ids, labels, flags, is_whole = document
+        if not conversations(row) or case.config.train_roles == ["all"]:
+            flags = np.arange(len(ids)) > 0
+        if flags is None:
+            num_left += 1
+            continue
+        is_labelled = labels != IGNORE_INDEX
+        num_checked += 1
+        num_labelled += int(is_labelled.sum())
+        num_named += int(flags.sum())
+        found, expected = texts_of(case, labels, is_labelled), texts_of(case, ids, flags)
+        missing = [word for word in words_of(case, row) if word not in "".join(found)] if is_whole else []
+        if found != expected:
+            faults.append(f"{row.where}: {difference(''.join(expected), ''.join(found))}")
+        elif missing and case.tokenizer.unk_token_id not in ids:  # unknown ones: see vocabulary
+            faults.append(f"{row.where}: the template leaves out {missing[0]!r:.60}")
+    if num_left and not num_checked:
+        raise NotChecked(f"the template rewrites earlier turns in all {num_left} documents, see template")
+    detail = f"{num_labelled:,} tokens labelled, {num_named:,} named by the policy, in {num_checked} documents"
+    return not faults, f"{detail}; {len(faults)} differ" + (f", the first {faults[0]}" if faults else "")
+
+
+def words_of(case: Case, row: dict) -> list[str]:
+    """What a conversation's messages themselves say that the policy has to produce."""
+    replies = [m for m in clean_messages(row.get("messages", [])) if m["role"] == "assistant"]
+    if case.config.last_turn_only:
+        replies = [m for m in replies if m.get("train") is not False and m.get("training") is not False][-1:]
+    found = []
+    for message in replies:
+        if False in (message.get("train"), message.get("training")):
+            continue
+        content = message.get("content") or ""
+        if isinstance(content, list):
+            content = "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+        thinks = mode_of(row) == "think" and case.config.train_reasoning
+        found.append(content if thinks else split_reasoning(content)[1])
+        found.append((message.get("reasoning_content") or message.get("reasoning") or "") if thinks else "")
+        calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+        found += [(call.get("function") or call).get("name") or "" for call in calls]
+    return [word.strip() for word in found if word.strip()]
+
+
+def replies_stop(case: Case) -> tuple[bool, str]:
+    """Every reply ends with the tokenizer's stop token, which trains, and generation stops at it."""
+    from transformers import AutoConfig, GenerationConfig
+
+    stop, ends = case.tokenizer.eos_token, []
+    for row in case.need("sample", "rows"):
+        for messages in conversations(row):
+            replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            texts = [render(case.template, messages[: i + 1], **case.options(row)) for i in replies]
+            ends += [text.rstrip("\n").endswith(stop) for text in texts]
+    detail = f"{sum(ends)} of {len(ends)} replies end with {stop} (id {case.tokenizer.eos_token_id})"
+    try:
+        last = list(last_tokens(case))
+        trains = [is_cut or token == case.tokenizer.eos_token_id for token, is_cut in last]
+        num_cut = sum(is_cut for _, is_cut in last)
+        detail += f", which trains in {sum(trains) - num_cut} of {len(last) - num_cut} ({num_cut} cut)"
+    except (NotChecked, UserError):  # there are no labels to look at, see mask
+        trains = []
+    config = AutoConfig.from_pretrained(case.start)
+    try:
+        generation = GenerationConfig.from_pretrained(case.start)
+    except OSError:  # the checkpoint has none; transformers makes it of the config
+        generation = GenerationConfig.from_model_config(config)
+    found = {"config": ids_of(config.eos_token_id), "generation config": ids_of(generation.eos_token_id)}
+    detail += "; eos_token_id is " + ", ".join(f"{ids} in the {name}" for name, ids in found.items())
+    return all(ends) and all(trains) and all(case.tokenizer.eos_token_id in ids for ids in found.values()), detail
+
+
+def ids_of(eos_token_id: int | list[int] | None) -> list[int]:
+    return eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+
+
+def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
+    """The last token of each reply where it trains, else -100; and whether the reply is cut off there."""
+    case.need("prepared_rows", "mask and lengths")
+    if case.config.kind == "apo":
+        for _, _, side, _ in pair_sides(case):
+            yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
+        return
+    for _, _, labels, replies, is_whole in documents(case):
+        for run in runs(replies) if replies is not None else []:
+            yield int(labels[run][-1]), not is_whole and run.stop == len(labels)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
+    """(row, chosen or rejected, [S] ids that are scored, prepared pair) of the sides in the collated batch."""
+    from smolpost.training import reference
+
+    case.need("prepared_rows", "shared prompt and lengths")
+    pairs = case.arrays
+    batch = reference.collate_pairs(pairs)
+    for number, pair in enumerate(pairs):
+        for i, side in enumerate(("chosen", "rejected")):
+            tokens = batch["side_tokens"][batch["sides"] == 2 * number + i]
+            yield case.fitting[pair["rows"][0]], side, batch["targets"][tokens].numpy(), pair
+
+
+def prompt_is_shared(case: Case) -> tuple[bool, str]:
+    """Prompt and completion are, token by token, the beginning of the side's own conversation, and nearly all of it."""
+    check_earlier(case)
+    faults, num_shared, num_tokens = [], 0, 0
+    pairs = case.arrays
+    for pair in pairs:
+        row = case.fitting[pair["rows"][0]]
+        num_shared += len(pair["prompt_ids"])
+        for side in ("chosen", "rejected"):
+            ids = encode(case.tokenizer, row[side], **case.options(row)).input_ids
+            found = np.concatenate((pair["prompt_ids"], pair[f"{side}_ids"])).tolist()
+            num_tokens += len(found)
+            if found != ids[: len(found)] or case.decode(ids[len(found) :]).strip("\n"):
+                faults.append(f"{row.where} {side}: {difference(case.decode(ids), case.decode(found))}")
+    detail = f"{len(pairs)} pairs share {num_shared:,} of {num_tokens:,} tokens"
+    return not faults, f"{detail}; {len(faults)} sides differ" + (f", the first {faults[0]}" if faults else "")
+
+
+def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
+    """The scored text of the collated batch is the replies that come after the messages both sides share."""
+    check_policy(case)
+    faults, num_scored, num_checked, num_left = [], 0, 0, 0
+    for row, side, ids, _ in pair_sides(case):
+        whole = derived(case, row, row[side])
+        if whole is None:
+            num_left += 1
+            continue
+        num_checked += 1
+        num_scored += len(ids)
+        replies = texts_of(case, whole.ids, whole.is_reply)
+        expected = "".join(replies if case.config.last_turn_only else replies[num_shared_replies(case, row) :])
+        if case.decode(ids) != expected:
+            faults.append(f"{row.where} {side}: {difference(expected, case.decode(ids))}")
+    if num_left and not num_checked:
+        raise NotChecked(f"the template rewrites earlier turns in all {num_left} sides, see template")
+    detail = f"{num_scored:,} tokens scored in {num_checked} sides, {len(faults)} sides not what the policy names"
+    return not faults, detail + (f", the first {faults[0]}" if faults else "")
+
+
+def num_shared_replies(case: Case, row: dict) -> int:
+    """Replies that train among the messages both sides begin with; each side keeps at least its last message."""
+    shared = []
+    for one, other in zip(*(clean_messages(side)[:-1] for side in conversations(row)), strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    if not any(message["role"] == "assistant" for message in shared):
+        return 0
+    whole = derived(case, row, shared)
+    return len(runs(whole.is_reply)) if whole is not None else 0
+
+
+def sides_differ(case: Case) -> tuple[bool, str]:
+    sample = case.need("sample", "rows")
+    equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
+    detail = f"{len(equal)} of {len(sample)} sampled pairs have two equal sides once rendered"
+    return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
+
+
+# ---------------------------------------------------------------- the model
+
+
+def packed_equals_unpacked(case: Case) -> tuple[bool, str]:
+    from smolpost.doctor import steps
+
+    return steps.packed_equals_unpacked(case.model_to_run(), case.short_documents(), case.environment)
+
+
+def pair_equals_two_sequences(case: Case) -> tuple[bool, str]:
+    from smolpost.doctor import steps
+
+    rows = case.short_pairs.with_format("numpy")
+    return steps.pair_equals_two_sequences(case.model_to_run(), [*rows], case.environment)
+
+
+def accumulation(case: Case) -> tuple[bool, str]:
+    from smolpost.doctor import steps
+
+    for other in ("packing", "pairs"):
+        if other in case.failed:
+            raise NotChecked(f"forward passes of several rows cannot be compared, see {other}")
+    if case.config.kind == "apo":
+        return steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
+    return steps.sft_accumulation(
+        case.config, case.model_to_run(), case.tokenizer, case.short_documents(), case.environment, case.folder
+    )
+
+
+def loss_at_reference(case: Case) -> tuple[bool, str]:
+    from smolpost.doctor import steps
+
+    return steps.loss_at_reference(case.config, case.pair_steps, case.environment)
+
+
+def vocabulary(case: Case) -> tuple[bool, str]:
+    from smolpost.doctor import steps
+
+    case.need("sample", "rows")
+    ids = np.concatenate([np.array(ids) for sides in case.ids for ids in sides])
+    return steps.vocabulary(case.model, case.tokenizer, ids)

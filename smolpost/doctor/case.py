@@ -1,0 +1,252 @@
+"""A training stage under examination: a sample of its rows and all that training would make of them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from smolpost import schema
+from smolpost.chat.render import load_template, render
+from smolpost.data.columns import as_row
+from smolpost.data.sources import read_rows
+from smolpost.data.validate import validate_row
+from smolpost.errors import UserError
+from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.steps import input_folders
+
+SCANNED = 500  # rows of each source among which the sample is chosen
+HEAVY = 1e9  # parameters beyond which a CPU runs the model only for FEW_ROWS or fewer
+FEW_ROWS = 4
+SHORT_TOKENS = 2048  # of the passes that the model is run on
+
+
+class NotChecked(Exception):
+    """A check that has nothing to say here, and why."""
+
+
+class Case:
+    """A stage under examination: its sample, and what is made of it when a check first asks.
+
+    Args:
+        num_rows: Size of the sample.
+        folder: For temporary files.
+    Attributes:
+        failed: Names of the checks that failed so far.
+        refused: A line per row that is not valid.
+    """
+
+    def __init__(self, lineage: Lineage, stage: Located, num_rows: int, folder: Path):
+        from transformers import AutoTokenizer
+
+        self.lineage, self.stage, self.config = lineage, stage, stage.plan.config
+        self.num_rows, self.folder = num_rows, folder
+        self.start = input_folders(stage, lineage.recipe)[self.config.init_from]
+        self.tokenizer = AutoTokenizer.from_pretrained(self.start)
+        self.stored_template = self.tokenizer.chat_template
+        self.template = load_template(self.config.template)
+        self.tokenizer.chat_template = self.template
+        self.failed: set[str] = set()
+        self.refused: list[str] = []
+        self.num_scanned = 0
+
+    def need(self, what: str, checked_by: str):
+        """An attribute whose making another check judges."""
+        try:
+            return getattr(self, what)
+        except NotChecked:
+            raise
+        except Exception as error:
+            raise NotChecked(f"no {what.replace('_', ' ')}, see {checked_by}: {one_line(error)}") from error
+
+    @cached_property
+    def sample(self) -> list[dict]:
+        """Rows of each mode alike, from the shortest to the longest."""
+        by_mode: dict[str, list] = {}
+        for row in self._valid_rows():
+            by_mode.setdefault(mode_of(row), []).append(row)
+        if not by_mode:
+            raise UserError(f"none of {self.num_scanned} rows is valid; the first: {self.refused[0]}")
+        chosen = []
+        for i, mode in enumerate(sorted(by_mode)):
+            found = sorted(by_mode[mode], key=lambda row: len(json.dumps(row, default=str)))
+            share = max(1, (self.num_rows + i) // len(by_mode))
+            places = np.unique(np.linspace(0, len(found) - 1, min(share, len(found))).round().astype(int))
+            chosen += [found[place] for place in places]
+        return chosen
+
+    def _valid_rows(self) -> Iterator[dict]:
+        for source in self.stage.data[self.config.data].sources.values():
+            try:
+                for _, row in islice(read_rows(source), SCANNED):
+                    self.num_scanned += 1
+                    try:
+                        row = as_row(row, source)
+                        self._check_row(row)
+                    except UserError as error:
+                        self.refused.append(str(error))
+                        continue
+                    yield row
+            except UserError as error:  # the file breaks off here
+                self.refused.append(str(error))
+
+    def _check_row(self, row) -> None:
+        shape = validate_row(row, row.where)
+        if (shape == "preference") != (self.config.kind == "apo"):
+            raise UserError(f"{row.where}: is a {shape} row in an {self.config.kind} stage")
+        try:
+            for messages in conversations(row):
+                render(self.template, messages, **self.options(row))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+
+    def options(self, row: dict) -> dict:
+        """What a row says about its rendering, as `render` takes it."""
+        return {
+            "template_kwargs": row.get("chat_template_kwargs"),
+            "tools": row.get("tools"),
+            "today": self.config.today,
+        }
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N] tokens of each sampled row, a pair's longer side."""
+        return np.array([max(map(len, ids)) for ids in self.ids])
+
+    @cached_property
+    def ids(self) -> list[list[list[int]]]:
+        """Ids of each sampled row's conversations, or of its text, as inference makes them of the rendered text."""
+        found = []
+        for row in self.sample:
+            texts = [render(self.template, messages, **self.options(row)) for messages in conversations(row)]
+            found.append([self.tokenizer.encode(text, add_special_tokens=False) for text in texts or [row["text"]]])
+        return found
+
+    @cached_property
+    def prepared_rows(self):
+        """The sampled rows as training reads them; their column `rows` counts the sampled rows that fit."""
+        from datasets import load_from_disk
+
+        from smolpost.data.prepare import prepare
+
+        if not self.fitting:
+            raise NotChecked(f"none of {len(self.sample)} sampled rows has at most {self.config.max_seq_len} tokens")
+        file, out = self.folder / "sample.jsonl", self.folder / "rows"
+        file.write_text("".join(json.dumps(row, default=str) + "\n" for row in self.fitting))
+        out.mkdir(exist_ok=True)
+        stage = replace(self.config, num_workers=1, max_dropped=1.0)
+        mixture = schema.Mixture(sources={"sample": schema.Source(path=str(file))}, shuffle=False)
+        prepare(stage, mixture, self.tokenizer, lambda _: self.folder / "shards", out)
+        return load_from_disk(str(out))
+
+    @cached_property
+    def fitting(self) -> list[dict]:
+        """The sampled rows that the stage takes whole; `truncate` and `split` take all conversations."""
+        if self.config.kind == "sft" and self.config.overlong in ("truncate", "split"):
+            return self.sample
+        return [row for row, n in zip(self.sample, self.lengths, strict=True) if n <= self.config.max_seq_len]
+
+    @property
+    def arrays(self) -> list[dict]:
+        rows = self.prepared_rows.with_format("numpy")
+        return [rows[i] for i in range(len(rows))]
+
+    @cached_property
+    def environment(self):
+        from smolpost.training.environment import detect
+
+        return detect(self.config.precision)
+
+    @cached_property
+    def model(self):
+        """The start checkpoint as training loads it, on the device, without dropout."""
+        from smolpost.doctor.steps import without_dropout
+        from smolpost.training.train import load
+
+        model = load(self.start, self.config, self.lineage.recipe.model.attn_implementation)
+        return without_dropout(model.to(self.environment.device))
+
+    @cached_property
+    def pair_steps(self):
+        """A step on a few pairs whose reference is the model itself."""
+        from smolpost.doctor.steps import pair_steps
+
+        return pair_steps(
+            self.config, self.model_to_run(), self.tokenizer, self.short_pairs, self.environment, self.folder
+        )
+
+    @cached_property
+    def short_pairs(self):
+        """The shortest prepared pairs, at least one, of at most SHORT_TOKENS together."""
+        from datasets import Dataset
+
+        from smolpost.training.reference import pair_lengths
+
+        rows = self.need("prepared_rows", "shared prompt and lengths")
+        lengths = pair_lengths(rows)
+        order = np.argsort(lengths, kind="stable")
+        number = max(1, int((np.cumsum(lengths[order]) <= SHORT_TOKENS).sum()))
+        # A copy: what reads the Arrow columns themselves does not know of a selection.
+        return Dataset.from_list([rows[i] for i in order[:number].tolist()], features=rows.features)
+
+    def short_documents(self) -> list[dict]:
+        """The shortest documents of the prepared sample, of at most SHORT_TOKENS together; two at least."""
+        from smolpost.doctor.steps import short_documents
+
+        self.need("prepared_rows", "mask and lengths")
+        found = short_documents(self.arrays, SHORT_TOKENS)
+        if len(found) < 2:
+            raise NotChecked(f"{len(found)} documents with a trained token; two are needed")
+        return found
+
+    def model_to_run(self):
+        """The model, where this machine can run it and every id has an embedding."""
+        model = self.need("model", "vocabulary")
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters > HEAVY and self.environment.use_cpu and self.num_rows > FEW_ROWS:
+            raise NotChecked(
+                f"{parameters:,} parameters on a CPU, above {HEAVY:,.0f}; use a GPU or at most {FEW_ROWS} rows"
+            )
+        highest, size = max(i for row in self.ids for ids in row for i in ids), len(model.get_input_embeddings().weight)
+        if highest >= size:
+            raise NotChecked(f"token id {highest:,} has no embedding among {size:,}, see vocabulary")
+        return model
+
+
+def conversations(row: dict) -> list[list[dict]]:
+    if "chosen" in row and "rejected" in row:
+        return [row["chosen"], row["rejected"]]
+    return [row["messages"]] if "messages" in row else []
+
+
+def mode_of(row: dict) -> str:
+    """think | no-think | text: the mode that the row asks its template for."""
+    messages = next(iter(conversations(row)), None)
+    if messages is None:
+        return "text"
+    thinking = (row.get("chat_template_kwargs") or {}).get("enable_thinking", True)
+    words = str(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
+    if "/no_think" in words:
+        thinking = False
+    elif "/think" in words:
+        thinking = True
+    return "no-think" if thinking is False else "think"
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def difference(expected: str, found: str) -> str:
+    """The first place where two texts part, with what stands there."""
+    place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
+    place = min(len(expected), len(found)) if place is None else place
+    start = max(0, place - 10)
+    return f"at character {place} {expected[start : place + 30]!r} against {found[start : place + 30]!r}"

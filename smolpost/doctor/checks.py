@@ -1,0 +1,174 @@
+"""Whether a training stage would learn what it is meant to: a few of its rows, its template and its start checkpoint,
+taken through the code that trains and compared with what the messages say.
+
+A failing check stops no other one.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from smolpost import schema
+from smolpost.doctor import batch, text
+from smolpost.doctor.case import Case, NotChecked, one_line
+from smolpost.errors import UserError
+from smolpost.pipeline.lineage import Lineage, Located
+
+STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
+SFT, APO = ("sft",), ("apo",)
+# Name -> kinds of stages it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
+CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
+    "rows": (SFT + APO, text.rows_are_valid, "correct or delete these rows of data={data}"),
+    "template": (
+        SFT + APO,
+        text.template_round_trip,
+        "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
+    ),
+    "stop token": (
+        SFT + APO,
+        batch.replies_stop,
+        "end each reply with the tokenizer's eos_token inside its generation span, and set eos_token_id to it in the "
+        "checkpoint's config.json and generation_config.json",
+    ),
+    "mask": (
+        SFT,
+        batch.mask_is_policy,
+        "put {{% generation %}} around the reply and its stop token alone, and render all of each message; "
+        "stages.{stage}.template",
+    ),
+    "shared prompt": (APO, batch.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
+    "pair mask": (
+        APO,
+        batch.pair_mask_is_policy,
+        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
+    ),
+    "control tokens": (
+        SFT + APO,
+        text.users_write_no_control_tokens,
+        "delete rows of data={data} in which users write such tokens, and report this as a bug of smolpost",
+    ),
+    "packing": (
+        SFT,
+        batch.packed_equals_unpacked,
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps documents apart",
+    ),
+    "pairs": (
+        APO,
+        batch.pair_equals_two_sequences,
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps the sides apart",
+    ),
+    "reference loss": (
+        APO,
+        batch.loss_at_reference,
+        "report this as a bug of smolpost, with the stage's settings",
+    ),
+    "accumulation": (
+        SFT + APO,
+        batch.accumulation,
+        "report this as a bug of smolpost, with the model's config.json",
+    ),
+    "equal pairs": (APO, batch.sides_differ, "delete the pairs of data={data} whose sides render alike"),
+    "chat parity": (
+        SFT + APO,
+        text.chat_parity,
+        "set stages.{stage}.template to the one that the checkpoint was trained with, or "
+        "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same",
+    ),
+    "vocabulary": (
+        SFT + APO,
+        batch.vocabulary,
+        "resize and initialise the checkpoint's embeddings for its tokenizer; use a tokenizer that knows the text",
+    ),
+    "lengths": (
+        SFT + APO,
+        text.lengths,
+        "raise stages.{stage}.max_seq_len, or set stages.{stage}.overlong=truncate or drop; keep rows within "
+        "the model's context, or raise stages.{stage}.max_position_embeddings",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        status: pass | fail | skip.
+        detail: With the numbers; of a skipped check, the reason.
+        remedy: What to do about a fail, else "".
+    """
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]:
+    """Check a training stage on a sample of its rows; nothing is kept.
+
+    Args:
+        stage: Of kind sft or apo; its start checkpoint is finished.
+        rows: Size of the sample, of the first 500 rows of each source. At most 4 also run a model above 1e9 parameters
+            on a CPU.
+    Returns:
+        The checks in their order.
+    Raises:
+        UserError: The stage trains nothing, its start or its data are not there, or rows is below 1.
+    """
+    config = stage.plan.config
+    if not isinstance(config, schema.TrainStage):
+        raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; doctor checks sft and apo stages")
+    if rows < 1:
+        raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
+    for parent in stage.plan.parents:
+        lineage.require(parent)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
+        case = Case(lineage, stage, rows, Path(folder))
+        for name, (kinds, examine, remedy) in CHECKS.items():
+            if config.kind in kinds:
+                found.append(one_check(case, name, examine, remedy))
+                if found[-1].status == "fail":
+                    case.failed.add(name)
+    return found
+
+
+def one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
+    try:
+        passed, detail = examine(case)
+    except NotChecked as reason:
+        return Check(name, "skip", str(reason))
+    except Exception as error:  # what breaks a check is a finding, and the others go on
+        passed, detail = False, one_line(error)
+    if passed:
+        return Check(name, "pass", detail)
+    return Check(name, "fail", detail, remedy.format(stage=case.stage.plan.stage, data=case.config.data))
+
+
+def exit_code(found: list[Check]) -> int:
+    """0, or 1 where a check failed."""
+    return int(any(check.status == "fail" for check in found))
+
+
+def report(found: list[Check]) -> Group:
+    """A line per check, a remedy under each one that failed, and the verdict."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for check in found:
+        table.add_row(Text(check.status, STYLES[check.status]), check.name, Text(check.detail))
+        if check.remedy:
+            table.add_row("", "", Text(f"remedy: {check.remedy}", "italic"))
+    failed = [check.name for check in found if check.status == "fail"]
+    skipped = [check.name for check in found if check.status == "skip"]
+    verdict = f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}" if failed else "no check failed"
+    if skipped:
+        verdict += f"; {len(skipped)} skipped: {', '.join(skipped)}"
+    return Group(table, Text(verdict, "bold"))

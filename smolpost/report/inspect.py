@@ -1,0 +1,391 @@
+"""A prepared folder read back as the model will see it: packs, documents and pairs with the fate of every token.
+
+N rows read, T tokens of a document or part. The folder stays memory-mapped: what is read is what is asked for.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer
+
+from smolpost.chat.fates import Fate
+from smolpost.data.collate import IGNORE_INDEX, PARTS
+from smolpost.data.report import REPORT
+from smolpost.errors import UserError
+
+ROWS = "rows.parquet"
+COLUMNS = {
+    "sft": ("input_ids", "labels", "fates", "seq_lengths", "rows"),
+    "apo": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
+}
+MOST_PARTS = 8  # tokens of one character; bytes that never make one must not be collected for ever
+UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
+FILES = ("manifest.json", "state.json", "dataset_info.json", ROWS, REPORT, "tokenizer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read.
+
+    Attributes:
+        number: Of the row in its path, from 1.
+        tokens: All it has, also those that were cut off.
+        think: It trains a think block.
+        dropped: The reason, "" where it was kept.
+    """
+
+    source: str
+    path: str
+    number: int
+    tokens: int
+    think: bool
+    dropped: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A document of a pack, or a part of a pair.
+
+    Attributes:
+        name: "document", "prompt", "chosen" or "rejected".
+        first_position: 0, but on the completions of a pair: both count on from their prompt.
+        ids: [T] int32.
+        fates: [T] int8, values of Fate.
+    """
+
+    name: str
+    first_position: int
+    ids: np.ndarray
+    fates: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[T] as the model gets them."""
+        return self.first_position + np.arange(len(self.ids))
+
+    def runs(self) -> list[tuple[Fate, int, int]]:
+        """(fate, start, stop) of the longest stretches of one fate, in order."""
+        edges = np.flatnonzero(np.diff(self.fates)) + 1
+        starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(self.fates)]
+        return [(Fate(self.fates[a]), a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+
+
+@dataclass(frozen=True)
+class Document:
+    """
+    Attributes:
+        pack, index: Of the pack in the folder and of the document in the pack, from 0.
+        start: Its first token in the pack.
+    """
+
+    pack: int
+    index: int
+    start: int
+    row: Row
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Pack:
+    index: int
+    documents: list[Document]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(document.tokens.ids) for document in self.documents)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`prompt | chosen` and `prompt | rejected`; scored tokens of the prompt count for both sides."""
+
+    index: int
+    row: Row
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
+
+    @property
+    def parts(self) -> tuple[Tokens, Tokens, Tokens]:
+        return self.prompt, self.chosen, self.rejected
+
+
+class Place(NamedTuple):
+    """
+    Attributes:
+        pack, document: Of the folder's packs and of the pack's documents, from 0; a pair's number and 0.
+        row: Index in rows.parquet.
+    """
+
+    pack: int
+    document: int
+    row: int
+
+
+class Prepared:
+    """A prepared folder, open for reading.
+
+    Attributes:
+        kind: "sft" (packs) or "apo" (pairs).
+        report: data_report.json.
+        manifest: manifest.json.
+    Raises:
+        UserError: The folder is no finished prepared folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"{folder} is no folder; give one that `smolpost prepare` finished")
+        missing = [name for name in FILES if not (self.folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"{folder} is no prepared folder: it has no {missing[0]}; give one that `smolpost prepare` finished"
+            )
+        self.manifest, self.report = self._json("manifest.json"), self._json(REPORT)
+        try:
+            self._data = datasets.load_from_disk(str(self.folder)).with_format("arrow")
+        except Exception as error:  # whatever datasets and Arrow make of a damaged file
+            raise self._damaged(f"its rows cannot be read ({error})") from error
+        self.kind = next((kind for kind, names in COLUMNS.items() if set(names) <= set(self._data.column_names)), "")
+        if not self.kind:
+            raise self._damaged(f"its columns are {', '.join(self._data.column_names)}")
+
+    def __len__(self) -> int:
+        """Number of packs, or of pairs."""
+        return len(self._data)
+
+    @cached_property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's added tokens, such as `<|im_start|>` and `<think>`."""
+        return frozenset(self.tokenizer.added_tokens_decoder)
+
+    # ------------------------------------------------------------ packs and pairs
+
+    def pack(self, index: int) -> Pack:
+        """
+        Raises:
+            UserError: There is no such pack, or what it holds contradicts itself.
+        """
+        columns = self._columns(index, "sft", "pack")
+        ids, labels, fates, lengths, rows = (
+            columns[name] for name in ("input_ids", "labels", "fates", "seq_lengths", "rows")
+        )
+        expected = np.where(fates == Fate.TRAINED, ids, IGNORE_INDEX) if len(fates) == len(ids) else []
+        if not np.array_equal(labels, expected) or lengths.sum() != len(ids) or len(rows) != len(lengths):
+            raise self._damaged(f"labels, fates and lengths of pack {index} contradict one another")
+        starts = np.cumsum(lengths) - lengths
+        documents = [
+            Document(
+                index, i, start, self.row(row), Tokens("document", 0, *(a[start : start + n] for a in (ids, fates)))
+            )
+            for i, (start, n, row) in enumerate(zip(starts.tolist(), lengths.tolist(), rows.tolist(), strict=True))
+        ]
+        return Pack(index, documents)
+
+    def pair(self, index: int) -> Pair:
+        """
+        Raises:
+            UserError: There is no such pair, or what it holds contradicts itself.
+        """
+        columns = self._columns(index, "apo", "pair")
+        parts, first = [], 0
+        for name in PARTS:
+            ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
+            if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
+                raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
+            parts.append(Tokens(name, first, ids, fates))
+            first = len(parts[0].ids)
+        return Pair(index, self.row(int(columns["rows"][0])), *parts)
+
+    def _columns(self, index: int, kind: str, what: str) -> dict[str, np.ndarray]:
+        if self.kind != kind:
+            raise UserError(f"{self.folder} holds the rows of an {self.kind} stage, which have no {what}s")
+        if not 0 <= index < len(self):
+            raise UserError(f"{what} {index} does not exist; {self.folder} has {what}s 0 to {len(self) - 1}")
+        table = self._data[index]
+        return {name: table.column(name).chunk(0).flatten().to_numpy() for name in table.column_names}
+
+    def _json(self, name: str) -> dict:
+        try:
+            return json.loads((self.folder / name).read_text())
+        except ValueError as error:
+            raise self._damaged(f"{name} is not JSON ({error})") from error
+
+    def _damaged(self, how: str) -> UserError:
+        return UserError(f"{self.folder} is no prepared folder: {how}; remove it and run `smolpost prepare` again")
+
+    # ------------------------------------------------------------ rows and search
+
+    @cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Columns of rows.parquet, [N] each; texts as codes into `self._texts`, as most rows share a few."""
+        texts = ["source", "path", "dropped"]
+        table = pq.read_table(self.folder / ROWS, read_dictionary=texts).unify_dictionaries().combine_chunks()
+        columns, self._texts = {}, {}
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            if name in texts:
+                self._texts[name] = column.dictionary.to_pylist()
+                column = column.indices
+            columns[name] = column.to_numpy(zero_copy_only=False)
+        return columns
+
+    def row(self, index: int) -> Row:
+        """A row by its index in rows.parquet."""
+        columns = self._rows
+        if not 0 <= index < len(columns["number"]):
+            raise self._damaged(f"{ROWS} has no row {index}")
+        source, path, dropped = (self._texts[name][columns[name][index]] for name in ("source", "path", "dropped"))
+        number, tokens = int(columns["number"][index]), int(columns["tokens"][index])
+        return Row(source, path, number, tokens, bool(columns["think"][index]), dropped)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names, in the order of the report."""
+        return list(self.report["sources"])
+
+    def find(self, source: str | None = None, row: str | None = None) -> np.ndarray:
+        """Rows by source and place.
+
+        Args:
+            source: Its name, or None for all.
+            row: "PATH:N" (the end of a path will do), "N" for row N of every path, or None for all.
+        Returns:
+            [N] bool: which rows fit; at least one of them was kept.
+        Raises:
+            UserError: No row fits, or all that do were dropped; says which sources there are, or the reason.
+        """
+        found = np.ones(len(self._rows["number"]), bool)
+        if source is not None:
+            if source not in self.sources:
+                raise UserError(f"source {source!r} is not in {self.folder}; it has {', '.join(self.sources)}")
+            found &= self._is("source", lambda text: text == source)
+        if row is not None:
+            path, _, number = row.rpartition(":")
+            if not number.isdecimal():
+                raise UserError(f"row {row!r} is neither PATH:N nor N, where N counts the rows of a file from 1")
+            found &= self._rows["number"] == int(number)
+            if path:
+                found &= self._is("path", lambda text: text == path or text.endswith(f"/{path}"))
+        asked = "".join([f"row {row}" if row is not None else "a row", f" of source {source}" if source else ""])
+        if not found.any():
+            raise UserError(f"{asked} is not in {self.folder}; {self._ranges(source)}")
+        if not (found & self._kept).any():
+            raise UserError(f"{asked} was dropped: {'; '.join(self.dropped(found))}")
+        return found
+
+    def dropped(self, rows: np.ndarray, limit: int = 10) -> list[str]:
+        """ "PATH:N REASON" of the first `limit` dropped rows among those marked in [N] bool `rows`."""
+        chosen = map(self.row, np.flatnonzero(rows & ~self._kept)[:limit].tolist())
+        return [f"{row.place} {row.dropped}" for row in chosen]
+
+    @property
+    def _kept(self) -> np.ndarray:
+        return self._is("dropped", lambda text: not text)
+
+    def _is(self, column: str, test) -> np.ndarray:
+        """[N] bool: rows whose text passes the test."""
+        self._rows  # noqa: B018 - fills _texts
+        passes = np.array([test(text) for text in self._texts[column]], bool)
+        return passes[self._rows[column]]
+
+    def _ranges(self, source: str | None) -> str:
+        """Which rows there are, for a message."""
+        chosen = self._is("source", lambda text: source in (None, text))
+        paths, numbers = self._rows["path"][chosen], self._rows["number"][chosen]
+        known = [
+            f"{self._texts['path'][code]}:{numbers[paths == code].min()} to {numbers[paths == code].max()}"
+            for code in np.unique(paths)[:5].tolist()
+        ]
+        return f"it has {', '.join(known) or 'none'}"
+
+    def locate(self, rows: np.ndarray) -> Iterator[Place]:
+        """The documents, or pairs, of the rows in the folder's order.
+
+        Args:
+            rows: [N] bool.
+        """
+        done = 0
+        for chunk in self._data.data.column("rows").chunks:
+            values = chunk.flatten().to_numpy()
+            ends = np.cumsum(chunk.value_lengths().to_numpy())
+            hits = np.flatnonzero(rows[values])
+            packs = np.searchsorted(ends, hits, side="right")
+            starts = np.concatenate(([0], ends))
+            for pack, hit in zip(packs.tolist(), hits.tolist(), strict=True):
+                yield Place(done + pack, hit - int(starts[pack]), int(values[hit]))
+            done += len(chunk)
+
+    def first_by_thinking(self) -> dict[str, dict[bool, Place | None]]:
+        """Source -> {True: place of its first think document, False: of its first no-think one}, None without one.
+
+        First by the order of the rows.
+        """
+        wanted, firsts = np.zeros(len(self._kept), bool), {}
+        for name in self.sources:
+            of_source = self._kept & self._is("source", lambda text, name=name: text == name)
+            for think in (True, False):
+                hits = of_source & (self._rows["think"] == think)
+                firsts[name, think] = int(hits.argmax()) if hits.any() else None
+                wanted[hits.argmax()] |= hits.any()
+        places: dict[int, Place] = {}
+        for place in self.locate(wanted):
+            places.setdefault(place.row, place)
+            if len(places) == wanted.sum():
+                break
+        return {name: {think: places.get(firsts[name, think]) for think in (True, False)} for name in self.sources}
+
+    # ------------------------------------------------------------ text
+
+    def texts(self, ids: Iterable[int]) -> list[str]:
+        """[T] the text of each token; joined, they are what the tokenizer decodes the ids to.
+
+        A character of several tokens stands at the last of them, the others are "".
+        """
+        ids = [int(i) for i in ids]
+        known = self._token_texts
+        for i in set(ids) - known.keys():
+            known[i] = self._decode([i])
+        texts = [known[i] for i in ids]
+        for of_parts, run in groupby(range(len(ids)), key=lambda t: UNFINISHED in known[ids[t]]):
+            if of_parts:
+                run = list(run)
+                texts[run[0] : run[-1] + 1] = self._streamed(ids[run[0] : run[-1] + 1])
+        return texts if "".join(texts) == self._decode(ids) else self._streamed(ids)
+
+    @cached_property
+    def _token_texts(self) -> dict[int, str]:
+        return {}
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _streamed(self, ids: list[int]) -> list[str]:
+        """Token by token as a chat shows them: a token's text is what it adds to the few before it."""
+        texts, context, shown = [], 0, 0  # ids[context:shown] were shown and decide how the next ones look
+        for stop in range(1, len(ids) + 1):
+            before, after = self._decode(ids[context:shown]), self._decode(ids[context:stop])
+            unfinished = len(after) <= len(before) or after.endswith(UNFINISHED)
+            if unfinished and stop < len(ids) and stop - shown < MOST_PARTS:
+                texts.append("")
+                continue
+            texts.append(after[len(before) :])
+            context, shown = shown, stop
+        return texts

@@ -1,0 +1,216 @@
+"""A prepared folder as one HTML page that needs no network: everything it shows is data inside it."""
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from smolpost.chat.fates import MASKED, Fate
+from smolpost.data.report import short
+from smolpost.errors import UserError
+from smolpost.report.fate_names import LEDGER, NAMES
+from smolpost.report.inspect import Document, Pair, Place, Prepared, Row, Tokens
+
+MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
+HEAD_BYTES = 1000  # of a page, within which the mark stands
+
+
+def write_page(
+    prepared: Prepared, file: Path, *, limit: int = 200, source: str | None = None, row: str | None = None
+) -> int:
+    """Write the page: the ledger, packs or pairs token by token, think and no-think documents side by side.
+
+    Args:
+        file: Replaced in one step if it is such a page; its folder exists.
+        limit: Packs or pairs shown, at most.
+        source, row: As `Prepared.find`: packs that hold such rows, with the page's search set to them.
+    Returns:
+        Bytes written.
+    Raises:
+        UserError: As `Prepared.find`, or the file cannot be written or is something else.
+    """
+    file = Path(file)
+    _check_is_ours(file)
+    numbers, total = range(min(limit, len(prepared))), len(prepared)
+    dropped: list[str] = []
+    if source is not None or row is not None:
+        rows = prepared.find(source, row)
+        dropped = prepared.dropped(rows)
+        numbers = list(dict.fromkeys(place.pack for place in prepared.locate(rows)))
+        numbers, total = numbers[:limit], len(numbers)
+    page = _Page(prepared)
+    page.add(numbers)
+    page.add_comparisons()
+    text = _template().render(
+        mark=Markup(MARK),
+        prepared=prepared,
+        data=page.data({"source": source or "", "row": row or ""}),
+        fates=[(fate, name, page.counts[fate]) for fate, name in NAMES.items()],
+        num_tokens=page.counts.total(),
+        ledger=_ledger(prepared.report),
+        shown=len(numbers),
+        total=total,
+        dropped=dropped,
+        Fate=Fate,
+        LEDGER=LEDGER,
+    )
+    content = text.encode("utf-8", "replace")
+    _replace(file, content)
+    return len(content)
+
+
+class _Page:
+    """What the page's script gets: units (documents, or parts of pairs) as numbers into one table of tokens.
+
+    Attributes:
+        counts: Tokens of the shown packs or pairs by fate; the comparisons repeat documents and are not counted.
+    """
+
+    def __init__(self, prepared: Prepared):
+        self.prepared = prepared
+        self.counts: Counter[int] = Counter()
+        self._units: list[dict] = []
+        self._groups: list[dict] = []
+        self._comparisons: list[dict] = []
+        self._tokens: dict[tuple[int, str], int] = {}  # (id, text) -> number in the table
+        self._unit_of: dict[tuple[int, int], list[int]] = {}  # (pack, document) -> its units
+
+    def add(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            units = []
+            if self.prepared.kind == "sft":
+                for document in self.prepared.pack(number).documents:
+                    units += self._document(document)
+            else:
+                units = self._pair(self.prepared.pair(number))
+            for unit in units:
+                for fate, count in self._units[unit]["runs"]:
+                    self.counts[fate] += count
+            self._groups.append({"number": number, "units": units})
+
+    def add_comparisons(self) -> None:
+        for source, places in self.prepared.first_by_thinking().items():
+            sides = [self._units_at(places[think]) for think in (True, False)]
+            if any(sides):
+                self._comparisons.append({"source": source, "think": sides[0], "no_think": sides[1]})
+
+    def data(self, search: dict[str, str]) -> Markup:
+        """JSON that cannot end its script element, whatever the texts hold."""
+        data = {
+            "kind": self.prepared.kind,
+            "fates": [[NAMES[fate].word, NAMES[fate].why] for fate in Fate],
+            "tokens": [[i, text] for i, text in self._tokens],
+            "control": [n for n, (i, _) in enumerate(self._tokens) if i in self.prepared.control_ids],
+            "units": self._units,
+            "groups": self._groups,
+            "comparisons": self._comparisons,
+            "search": search,
+        }
+        text = json.dumps(data, separators=(",", ":"))
+        return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+    def _units_at(self, place: Place | None) -> list[int]:
+        if place is None:
+            return []
+        known = self._unit_of.get((place.pack, place.document))
+        if known is None and self.prepared.kind == "sft":
+            known = self._document(self.prepared.pack(place.pack).documents[place.document])
+        elif known is None:
+            known = self._pair(self.prepared.pair(place.pack))
+        return known[:2]  # of a pair: the prompt and what was chosen
+
+    def _document(self, document: Document) -> list[int]:
+        units = [self._unit(document.tokens, document.row, pack=document.pack, nth=document.index)]
+        self._unit_of[document.pack, document.index] = units
+        return units
+
+    def _pair(self, pair: Pair) -> list[int]:
+        units = [self._unit(part, pair.row, pack=pair.index, nth=0) for part in pair.parts]
+        self._unit_of[pair.index, 0] = units
+        return units
+
+    def _unit(self, tokens: Tokens, row: Row, **place: int) -> int:
+        pairs = zip(tokens.ids.tolist(), self.prepared.texts(tokens.ids), strict=True)
+        unit = {
+            "name": tokens.name,
+            "source": row.source,
+            "path": row.path,
+            "row": row.number,
+            "row_tokens": row.tokens,
+            "think": row.think,
+            "first": tokens.first_position,
+            "runs": [[int(fate), stop - start] for fate, start, stop in tokens.runs()],
+            "tokens": [self._tokens.setdefault(pair, len(self._tokens)) for pair in pairs],
+            **place,
+        }
+        self._units.append(unit)
+        return len(self._units) - 1
+
+
+def _ledger(report: dict) -> list[dict]:
+    """A line per source and one for all: rows, tokens trained and masked by reason, and both as shares."""
+    reasons = list(MASKED.values())
+    lines = []
+    for source, entry in report["sources"].items():
+        masked = entry["masked"]
+        reasons += [reason for reason in masked if reason not in reasons]  # one that a later version counts
+        lines.append({"name": source, "entry": entry, "masked": masked, "dropped": entry["dropped"]})
+    if len(lines) > 1:
+        masked = {reason: sum(line["masked"].get(reason, 0) for line in lines) for reason in reasons}
+        lines.append(
+            {"name": "all", "entry": report["totals"], "masked": masked, "dropped": report["totals"]["dropped"]}
+        )
+    for line in lines:
+        line["masked"] = {reason: line["masked"].get(reason, 0) for reason in reasons}
+        whole = max(1, line["entry"]["tokens_trained"] + sum(line["masked"].values()))
+        parts = {"trained": line["entry"]["tokens_trained"], **line["masked"]}
+        line["shares"] = {reason: 100 * count / whole for reason, count in parts.items()}
+    return lines
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": short, "csp_hash": _csp_hash}
+    return environment.get_template("page.html.jinja")
+
+
+def _csp_hash(script: str) -> str:
+    """The script's name in the page's content security policy, which lets no other script run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _check_is_ours(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UserError(f"--html {file}: the folder {file.parent} does not exist; make it or name another")
+    if file.is_dir():
+        raise UserError(f"--html {file} is a folder; name a file in it")
+    if file.exists():
+        with open(file, "rb") as there:
+            if MARK.encode() not in there.read(HEAD_BYTES):
+                raise UserError(f"--html {file} exists and is no page of `smolpost inspect`; remove it or name another")
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """A reader sees the old page or the new one, never half."""
+    with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
+        try:
+            part.write(content)
+            part.flush()
+            os.chmod(part.name, 0o644)
+            os.replace(part.name, file)
+        except BaseException:
+            os.unlink(part.name)
+            raise

@@ -1,0 +1,455 @@
+"""A healthy miniature passes every check; each planted fault fails exactly the check that is there for it."""
+
+import io
+import json
+import re
+import shutil
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from small import Small, sum_rows
+from transformers import AutoTokenizer
+
+from smolpost import recipe
+from smolpost.chat.masks import Encoded
+from smolpost.chat.render import load_template, render
+from smolpost.data.collate import collate_packs
+from smolpost.doctor import case as doctor_case
+from smolpost.doctor import text as doctor_text
+from smolpost.doctor.checks import Check, diagnose, exit_code, report
+from smolpost.errors import UserError
+from smolpost.model import attention
+from smolpost.objectives import apo as losses
+from smolpost.pipeline import steps
+from smolpost.pipeline.lineage import Lineage
+from smolpost.training import sft
+
+ASK = {"role": "user", "content": "What is 6*7?"}
+CALL = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"function": {"name": "mul", "arguments": {}}}]}
+TURNS = [
+    ASK, {"role": "assistant", "content": "<think>\nSix sevens.\n</think>\n42."},
+    {"role": "user", "content": "And 6*8?"}, {"role": "assistant", "content": "<think>\nSix more.\n</think>\n48."},
+]  # fmt: skip
+TOOLS = [ASK, CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."}]
+NO_THINK = {"enable_thinking": False}
+
+
+def conversations() -> list[dict]:
+    rows = [
+        {"messages": row["chosen"], "chat_template_kwargs": {"enable_thinking": row["think"]}} for row in sum_rows(8, 1)
+    ]
+    return [*rows, {"messages": TURNS}, {"messages": TOOLS, "chat_template_kwargs": NO_THINK}]
+
+
+def pairs() -> list[dict]:
+    rows = [
+        {key: row[key] for key in ("chosen", "rejected")} | {"chat_template_kwargs": {"enable_thinking": row["think"]}}
+        for row in sum_rows(8, 2)
+    ]
+    wrong = [*TOOLS[:-1], {"role": "assistant", "content": "It is 40 or so."}]
+    return [*rows, {"chosen": TOOLS, "rejected": wrong, "chat_template_kwargs": NO_THINK}]
+
+
+# The tokenizer comes from other rows than those under examination, so spoiling these changes no key.
+LIGHT = ["stages.init.tokenizer_data=[mid]", "model.architecture.num_hidden_layers=2"]
+
+
+class Clinic(Small):
+    """The toy pipeline with an untrained start checkpoint, whose files a test may spoil."""
+
+    def write(self, name: str, rows: list[dict]) -> None:
+        file = self.folder / "data" / f"smoltalk2_{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def lineage(self, *more: str) -> Lineage:
+        return Lineage(recipe.load([*self.words, *LIGHT, *more]))
+
+    @property
+    def start(self) -> Path:
+        return self.lineage().stages["init"].folder
+
+    def diagnose(self, stage: str, *more: str, rows: int = 16) -> dict[str, Check]:
+        lineage = self.lineage(*more)
+        return {check.name: check for check in diagnose(lineage, lineage.stages[stage], rows=rows)}
+
+    def template(self, *changes: tuple[str, str]) -> str:
+        """Path of smollm3's template with some text replaced, as an override of the sft stage."""
+        text = load_template("smollm3")
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        file = self.folder / "spoilt.jinja"
+        file.write_text(text)
+        return f"template={file}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Two threads that wait for each other take ten times as long on a busy machine."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Clinic:
+    clinic = Clinic(tmp_path_factory.mktemp("doctor"))
+    (clinic.folder / "data").mkdir()
+    clinic.write("mid", conversations())
+    clinic.write("sft", conversations())
+    clinic.write("preference", pairs())
+    lineage = clinic.lineage()
+    steps.make(
+        lineage, lineage.stages["init"], lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture)
+    )
+    return clinic
+
+
+@pytest.fixture
+def clinic(healthy, tmp_path) -> Clinic:
+    shutil.copytree(healthy.folder, tmp_path / "clinic")
+    return Clinic(tmp_path / "clinic")
+
+
+def failed(found: dict[str, Check]) -> set[str]:
+    assert all(check.remedy for check in found.values() if check.status == "fail")
+    return {name for name, check in found.items() if check.status == "fail"}
+
+
+# ---------------------------------------------------------------- healthy
+
+
+def test_a_healthy_sft_stage_passes_every_check(healthy):
+    found = healthy.diagnose("sft")
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        ("rows", "template", "stop token", "mask", "control tokens", "packing", "accumulation", "chat parity",
+         "vocabulary", "lengths"), "pass",
+    )  # fmt: skip
+    assert exit_code([*found.values()]) == 0
+    assert "0 of 10 rows refused; sample of 10: 5 no-think, 5 think" in found["rows"].detail
+    assert "10 texts and 14 shorter histories of them, 0 differ" in found["template"].detail
+    assert "12 of 12 replies end with <|im_end|>" in found["stop token"].detail
+    labelled, named = re.match(r"(\d+) tokens labelled, (\d+) named", found["mask"].detail).groups()
+    assert labelled == named and int(named) > 100
+    assert "0 of 5 control tokens" in found["control tokens"].detail
+
+
+def test_a_healthy_apo_stage_passes_every_check(healthy):
+    found = healthy.diagnose("apo")
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        ("rows", "template", "stop token", "shared prompt", "pair mask", "control tokens", "pairs", "reference loss",
+         "accumulation", "equal pairs", "chat parity", "vocabulary", "lengths"), "pass",
+    )  # fmt: skip
+    assert "loss 1.000000, theory apo_zero 1.000000; " in found["reference loss"].detail
+    assert float(re.search("reward (.+);", found["reference loss"].detail).group(1)) < 1e-7
+    assert found["shared prompt"].detail.startswith("9 pairs share ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "theory"),
+    [
+        (["loss=apo_down"], "loss 1.000000, theory apo_down 1.000000"),
+        (["loss=sigmoid"], "loss 0.693147, theory sigmoid 0.693147"),
+        (["loss=robust", "label_smoothing=0.2"], "loss 0.693147, theory robust 0.693147"),
+        (["loss=ipo", "beta=0.1"], "loss 25.000000, theory ipo 25.000000"),  # 1 / (2 x 0.1)^2
+        (["sft_weight=0.5"], "theory apo_zero 1.000000 + 0.5 x "),
+    ],
+)
+def test_the_loss_at_the_reference_is_what_theory_says(healthy, settings, theory):
+    check = healthy.diagnose("apo", *(f"stages.apo.{word}" for word in settings), rows=4)["reference loss"]
+    assert check.status == "pass" and theory in check.detail
+
+
+SETTINGS = [
+    ["packing=wrapped", "max_seq_len=90"],
+    ["overlong=split", "max_seq_len=64"],
+    ["overlong=truncate", "max_seq_len=90"],
+    ["last_turn_only=true"],
+    ["train_roles=[all]"],
+    ["train_reasoning=false"],
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids="-".join)
+def test_no_setting_of_a_healthy_stage_fails(healthy, settings):
+    found = healthy.diagnose("sft", *(f"stages.sft.{word}" for word in settings))
+    assert failed(found) == set()
+    assert found["mask"].status == "pass"
+
+
+def test_pairs_may_score_the_last_turn_alone(healthy):
+    assert failed(healthy.diagnose("apo", "stages.apo.last_turn_only=true")) == set()
+
+
+# ---------------------------------------------------------------- faults of sft stages
+
+
+def test_a_broken_row_is_found(clinic):
+    clinic.write("sft", [*conversations(), {"messages": [ASK]}])
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"rows"}
+    assert (
+        found["rows"].detail.startswith("1 of 11 rows refused") and "smoltalk2_sft.jsonl:11: " in found["rows"].detail
+    )
+
+
+def test_a_template_that_rewrites_earlier_turns_is_found(clinic):
+    shown = "reply_of(message, where, state.thinking%s, as_code)"
+    spoilt = clinic.template((shown % "", shown % " and loop.last"))
+    found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
+    assert failed(found) == {"template"}
+    assert "14 shorter histories of them, 1 differ" in found["template"].detail
+
+
+HEADER_IN_SPAN = (
+    ("    {{- assistant_header -}}\n    {%- if message.train", "    {%- if message.train"),
+    ("      {%- generation -%}\n", "      {%- generation -%}\n{{- assistant_header -}}"),
+)
+
+
+def test_a_header_inside_the_generation_span_is_found(clinic):
+    found = clinic.diagnose("sft", f"stages.sft.{clinic.template(*HEADER_IN_SPAN)}")
+    assert failed(found) == {"mask"}
+    assert "in 10 documents; 10 differ, the first" in found["mask"].detail
+    assert "'<|im_start|>assistant" in found["mask"].detail
+
+
+def test_a_template_that_drops_tool_calls_is_found(clinic):
+    found = clinic.diagnose(
+        "sft", f"stages.sft.{clinic.template((' and calls and not', ' and not'), (') ~ calls -}}', ') -}}'))}"
+    )
+    assert failed(found) == {"mask"}
+    assert "1 differ" in found["mask"].detail and "the template leaves out 'mul'" in found["mask"].detail
+
+
+def test_a_collate_that_trains_user_turns_is_found(clinic, monkeypatch):
+    def unmasked(packs):
+        batch = collate_packs(packs)
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)}
+
+    monkeypatch.setattr(sft, "collate_packs", unmasked)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"mask"}
+    assert "10 documents; 10 differ" in found["mask"].detail
+
+
+REPLY = '{%- generation -%}\n        {{- reply ~ "<|im_end|>" -}}'
+
+
+def test_a_template_with_another_stop_token_is_found(clinic):
+    spoilt = clinic.template((REPLY, REPLY.replace("im_end", "end_of_text")))
+    found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
+    assert failed(found) == {"stop token"}
+    assert "0 of 12 replies end with <|im_end|> (id 393), which trains in 0 of 12" in found["stop token"].detail
+
+
+def test_a_template_without_stop_token_is_found(clinic):
+    spoilt = clinic.template((REPLY, REPLY.replace(' ~ "<|im_end|>"', "")))
+    found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
+    assert failed(found) == {"stop token"}
+    assert "0 of 12 replies end with <|im_end|>" in found["stop token"].detail
+
+
+def test_generation_that_would_not_stop_is_found(clinic):
+    file = clinic.start / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"stop token"}
+    assert "[393] in the config, [7] in the generation config" in found["stop token"].detail
+
+
+def test_control_tokens_that_users_may_write_are_found(clinic, monkeypatch):
+    def parse_all(tokenizer, messages, **options):
+        ids = tokenizer.encode(render(tokenizer, messages, **options), add_special_tokens=False)
+        return Encoded(ids, [0] * len(ids), 0)
+
+    monkeypatch.setattr(doctor_text, "encode", parse_all)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"control tokens"}
+    assert (
+        "5 of 5 control tokens" in found["control tokens"].detail and "<|im_start|>" in found["control tokens"].detail
+    )
+
+
+def blind(num_tokens, document_lengths=None, pair_lengths=None):
+    """find_segments that takes each pair for one document, and all documents for one."""
+    ends = [*accumulate(map(sum, pair_lengths))] if pair_lengths else [num_tokens]
+    return tuple(attention.Segment(range(a, b), range(0)) for a, b in pairwise([0, *ends]))
+
+
+def test_an_attention_that_leaks_across_documents_is_found(clinic, monkeypatch):
+    monkeypatch.setattr(attention, "find_segments", blind)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"packing"}
+    assert found["accumulation"].status == "skip" and "see packing" in found["accumulation"].detail
+    off = float(re.search(r"largest gradient difference (\S+) of", found["packing"].detail).group(1))
+    assert off > 1e-2
+
+
+def test_a_loss_that_each_pass_divides_for_itself_is_found(clinic, monkeypatch):
+    pass_loss = sft.PackTrainer.pass_loss
+
+    def alone(self, model, batch, counts, totals):
+        return pass_loss(self, model, batch, counts, torch.tensor(self.count(batch)))
+
+    monkeypatch.setattr(sft.PackTrainer, "pass_loss", alone)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"accumulation"}
+    one, many = map(
+        float, re.search(r"loss (\S+) in 1 pass of 10 packs, (\S+) in 10", found["accumulation"].detail).groups()
+    )
+    assert many == pytest.approx(10 * one, rel=0.01)
+
+
+def test_a_checkpoint_with_another_template_is_found(clinic):
+    (clinic.start / "chat_template.jinja").write_text(load_template("chatml"))
+    found = clinic.diagnose("sft", "stages.sft.allow_template_change=false")
+    assert failed(found) == {"chat parity"}
+    assert "10 of 10 sampled conversations render differently, the first" in found["chat parity"].detail
+    meant = clinic.diagnose("sft", "stages.sft.allow_template_change=true")
+    assert failed(meant) == set() and "allowed by allow_template_change" in meant["chat parity"].detail
+
+
+def test_a_generation_prompt_that_training_did_not_see_is_found(clinic):
+    spoilt = clinic.template(("{%- if add_generation_prompt -%}\n", "{%- if add_generation_prompt -%}\n  {{- ' ' -}}"))
+    found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
+    assert failed(found) == {"chat parity"}
+    assert "generation prompt before 0 of 14 replies" in found["chat parity"].detail
+
+
+def spoil_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights["model.embed_tokens.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_control_tokens_with_one_embedding_are_found(clinic):
+    start, end = AutoTokenizer.from_pretrained(clinic.start).convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    spoil_weights(clinic.start, lambda weight: weight[start].copy_(weight[end]))
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"vocabulary"}
+    assert "2 with an embedding that another one has, too (<|im_start|>, <|im_end|>)" in found["vocabulary"].detail
+    spoil_weights(clinic.start, lambda weight: weight[start].zero_())
+    assert "1 with an embedding of 0 (<|im_start|>)" in clinic.diagnose("sft")["vocabulary"].detail
+
+
+def test_a_token_without_embedding_is_found(clinic):
+    tokenizer = AutoTokenizer.from_pretrained(clinic.start)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(clinic.start)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"vocabulary"}
+    assert "highest id 400, 400 embeddings" in found["vocabulary"].detail
+
+
+def test_rows_that_would_be_refused_for_their_length_are_found(clinic):
+    found = clinic.diagnose("sft", "stages.sft.max_seq_len=100", "stages.sft.overlong=refuse")
+    assert failed(found) == {"lengths"}
+    assert re.match(r"[1-9] of 10 sampled rows \(\d0%\) above max_seq_len=100, longest 1\d\d ", found["lengths"].detail)
+
+
+# ---------------------------------------------------------------- faults of apo stages
+
+
+def test_a_prompt_that_a_side_does_not_begin_with_is_found(clinic, monkeypatch):
+    arrays = doctor_case.Case.arrays.fget
+
+    def changed(case):
+        return [
+            pair | {"prompt_ids": pair["prompt_ids"][1:], "prompt_mask": pair["prompt_mask"][1:]}
+            for pair in arrays(case)
+        ]
+
+    monkeypatch.setattr(doctor_case.Case, "arrays", property(changed))
+    found = clinic.diagnose("apo")
+    assert failed(found) == {"shared prompt"}
+    assert "18 sides differ" in found["shared prompt"].detail
+
+
+def test_a_header_in_the_scored_text_is_found(clinic):
+    found = clinic.diagnose("apo", f"stages.apo.{clinic.template(*HEADER_IN_SPAN)}")
+    assert failed(found) == {"pair mask"}
+    assert "18 sides, 18 sides not what the policy names" in found["pair mask"].detail
+
+
+def test_an_attention_that_shows_chosen_to_rejected_is_found(clinic, monkeypatch):
+    monkeypatch.setattr(attention, "find_segments", blind)
+    found = clinic.diagnose("apo")
+    assert failed(found) == {"pairs"}
+    assert float(re.search(r"difference of a token (\S+);", found["pairs"].detail).group(1)) > 1e-3
+
+
+def test_a_wrong_loss_is_found(clinic, monkeypatch):
+    monkeypatch.setitem(
+        losses.LOSSES,
+        "apo_zero",
+        lambda chosen, rejected, beta: losses.apo_zero_loss(chosen, rejected, beta=beta) + 0.25,
+    )
+    found = clinic.diagnose("apo")
+    assert failed(found) == {"reference loss"}
+    assert "loss 1.250000, theory apo_zero 1.000000" in found["reference loss"].detail
+
+
+def test_pairs_that_render_alike_are_found(clinic):
+    same = [[ASK, {"role": "assistant", "content": text}] for text in ("42.", "<think>\nSix sevens.\n</think>\n42.")]
+    row = {"chosen": same[0], "rejected": same[1], "chat_template_kwargs": NO_THINK}
+    clinic.write("preference", [*pairs(), row])
+    found = clinic.diagnose("apo")
+    assert failed(found) == {"equal pairs"}
+    assert (
+        "1 of 10 sampled pairs" in found["equal pairs"].detail and "preference.jsonl:10" in found["equal pairs"].detail
+    )
+
+
+# ---------------------------------------------------------------- around the checks
+
+
+def test_an_error_inside_a_check_is_its_fail(clinic, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setattr(doctor_text, "vocabulary_hash", broken)
+    found = clinic.diagnose("sft")
+    assert failed(found) == {"chat parity"}
+    assert found["chat parity"].detail == "RuntimeError: no such thing"
+
+
+def test_a_large_model_on_a_cpu_is_run_for_few_rows_only(clinic, monkeypatch):
+    monkeypatch.setattr(doctor_case, "HEAVY", 1000)
+    found = clinic.diagnose("sft")
+    assert failed(found) == set()
+    assert {name for name, check in found.items() if check.status == "skip"} == {"packing", "accumulation"}
+    assert "parameters on a CPU, above 1,000; use a GPU or at most 4 rows" in found["packing"].detail
+    assert {check.status for check in clinic.diagnose("sft", rows=4).values()} == {"pass"}
+
+
+def test_the_report_says_status_numbers_remedy_and_verdict():
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(
+        report(
+            [
+                Check("rows", "pass", "0 of 3"),
+                Check("mask", "fail", "2 of 3", "mend it"),
+                Check("packing", "skip", "no"),
+            ]
+        )
+    )
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert lines == [
+        ["pass", "rows", "0", "of", "3"], ["fail", "mask", "2", "of", "3"], ["remedy:", "mend", "it"],
+        ["skip", "packing", "no"], ["1", "of", "3", "checks", "failed:", "mask;", "1", "skipped:", "packing"],
+    ]  # fmt: skip
+    assert exit_code([Check("mask", "fail", "", "x")]) == 1
+
+
+def test_bad_input_is_one_line(healthy, tmp_path):
+    lineage = healthy.lineage()
+    with pytest.raises(UserError, match="stage=init is a init stage; doctor checks sft and apo stages"):
+        diagnose(lineage, lineage.stages["init"])
+    with pytest.raises(UserError, match="rows=0 is below 1"):
+        diagnose(lineage, lineage.stages["sft"], rows=0)
+    lineage = healthy.lineage(f"run_dir={tmp_path}")
+    with pytest.raises(UserError, match="stage init is not finished"):
+        diagnose(lineage, lineage.stages["sft"])
