@@ -187,9 +187,7 @@ class TrainStage(Stage):
     template: str = "smollm3"  # chat template: a name under smolpost/chat/templates or a .jinja file
     today: str = RELEASE_DAY  # date rendered into training text; frozen, or prepared data would change daily
     allow_template_change: bool = tuning(False)  # start from a checkpoint that was trained with another template
-    train_roles: list[str] = field(
-        default_factory=lambda: ["assistant"]
-    )  # whose turns train; sft: [all] is every token
+    train_roles: list[str] = field(default_factory=lambda: ["assistant"])  # whose turns train; [all]: every token
     train_reasoning: bool = True  # false: think blocks are context, the reply after them trains
     last_turn_only: bool = False  # train the last of those turns alone
     max_dropped: float = tuning(0.2)  # share of a source's rows; more dropped ones are refused
