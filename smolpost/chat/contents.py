@@ -78,7 +78,7 @@ def locate(conversation, text, spans, vocabulary, *, exact):
     if not control and not exact:
         contents = _by_search(conversation, text, spans)
         if contents is not None:
-            return sorted(contents + _schemas(conversation, text)), []
+            return _ascending(contents + _schemas(conversation, text)), []
     found = _by_marks(conversation, text, vocabulary)
     if found is None and control:
         raise UserError(
@@ -86,9 +86,13 @@ def locate(conversation, text, spans, vocabulary, *, exact):
             "template changes the text so that its place cannot be told; take it out of the row"
         )
     if found is None:
-        return (None if exact else sorted(_schemas(conversation, text))), []
+        return (None if exact else _ascending(_schemas(conversation, text))), []
     contents, neutral = found
-    return sorted(contents + _schemas(conversation, text)), neutral
+    return _ascending(contents + _schemas(conversation, text)), neutral
+
+
+def _ascending(contents):
+    return sorted(contents, key=lambda content: (content.start, content.end))
 
 
 # ───── one occurrence ─────

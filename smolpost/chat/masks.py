@@ -163,6 +163,15 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
     )
 
 
+def encode_prompt(tokenizer, messages, *, template_kwargs=None, tools=None, today):
+    """The ids of a conversation up to where its next reply begins: what precedes that reply in training.
+
+    Args, Raises: As `encode`.
+    """
+    conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt=True)
+    return _tokenize(tokenizer, [_layout(tokenizer, conversation, Policy(roles=()))])[0].ids
+
+
 def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
     """`encode` by differences of renderings alone, whatever the template's {% generation %} tags say.
 

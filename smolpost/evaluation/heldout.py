@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.masks import encode
+from smolpost.chat.masks import encode, encode_prompt
 from smolpost.chat.reasoning import split_reasoning
-from smolpost.chat.render import render
 from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
@@ -169,10 +168,7 @@ def _prompt_ids(tokenizer, row, prompt, thinking, today):
     """Token ids of a row's prompt in one mode, up to where the reply begins."""
     kwargs = {**_template_kwargs(row), "enable_thinking": thinking}
     with named(row):
-        text = render(
-            tokenizer, prompt, template_kwargs=kwargs, tools=row.get("tools"), today=today, add_generation_prompt=True
-        )
-    return tokenizer.encode(text, add_special_tokens=False)
+        return encode_prompt(tokenizer, prompt, template_kwargs=kwargs, tools=row.get("tools"), today=today)
 
 
 def _summed_loss(model, batch, padding):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from smolpost.chat.masks import encode_prompt
 from smolpost.chat.reasoning import split_reasoning
-from smolpost.chat.render import render
 from smolpost.data.tasks import CITIES, KEYS, needle_row, recall_row, share_found
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, padding_token_id, reply_text, stop_token_ids
@@ -136,9 +136,9 @@ def _prompt(i, size, *, tokenizer, style, today, seed):
     row = style.row(np.random.default_rng([seed, i]), size)
     *messages, answer = row["messages"]
     kwargs = {**row["chat_template_kwargs"], "enable_thinking": False}
-    text = render(tokenizer, messages, template_kwargs=kwargs, today=today, add_generation_prompt=True)
+    ids = encode_prompt(tokenizer, messages, template_kwargs=kwargs, today=today)
     answer_tokens = len(tokenizer.encode(answer["content"], add_special_tokens=False)) + 1
-    return Prompt(row, tokenizer.encode(text, add_special_tokens=False, verbose=False), answer_tokens)
+    return Prompt(row, ids, answer_tokens)
 
 
 def _fitted(prompt_of_size, smallest, limit):

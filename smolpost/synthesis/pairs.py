@@ -12,6 +12,7 @@ from itertools import takewhile
 
 from tqdm import tqdm
 
+from smolpost.chat.masks import encode_prompt
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import load_template, render
 from smolpost.data.prompts import conversation, named, split_last_reply, where
@@ -59,8 +60,7 @@ def sample_pairs(stage, rows, chosen, rejected, folder):
     conversations = [_asked(row) for row in rows]
     prompts = {
         side: [
-            tokenizer.encode(_rendered(tokenizer, row, messages, stage, prompt=True), add_special_tokens=False)
-            for row, (messages, _) in zip(rows, conversations, strict=True)
+            _prompt_ids(tokenizer, row, messages, stage) for row, (messages, _) in zip(rows, conversations, strict=True)
         ]
         for side, (_, tokenizer) in checkpoints.items()
     }
@@ -221,13 +221,20 @@ def _answer(text):
     return split_reasoning(text)[1].strip()
 
 
-def _rendered(tokenizer, row, messages, stage, prompt=False):
-    """Text of messages in a row's mode; as a prompt, up to where the reply begins."""
-    kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
+def _prompt_ids(tokenizer, row, messages, stage):
+    """Token ids of messages in a row's mode, up to where the reply begins."""
     with named(row):
-        return render(
-            tokenizer, messages, template_kwargs=kwargs, tools=tools, today=stage.today, add_generation_prompt=prompt
-        )
+        return encode_prompt(tokenizer, messages, **_options(row, stage))
+
+
+def _rendered(tokenizer, row, messages, stage):
+    """Text of messages in a row's mode."""
+    with named(row):
+        return render(tokenizer, messages, **_options(row, stage))
+
+
+def _options(row, stage):
+    return {"template_kwargs": row.get("chat_template_kwargs"), "tools": row.get("tools"), "today": stage.today}
 
 
 def _reason_to_drop(keep, texts, reference):

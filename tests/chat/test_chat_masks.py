@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair, trained_by_prefixes
+from smolpost.chat.masks import (
+    Encoded,
+    Policy,
+    check_spans,
+    encode,
+    encode_batch,
+    encode_pair,
+    encode_prompt,
+    trained_by_prefixes,
+)
 from smolpost.chat.render import load_template, render
 from smolpost.errors import UserError
 
@@ -294,3 +303,22 @@ def test_tokens_never_straddle_an_edge(bpe):
         encoded = encode(bpe, [USER, {"role": "assistant", "content": reply}], today=DAY)
         assert encoded.input_ids[: len(prompt)] == prompt
         assert is_trained(encoded.fates) == [i >= len(prompt) for i in range(len(encoded.fates) - 1)] + [False]
+
+
+def test_a_prompt_has_the_ids_that_precede_its_reply_in_training(bpe):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a<|im_end|>b"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "c"},
+    ]
+    reply = {"role": "assistant", "content": "<think>\nx\n</think>\ntwo"}
+    for thinking in (True, False):
+        options = {"template_kwargs": {"enable_thinking": thinking}, "today": "1 May 2025"}
+        prompt = encode_prompt(bpe, messages, **options)
+        whole = encode(bpe, [*messages, reply if thinking else {**reply, "content": "two"}], **options)
+        assert whole.input_ids[: len(prompt)] == prompt
+        first_of_reply = next(i for i in range(len(prompt), len(whole.fates)) if whole.fates[i] == Fate.TRAINED)
+        assert first_of_reply == len(prompt)
+        # Two turns before, and the one that is asked: the user's own <|im_end|> is text.
+        assert prompt.count(bpe.convert_tokens_to_ids("<|im_end|>")) == 4

@@ -159,3 +159,33 @@ def test_a_steps_key_covers_exactly_the_code_it_runs(step):
     assert used - covered == set(), "code that can change the result and not the key"
     unused = covered - used
     assert {name for name in unused if not name.startswith(("chat/", "training/"))} == set(), "code that cannot"
+
+
+# ---------------------------------------------------------------- templates and tokenized rows
+
+
+def test_another_template_than_the_parents_needs_a_word(words):
+    change = ["stages.apo.template=chatml"]
+    with pytest.raises(UserError, match=r"stages.apo.template=chatml, but sft was trained with smollm3; set the same"):
+        Lineage(recipe.load([*words, *change]))
+    allowed = Lineage(recipe.load([*words, *change, "stages.apo.allow_template_change=true"]))
+    assert allowed.stages["apo-42"].key != Lineage(recipe.load(words)).stages["apo-42"].key
+    with pytest.raises(UserError, match=r"stages.sft.template=smollm3, but mid was trained with chatml"):
+        Lineage(recipe.load([*words, "stages.sft.allow_template_change=false"]))
+
+
+def test_tokenized_rows_are_named_by_what_decides_them_and_nothing_else(words):
+    def folder(*more, tokenizer="t"):
+        lineage = Lineage(recipe.load([*words, *more]))
+        return lineage.tokenized(lineage.stages["sft"], "gsm8k", tokenizer)
+
+    base = folder()
+    for same in ("stages.sft.max_seq_len=256", "stages.sft.packing=none", "data.sft.sources.gsm8k.weight=0.5",
+                 "stages.sft.learning_rate=1e-5", "data.sft.sources.gsm8k.loss_weight=2", "data.sft.seed=3",
+                 "stages.sft.num_workers=1"):  # fmt: skip
+        assert folder(same) == base, same
+    for other in ("stages.sft.today=1 May 2026", "stages.sft.train_reasoning=false", "stages.sft.last_turn_only=true",
+                  "data.sft.sources.gsm8k.max_rows=7", "data.sft.hygiene.exact=true",
+                  "data.sft.sources.gsm8k.columns=alpaca"):  # fmt: skip
+        assert folder(other) != base, other
+    assert folder(tokenizer="u") != base
