@@ -128,7 +128,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     if options.pack is not None:
         raise UserError("--pack is for the terminal; a page shows all packs, or those of --source and --row")
     size = write_page(prepared, options.html, limit=options.limit or 200, **chosen)
-    console.print(f"{options.html}: {size / 1e6:.1f} MB; open it in a browser, ? in it lists the keys")
+    console.print(f"{options.html}: {size / 1000:,.0f} kB; open it in a browser, ? in it lists the keys")
     return 0
 
 

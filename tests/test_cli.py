@@ -111,6 +111,34 @@ def test_wrong_verb_for_a_stage(project, capsys):
     assert "only sft and apo stages have rows to prepare" in refused(capsys, "prepare", *project.words, "stage=soup")
 
 
+def test_inspect_and_doctor_of_what_is_not_there(project, capsys, tmp_path):
+    assert "nowhere" in refused(capsys, "inspect", str(tmp_path / "nowhere"))
+    line = refused(capsys, "inspect", *project.words, "stage=sft")
+    assert line.startswith("stage=sft has no prepared rows; `smolpost prepare pipeline=gsm8k ")
+    assert "stage init is not finished" in refused(capsys, "doctor", *project.words, "stage=base")
+    assert "--limit 0 is below 1" in refused(capsys, "inspect", *project.words, "stage=sft", "--limit", "0")
+
+
+def test_prepared_rows_can_be_looked_at_and_checked(project, capsys, tmp_path):
+    mine = [*project.words, "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.num_workers=1"]
+    cli_ok("init", *mine, "stage=init")
+    cli_ok("prepare", *mine, "stage=sft")
+    assert "masked tokens by reason" in capsys.readouterr().out
+    cli_ok("inspect", *mine, "stage=sft", "--row", "3")
+    shown = capsys.readouterr().out
+    assert "smoltalk2_sft.jsonl:3" in shown and "The answer is 2.<|im_end|>" in shown
+    assert "row 99" in refused(capsys, "inspect", *mine, "stage=sft", "--row", "99")
+    (page := tmp_path / "page.html").write_text("mine")
+    refused(capsys, "inspect", *mine, "stage=sft", "--html", str(page))
+    assert page.read_text() == "mine"
+    cli_ok("inspect", *mine, "stage=sft", "--html", str(tmp_path / "new.html"))
+    assert "smoltalk2_sft.jsonl" in (tmp_path / "new.html").read_text()
+    capsys.readouterr()
+    cli_ok("doctor", *mine, "stage=sft", "--rows", "4")
+    assert "no check failed" in capsys.readouterr().out
+    assert "rows=0 is below 1" in refused(capsys, "doctor", *mine, "stage=sft", "--rows", "0")
+
+
 def test_disk_without_space(project, tmp_path):
     """A real full disk: a file system of 256 KiB."""
     disk = tmp_path / "disk"

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from smolpost.chat.fates import MASKED, Fate
-from smolpost.data.report import short
+from smolpost.data.report import caption, short
 from smolpost.errors import UserError
 from smolpost.report.fate_names import LEDGER, NAMES
 from smolpost.report.inspect import Document, Pair, Place, Prepared, Row, Tokens
@@ -55,6 +55,7 @@ def write_page(
         fates=[(fate, name, page.counts[fate]) for fate, name in NAMES.items()],
         num_tokens=page.counts.total(),
         ledger=_ledger(prepared.report),
+        whole=caption(prepared.report["totals"]),
         shown=len(numbers),
         total=total,
         dropped=dropped,

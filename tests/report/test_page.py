@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 import prepared_folders as made
 import pytest
+from markupsafe import escape
 from prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 from smolpost.chat.fates import MASKED, Fate
+from smolpost.data.report import caption
 from smolpost.errors import UserError
 from smolpost.report.fate_names import NAMES
 from smolpost.report.inspect import Prepared
@@ -105,6 +107,9 @@ def test_legend_and_ledger_count_as_the_data_do(sft, tmp_path):
     assert page.cells["everyday", "dropped"] == "1 overlong"
     assert page.cells["all", "tokens_read"] == f"{len(fates) + 600:,}"
     assert page.cells["all", "trained"] == str((fates == Fate.TRAINED).sum())
+    lengths = prepared.report["sources"]["everyday"]["length_percentiles"]
+    assert page.cells["everyday", "lengths"] == "/".join(map(str, lengths.values()))
+    assert escape(caption(prepared.report["totals"])) in (tmp_path / "page.html").read_text()
 
 
 def test_texts_stay_data(sft, apo, tmp_path):
