@@ -2,9 +2,12 @@
 
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -127,9 +130,18 @@ _tokenize: Tokenize  # of this worker
 
 
 def receive(tokenize: Tokenize) -> None:
+    """In a new worker: what it does, and how it ends."""
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all processes; the parent ends the others
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenize = tokenize
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def tokenize_here(shard: Shard) -> int:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from smolpost.data import prepare as prepare_module
@@ -113,6 +114,26 @@ mixture = Mixture(sources={"a": Source(path=str(folder / "a.jsonl"))})
 tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
 p.prepare(stage, mixture, tokenizer, lambda name: folder / "tokenized" / name, folder / "rows")
 """
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("end, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)])
+def test_workers_end_with_their_parent(tokenizer, tmp_path, end, code):
+    write_texts(tmp_path / "a.jsonl", 200)
+    tokenizer.save_pretrained(tmp_path / "tok")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), "slow", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while len(workers := psutil.Process(process.pid).children()) < 2:
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(0.3)
+    # ctrl-C goes to the whole group, a kill to one process.
+    os.kill(process.pid, end) if end == signal.SIGKILL else os.killpg(process.pid, end)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode in (code, -end)
+    assert errors.count("Traceback") == (end == signal.SIGINT)  # the parent's own
 
 
 @pytest.mark.timeout(120)
