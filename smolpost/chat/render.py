@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -107,7 +108,7 @@ class Conversation:
     @property
     def marks_spans(self):
         """Whether the template has {% generation %} tags."""
-        return re.search(r"{%-?\s*generation", self.template) is not None
+        return _has_generation_tags(self.template)
 
     def text(self):
         return self.render()[0]
@@ -154,6 +155,11 @@ class Conversation:
         except TEMPLATE_ERRORS:
             return False
         return True
+
+
+@cache
+def _has_generation_tags(template):
+    return re.search(r"{%-?\s*generation", template) is not None
 
 
 def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt=False):

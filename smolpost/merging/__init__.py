@@ -1,4 +1,4 @@
 """Weighted means of checkpoints: a soup is the equal-weight one, a linear merge has stated weights.
 
-`mergekit.merge` checks the inputs, has mergekit average them in one flat fp32 pass, and verifies every element.
+`linear.merge` checks the inputs, averages them in one flat fp32 pass over mapped files, and verifies what it wrote.
 """

@@ -19,6 +19,7 @@ from smolpost.errors import UserError
 CHUNK = 2**17
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,32 @@ class Checkpoint:
     name: str  # in messages and reports
     folder: Path
     weight: float = 1.0  # in the merge
+    sources: tuple[Path, ...] = ()  # the files it was made of, where it is a merged adapter
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensor name -> header entry, from the single file or from every shard of the index."""
+        """Tensor name -> header entry, from the single file or from every shard of the index.
+
+        The head of a tied model, which some trainers write, is left out: `tied_copy`.
+        """
+        return {name: tensor for name, tensor in self._stored.items() if name != self.tied_copy}
+
+    @cached_property
+    def tied_copy(self) -> str | None:
+        """Name of the head where the files hold it though it is tied to the embedding."""
+        if self.config.get("tie_word_embeddings") and {HEAD, EMBEDDING} <= self._stored.keys():
+            return HEAD
+        return None
+
+    @cached_property
+    def _stored(self) -> dict[str, Tensor]:
         found = {}
-        for file in self._weight_files():
+        for file in self.weight_files:
             try:
-                with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - not a dict
-                        entry = opened.get_slice(name)
-                        found[name] = Tensor(file, tuple(entry.get_shape()), entry.get_dtype())
+                opened = self._open(file)
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    entry = opened.get_slice(name)
+                    found[name] = Tensor(file, tuple(entry.get_shape()), entry.get_dtype())
             except (OSError, SafetensorError) as error:
                 raise self._unreadable(file, error) from error
         if self._index:
@@ -74,7 +90,9 @@ class Checkpoint:
             )
         return self._json(index)["weight_map"] if index.exists() else {}
 
-    def _weight_files(self) -> list[Path]:
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold the weights."""
         if self._index:
             return sorted({self.folder / shard for shard in self._index.values()})
         if (self.folder / WEIGHTS).exists():
@@ -106,10 +124,39 @@ class Checkpoint:
         self._json(file)
         return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
 
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Name -> text of the chat templates; a single one is named "default"."""
+        found = {}
+        stored = self.folder / "tokenizer_config.json"
+        templates = self._json(stored).get("chat_template") if stored.exists() else None
+        if isinstance(templates, str):
+            found["default"] = templates
+        elif templates:
+            found |= {template["name"]: template["template"] for template in templates}
+        single = self.folder / "chat_template.jinja"
+        if single.exists():
+            found["default"] = single.read_text(encoding="utf-8")
+        more = sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
+        return found | {file.stem: file.read_text(encoding="utf-8") for file in more}
+
+    def values(self, tensor: str) -> torch.Tensor:
+        """The flattened values of one tensor in the stored dtype, mapped: read from the disk where touched."""
+        return self._open(self._stored[tensor].file).get_tensor(tensor).view(-1)
+
     def chunks(self, tensor: str) -> Iterator[torch.Tensor]:
-        """The flattened values of one tensor, at most CHUNK of them at a time, in the stored dtype."""
-        with safe_open(self.tensors[tensor].file, "pt") as opened:
-            yield from opened.get_tensor(tensor).flatten().split(CHUNK)
+        """The values of one tensor, at most CHUNK of them at a time."""
+        yield from self.values(tensor).split(CHUNK)
+
+    def _open(self, file: Path) -> safe_open:
+        """The mapping of a weight file, kept as long as this checkpoint."""
+        if file not in self._mappings:
+            self._mappings[file] = safe_open(file, "pt")
+        return self._mappings[file]
+
+    @cached_property
+    def _mappings(self) -> dict[Path, safe_open]:
+        return {}
 
     def _json(self, file: Path) -> dict[str, Any]:
         """A JSON file of this folder."""
@@ -126,10 +173,3 @@ class Checkpoint:
             )
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return UserError(f"merge input '{self.name}': {file} cannot be read ({reason}); save the checkpoint anew")
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element of a non-empty tensor is NaN or infinite."""
-    # aminmax passes NaN on and is an order of magnitude faster than isfinite.
-    low, high = values.aminmax()
-    return bool(low.isfinite() & high.isfinite())

@@ -2,13 +2,19 @@
 
 import math
 import shutil
-from itertools import chain
+from collections.abc import Iterable
+from itertools import chain, zip_longest
 from pathlib import Path
 
-from smolpost.errors import UserError
-from smolpost.merging.checkpoint import Checkpoint, is_finite
+import torch
 
-BYTES = {"float32": 4, "bfloat16": 2}  # per element, of the dtypes a merge can write
+from smolpost.errors import UserError
+from smolpost.merging.average import is_finite
+from smolpost.merging.checkpoint import EMBEDDING, Checkpoint
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # per element, of the dtypes a merge can write
+ENGINES = ("ours", "mergekit")
+VERIFICATIONS = ("sampled", "full")
 INPUT_DTYPES = ("F32", "BF16", "F16")  # exact in fp32
 
 # A typed 0.3333 + 0.3333 + 0.3334 sums to 1 up to double rounding; a typed 0.333 three times is not meant as 0.999.
@@ -31,8 +37,10 @@ FREE_FIELDS = {
 }
 
 
-def check_request(checkpoints: list[Checkpoint], base: str, out: Path, dtype: str) -> None:
-    """Refuse names, weights, dtype and output folder that make no merge."""
+def check_request(
+    checkpoints: list[Checkpoint], base: str, out: Path, dtype: str, engine: str, verification: str
+) -> None:
+    """Refuse names, weights, settings and output folder that make no merge."""
     names = [checkpoint.name for checkpoint in checkpoints]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -48,12 +56,18 @@ def check_request(checkpoints: list[Checkpoint], base: str, out: Path, dtype: st
         raise UserError(f"merge weights {weights} sum to {total:.9g}, not 1; divide each by their sum")
     if dtype not in BYTES:
         raise UserError(f"merge dtype='{dtype}' cannot be written; choose one of {', '.join(BYTES)}")
+    for key, value, known in (("engine", engine, ENGINES), ("verification", verification, VERIFICATIONS)):
+        if value not in known:
+            raise UserError(f"merge {key}='{value}' is not known; choose one of {', '.join(known)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"merge output {out} exists and is not an empty folder; name another or empty it")
 
 
-def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint) -> None:
-    """Refuse inputs that are not one model: architecture, tensors and vocabulary, cheapest first, then their values."""
+def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint, allow_template_change: bool) -> None:
+    """Refuse inputs that are not one model: architecture, tensors, vocabulary and chat template, cheapest first.
+
+    Their values are read by the merge itself; `check_values` says where it met one that is not finite.
+    """
     architectures = base.config.get("architectures") or []
     if len(architectures) != 1:
         raise UserError(
@@ -64,8 +78,11 @@ def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint) -> None:
     for check in (_check_config, _check_tensors, _check_vocabulary):
         for other in others:
             check(base, other)
+    if not allow_template_change:
+        for other in others:
+            _check_template(base, other)
     for checkpoint in checkpoints:
-        _check_values(checkpoint)
+        _check_stored(checkpoint)
 
 
 def _check_config(base: Checkpoint, other: Checkpoint) -> None:
@@ -107,25 +124,63 @@ def _check_vocabulary(base: Checkpoint, other: Checkpoint) -> None:
     )
 
 
-def _check_values(checkpoint: Checkpoint) -> None:
+def _check_template(base: Checkpoint, other: Checkpoint) -> None:
+    mine, theirs = base.chat_templates, other.chat_templates
+    differing = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+    if differing:
+        raise UserError(
+            f"merge inputs '{base.name}' and '{other.name}' differ in their chat template ({differing[0]}: "
+            f"{_shown(mine.get(differing[0]), theirs.get(differing[0]))}); merge checkpoints trained with one template, "
+            f"or allow it with allow_template_change=True: the result has the template of '{base.name}'"
+        )
+
+
+def _shown(mine: str | None, theirs: str | None) -> str:
+    """The first line in which two templates differ, of each."""
+    if mine is None or theirs is None:
+        return f"{'none' if mine is None else 'one'} and {'none' if theirs is None else 'one'}"
+    pairs = zip_longest(mine.splitlines(), theirs.splitlines(), fillvalue="")
+    # Equal lines are left where only the line ends differ.
+    number, lines = next(((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1]), (1, (mine, theirs)))
+    return f"line {number} is {' and '.join(repr(line.strip()[:60]) for line in lines)}"
+
+
+def _check_stored(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype not in INPUT_DTYPES:
             raise UserError(
                 f"merge input '{checkpoint.name}': tensor {name} is {tensor.dtype}, not one of "
                 f"{', '.join(INPUT_DTYPES)}; merge the checkpoint from before quantization"
             )
-        if not all(is_finite(chunk) for chunk in checkpoint.chunks(name)):
+        if not math.prod(tensor.shape):
             raise UserError(
-                f"merge input '{checkpoint.name}': tensor {name} holds NaN or infinity; "
-                "its training diverged: take an earlier checkpoint or train it again"
+                f"merge input '{checkpoint.name}': tensor {name} has shape {list(tensor.shape)}, no element; "
+                "gather the weights before saving (ZeRO-3: zero3_save_16bit_model)"
             )
+    head = checkpoint.tied_copy
+    if head and any(not torch.equal(*pair) for pair in zip(*map(checkpoint.chunks, (head, EMBEDDING)), strict=True)):
+        raise UserError(
+            f"merge input '{checkpoint.name}': tie_word_embeddings=true, but {head} is not {EMBEDDING} "
+            f"({checkpoint.folder}); save it with save_pretrained"
+        )
 
 
-def check_disk(base: Checkpoint, out: Path, dtype: str) -> None:
-    """Refuse an output that would not fit on its disk."""
+def check_values(checkpoints: list[Checkpoint], tensors: Iterable[str]) -> None:
+    """Refuse inputs of which one of the tensors holds a value that is not finite."""
+    for name in tensors:
+        for checkpoint in checkpoints:
+            if not all(is_finite(chunk) for chunk in checkpoint.chunks(name)):
+                raise UserError(
+                    f"merge input '{checkpoint.name}': tensor {name} holds NaN or infinity; "
+                    "its training diverged: take an earlier checkpoint or train it again"
+                )
+
+
+def check_disk(base: Checkpoint, out: Path, dtype: str, num_adapters: int = 0) -> None:
+    """Refuse an output that would not fit on its disk, with the fp32 models that adapters are merged into first."""
     elements = sum(math.prod(tensor.shape) for tensor in base.tensors.values())
     files = sum(file.stat().st_size for file in base.folder.glob("*.json"))
-    needed = elements * BYTES[dtype] + files
+    needed = elements * (BYTES[dtype] + num_adapters * BYTES["float32"]) + files
     folder = next(path for path in chain([out], out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:

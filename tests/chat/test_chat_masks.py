@@ -198,10 +198,11 @@ def test_derivations_agree_on_tool_conversations(bpe, rows):
 
 def test_prefixes_find_a_template_whose_spans_are_wrong(bpe):
     # The published fault: header and prefilled block inside the span. The text is the same.
-    header, reply = "    {{- assistant_header -}}\n    {%- if message.train", '{{- reply ~ "<|im_end|>" -}}'
+    branch = '    {%- if message["train"]'
+    header, reply = "    {{- assistant_header -}}\n" + branch, '{{- reply ~ "<|im_end|>" -}}'
     correct = load_template("smollm3")
     assert correct.count(header) == 1 and correct.count(reply) == 2
-    faulty = correct.replace(header, "    {%- if message.train")
+    faulty = correct.replace(header, branch)
     broken = copy.deepcopy(bpe)
     broken.chat_template = faulty.replace(reply, '{{- assistant_header ~ reply ~ "<|im_end|>" -}}')
     assert render(broken, DIALOG, today=DAY) == render(bpe, DIALOG, today=DAY)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausa
 
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import CHUNK
-from smolpost.merging.mergekit import merge
+from smolpost.merging.linear import merge
 
 WORDS = ["<pad>", "<eos>", *"abcdefgh"]
 VOCAB_SIZE = 40
@@ -225,7 +225,7 @@ import sys
 from pathlib import Path
 from smolpost.model.register import register
 register()
-from smolpost.merging.mergekit import merge
+from smolpost.merging.linear import merge
 a, b, out = map(Path, sys.argv[1:])
 report = merge([("a", a, 0.5), ("b", b, 0.5)], "a", out, "float32")
 assert report["num_tensors"] == 38, report

@@ -1,0 +1,84 @@
+"""What a merged folder holds beside its weights: the base's config and tokenizer, a manifest and a model card."""
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from smolpost.merging.checkpoint import Checkpoint
+from smolpost.merging.shards import write_json
+
+# All a tokenizer, its chat templates and generation defaults may consist of; what the base has of it is copied.
+DONATED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "generation_config.json",
+)
+MANIFEST, CARD = "merge_manifest.json", "README.md"
+LIBRARIES = ("smolpost", "torch", "transformers", "safetensors", "mergekit", "peft")
+
+
+def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
+    """Copy those of the files and folders that are there, readable as the umask says."""
+    for name in names:
+        if (source / name).is_dir():
+            (out / name).mkdir(exist_ok=True)
+            copy_files(source / name, out / name, tuple(file.name for file in (source / name).iterdir()))
+        elif (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def write_config(base: Checkpoint, file: Path, dtype: str) -> None:
+    """The base's config.json, as it is but for the dtype."""
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    # transformers wrote torch_dtype before version 5.
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = dtype
+    write_json(file, config)
+
+
+def versions() -> dict[str, str]:
+    """Library -> installed version."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """A model card: which checkpoints with which weights; no path of this machine."""
+    inputs = [f"| {entry['name']} | {entry['weight']:.9g} |" for entry in manifest["inputs"]]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [merge, smolpost]",
+        "---",
+        "# Linear merge",
+        "",
+        f"Weighted mean of {len(inputs)} checkpoints, summed in fp32 and rounded once to {manifest['dtype']}.",
+        f"Config, tokenizer and chat template are those of {manifest['base']}.",
+        "",
+        "| input | weight |",
+        "|---|---|",
+        *inputs,
+        "",
+        f"`{MANIFEST}` holds the SHA-256 of every input and output file, the checks that were made, and versions.",
+    ]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sync(*paths: Path) -> None:
+    """Bring files' contents and folders' names to the disk."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)

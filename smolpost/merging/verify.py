@@ -1,0 +1,120 @@
+"""What is checked after a merge: written elements against the fp64 mean, the model loaded and run once."""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from smolpost.errors import UserError
+from smolpost.merging.average import is_finite
+from smolpost.merging.checkpoint import CHUNK, Checkpoint
+
+SAMPLE_SPAN = CHUNK // 16  # one element of each span is drawn
+SAMPLE_LEAST = 64  # of each tensor, or all it has
+
+
+def compare_with_mean(checkpoints: list[Checkpoint], merged: Checkpoint, dtype: str, *, full: bool) -> dict[str, Any]:
+    """Compare elements of the merged weights with the fp64 mean of the inputs; returns what the report says.
+
+    The tolerance is what rounding explains: half a unit of the written dtype in the mean, and one fp32 unit of the
+    summands' magnitude for each rounding on the way (of every weight and every sum).
+
+    Args:
+        full: Every element; else a fixed sample: one of every span of each tensor, its first and its last.
+    Raises:
+        RuntimeError: An element is off by more than rounding explains, or its dtype is another.
+    """
+    written = getattr(torch, dtype)
+    unit, least = torch.finfo(written).eps / 2, torch.finfo(written).tiny * torch.finfo(written).eps
+    fp32 = torch.finfo(torch.float32)
+    sum_error = (len(checkpoints) + 1) * fp32.eps
+    largest, exact, compared, total = 0.0, 0, 0, 0
+    for name in merged.tensors:
+        draw = _all if full else _sample
+        streams = [draw(name, checkpoint.values(name)) for checkpoint in (merged, *checkpoints)]
+        for result, *chunks in zip(*streams, strict=True):
+            terms = [chunk.double().mul_(c.weight) for chunk, c in zip(chunks, checkpoints, strict=True)]
+            mean = sum(terms)
+            difference = (result.double() - mean).abs_()
+            limit = mean.abs() * unit + sum(term.abs_() for term in terms) * sum_error + least + fp32.tiny
+            if not is_finite(result) or result.dtype != written or (difference > limit).any():
+                raise RuntimeError(
+                    f"the merge's tensor {name} ({result.dtype}) is not the weighted mean in {dtype}: off by up to "
+                    f"{difference.max():g}"
+                )
+            largest = max(largest, difference.max().item())
+            exact += (mean.to(written) == result).sum().item()
+            compared += result.numel()
+        total += merged.values(name).numel()
+    return {
+        "num_tensors": len(merged.tensors),
+        "num_parameters": total,
+        "num_compared": compared,
+        "max_abs_diff": largest,
+        "correctly_rounded": exact / compared,
+    }
+
+
+def _all(name: str, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from values.split(CHUNK)
+
+
+def _sample(name: str, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The same elements of every checkpoint's tensor `name`."""
+    number = values.numel()
+    drawn = min(number, max(SAMPLE_LEAST, number // SAMPLE_SPAN))
+    seeded = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    offsets = torch.rand(drawn, generator=seeded, dtype=torch.float64)
+    places = ((torch.arange(drawn) + offsets) * (number / drawn)).long().clamp_(max=number - 1)
+    places[0], places[-1] = 0, number - 1
+    yield values[places]
+
+
+def check_tensors(checkpoints: list[Checkpoint], merged: Checkpoint) -> None:
+    """Refuse a result that holds fewer tensors than its inputs."""
+    left_out = sorted(checkpoints[0].tensors.keys() - merged.tensors.keys())
+    if left_out:
+        raise UserError(_unknown(left_out))
+
+
+def check_model(folder: Path, config_file: Path) -> None:
+    """Load the merged model as any user would and run one short forward pass.
+
+    Raises:
+        UserError: Tensors are missing or left over, the head is not tied as the config says, or logits are not finite.
+    """
+    config = AutoConfig.from_pretrained(config_file, local_files_only=True, trust_remote_code=False)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise UserError(
+            f"merge inputs lack tensor {min(loading['missing_keys'])}, which {type(model).__name__} needs; "
+            "save them with save_pretrained"
+        )
+    if loading["unexpected_keys"]:
+        raise UserError(_unknown(sorted(loading["unexpected_keys"])))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if (embedding is head) != bool(config.tie_word_embeddings):
+        raise RuntimeError(
+            f"the merged model's head is {'' if embedding is head else 'not '}its embedding, but its config has "
+            f"tie_word_embeddings={config.tie_word_embeddings}"
+        )
+    tokens = torch.arange(min(8, model.config.vocab_size)).unsqueeze(0)
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=tokens).logits
+    if not is_finite(logits):
+        raise UserError(
+            "the merged model's logits are NaN or infinite though its weights are finite; "
+            "check that each input alone gives finite logits"
+        )
+
+
+def _unknown(tensors: list[str]) -> str:
+    return (
+        f"merge inputs hold tensor {tensors[0]} ({len(tensors)} such) that their model class does not have; "
+        "save them with save_pretrained"
+    )
