@@ -17,7 +17,7 @@ from workload import SMALL, model_for, prepared, rows_of, scratch, tokenizer_for
 
 from smolpost.schema import SFTStage
 
-LENGTH = 4096
+LENGTH = 16384
 
 
 def smolpost_side(case: dict) -> dict:
@@ -74,12 +74,18 @@ def main() -> None:
     arguments = options(__doc__.splitlines()[0])
     if run_side(SIDES, arguments):
         return
-    shared = {"file": str(arguments.data / "gsm8k" / "smoltalk2_sft.jsonl"), "workers": len(os.sched_getaffinity(0))}
+    workers = len(os.sched_getaffinity(0))
+    gsm8k = {"file": str(arguments.data / "gsm8k" / "smoltalk2_sft.jsonl"), "workers": workers}
+    airline = {"file": str(arguments.data / "tau_airline" / "conversations.jsonl"), "workers": workers, "copies": 10}
     if arguments.quick:
         arguments.repeats = 1
-        cases = {"one copy": shared | {"copies": 1}}
+        cases = {"gsm8k": gsm8k | {"copies": 1}}
     else:
-        cases = {"10 copies": shared | {"copies": 10}, "10 copies, one worker": shared | {"copies": 10, "workers": 1}}
+        cases = {
+            "gsm8k, 10 times": gsm8k | {"copies": 10},
+            "gsm8k, 10 times, one worker": gsm8k | {"copies": 10, "workers": 1},
+            "tau airline, 10 times": airline,
+        }
     results = []
     for name, case in cases.items():
         sides = alternate(list(SIDES), case, arguments)
@@ -91,7 +97,7 @@ def main() -> None:
         ratio = {"speed": sides["trl"]["seconds"] / sides["smolpost"]["seconds"]}
         table.append({"side": "ratio", "rows/s": ratio["speed"]})
         results.append({"case": name, "settings": case, "sides": sides, "ratio": ratio, "target": {"speed": TARGET}})
-        show(f"preparation, gsm8k {name}, {case['workers']} workers; target {TARGET}x", table)
+        show(f"preparation, {name}, {case['workers']} workers; target {TARGET}x", table)
     keep("prepare", arguments, results)
 
 

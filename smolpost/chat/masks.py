@@ -4,7 +4,6 @@ Text is cut at the edges of the replies and each piece is tokenized by itself. N
 are those of inference: a tokenized prompt, then the reply. What trains changes no id.
 """
 
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -335,11 +334,10 @@ def _tokenize(tokenizer, layouts):
     for layout, row in zip(layouts, painted, strict=True):
         row_tokens = _Tokens([], [], len(layout.neutral), 0)
         for piece, ranges in row:
-            ids, starts = next(results)
-            fates = _fates(piece, ranges, ids, starts, vocabulary)
+            ids, num_before = next(results)
+            fates = _fates(piece, ranges, ids, num_before, vocabulary)
             if piece.start < layout.boundary:
-                before = bisect_left(starts, layout.boundary) if starts is not None else len(ids)
-                row_tokens.num_before += before
+                row_tokens.num_before += num_before(layout.boundary) if num_before else len(ids)
             row_tokens.ids += ids
             row_tokens.fates += fates
         tokens.append(row_tokens)
@@ -363,11 +361,11 @@ def _painted(layout):
     return painted
 
 
-def _fates(piece, ranges, ids, starts, vocabulary):
+def _fates(piece, ranges, ids, num_before, vocabulary):
     """A token has the fate of its first character."""
     fates = [Fate.TEMPLATE.value] * len(ids)
     for start, end, fate in ranges:
-        i, j = (0, len(ids)) if starts is None else (bisect_left(starts, start), bisect_left(starts, end))
+        i, j = (num_before(start), num_before(end)) if num_before else (0, len(ids))
         fates[i:j] = [fate.value] * (j - i)
         forbidden = vocabulary.special_ids if fate is Fate.SYSTEM else vocabulary.added_ids
         if fate in _OWN and not forbidden.isdisjoint(ids[i:j]):

@@ -4,7 +4,8 @@ Two copies of a tokenizer's backend do it: one as it is, and one that matches no
 """
 
 import re
-from functools import cached_property
+from bisect import bisect_left
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -78,12 +79,13 @@ class Vocabulary:
         return copy
 
     def tokenize(self, pieces):
-        """Token ids and first characters of pieces.
+        """Token ids of pieces.
 
         Args:
             pieces: [P] Piece.
         Returns:
-            [P] (ids, starts): starts are places in the rendering, ascending, or None where not asked for.
+            [P] (ids, num_before): num_before(place) is how many of the tokens begin before a place in the rendering;
+            None where not asked for.
         """
         results = [None] * len(pieces)
         for plain in (False, True):
@@ -95,8 +97,7 @@ class Vocabulary:
                 encode = backend.encode_batch if offsets else backend.encode_batch_fast
                 encodings = encode([pieces[i].text for i in chosen], add_special_tokens=False)
                 for i, encoding in zip(chosen, encodings, strict=True):
-                    starts = [pieces[i].start + start for start, _ in encoding.offsets] if offsets else None
-                    results[i] = encoding.ids, starts
+                    results[i] = encoding.ids, partial(_num_before, encoding, pieces[i]) if offsets else None
         return results
 
     def cut(self, text, edges, neutral):
@@ -131,6 +132,19 @@ class Vocabulary:
                     pieces.append((a, b, False))
                 done = b
         return [piece for piece in pieces if piece[0] < piece[1]]
+
+
+def _num_before(encoding, piece, place):
+    """Tokens of a piece that begin before a place in the rendering. All offsets as a list would cost more to make."""
+    place -= piece.start
+    if place <= 0:
+        return 0
+    if place >= len(piece.text):
+        return len(encoding)
+    token = encoding.char_to_token(place)
+    if token is None:  # no token has this character
+        return bisect_left([start for start, _ in encoding.offsets], place)
+    return token + (encoding.token_to_chars(token)[0] < place)
 
 
 def check_encodable(text, conversation):

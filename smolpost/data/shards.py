@@ -24,7 +24,7 @@ from smolpost.data.sources import read_piece
 from smolpost.data.tokenize import SCHEMA, token_batches
 from smolpost.schema import Source, TrainStage
 
-SHARD_ROWS = 1024  # of a source, of which those that are taken are tokenized
+SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,13 @@ class Mean:
             raise ValueError(f"{len(self.weights)} weights need as many chunks of one length, not {shapes}")
         total, term, out = self._sum[:number], self._term[:number], self._out[:number]
         for index, (chunk, weight) in enumerate(zip(chunks, self.weights, strict=True)):
-            # Product and sum are rounded apart, not fused, in the inputs' order: bit for bit what mergekit computes.
-            product = term if index else total
-            if chunk.dtype == torch.float32:
-                torch.mul(chunk, weight, out=product)
-            else:  # bf16 times a number would be rounded to bf16
-                product.copy_(chunk).mul_(weight)
+            # bf16 times a number would be rounded to bf16.
+            values = chunk if chunk.dtype == torch.float32 else term.copy_(chunk)
             if index:
-                total.add_(term)
+                # Product and sum are rounded as one, in the inputs' order: bit for bit what mergekit computes.
+                total.add_(values, alpha=weight)
+            else:
+                torch.mul(values, weight, out=total)
         return out if out.dtype == torch.float32 else out.copy_(total)
 
 

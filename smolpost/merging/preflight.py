@@ -128,9 +128,10 @@ def _check_template(base: Checkpoint, other: Checkpoint) -> None:
     mine, theirs = base.chat_templates, other.chat_templates
     differing = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
     if differing:
+        name = differing[0]
         raise UserError(
-            f"merge inputs '{base.name}' and '{other.name}' differ in their chat template ({differing[0]}: "
-            f"{_shown(mine.get(differing[0]), theirs.get(differing[0]))}); merge checkpoints trained with one template, "
+            f"merge inputs '{base.name}' and '{other.name}' differ in their chat template ({name}: "
+            f"{_shown(mine.get(name), theirs.get(name))}); merge checkpoints trained with one template, "
             f"or allow it with allow_template_change=True: the result has the template of '{base.name}'"
         )
 

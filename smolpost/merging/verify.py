@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from smolpost.errors import UserError
 from smolpost.merging.average import is_finite
@@ -88,7 +88,13 @@ def check_model(folder: Path, config_file: Path) -> None:
     """
     config = AutoConfig.from_pretrained(config_file, local_files_only=True, trust_remote_code=False)
     model, loading = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        config=config,
+        generation_config=GenerationConfig(),
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     if loading["missing_keys"]:
         raise UserError(

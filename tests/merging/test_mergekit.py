@@ -1,442 +1,98 @@
-"""Merges of tiny SmolLM3 checkpoints: hand-computed means, refusals by their text, and what the result folder holds."""
+"""mergekit's linear method through our checks: the golden reference of our engine."""
 
-import json
 import logging
-import shutil
-import stat
 import subprocess
 import sys
-from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from smolpost.errors import UserError
-from smolpost.merging.checkpoint import CHUNK
 from smolpost.merging.linear import merge
-
-WORDS = ["<pad>", "<eos>", *"abcdefgh"]
-VOCAB_SIZE = 40
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-
-
-def save_tokenizer(folder, words=WORDS, template=TEMPLATE):
-    """A word-level tokenizer, one added token and a chat template."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.add_tokens(["<think>"], special_tokens=True)
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-
-
-def save_checkpoint(folder, seed, *, dtype=torch.float32, template=TEMPLATE, shard="1GB", **fields):
-    """Random weights drawn from `seed`, as save_pretrained leaves them."""
-    config = SmolLM3Config(
-        **{
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 1,
-            **fields,
-        }
-    )
-    torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM(config)
-    for parameter in model.parameters():  # norms too, which start as ones
-        parameter.data.normal_(0, 0.3)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    save_tokenizer(folder, template=template)
-    return folder
+from tests.merging.checkpoints import mean, save_checkpoint, weights
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three fp32 checkpoints a, b, c; a and b share a template, c has its own. Tests copy before they edit."""
+    """Three checkpoints of each dtype, by dtype and name."""
     root = tmp_path_factory.mktemp("trained")
-    templates = {"a": TEMPLATE, "b": TEMPLATE, "c": "{{ 'c' }}"}
-    return {n: save_checkpoint(root / n, i, template=templates[n]) for i, n in enumerate("abc")}
+    return {
+        dtype: {n: save_checkpoint(root / dtype / n, i, dtype=getattr(torch, dtype)) for i, n in enumerate("abc")}
+        for dtype in ("float32", "bfloat16", "float16")
+    }
 
 
-@pytest.fixture
-def edited(trained, tmp_path):
-    """A copy of b to damage."""
-    return Path(shutil.copytree(trained["b"], tmp_path / "edited"))
+def ordered(values):
+    """Floats as integers in their order, neighbours one apart."""
+    bits = values.view({4: torch.int32, 2: torch.int16}[values.dtype.itemsize])
+    return torch.where(bits < 0, torch.iinfo(bits.dtype).min - bits.long(), bits.long())
 
 
-def weights(folder):
-    """Every tensor of a folder, of one shard or several."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def edit_weights(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(folder, **fields):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
-def mean(folders_and_weights, dtype=torch.float64):
-    """The weighted mean, tensor by tensor, summed in `dtype`."""
-    parts = [(weights(folder), weight) for folder, weight in folders_and_weights]
-    return {name: sum(w * tensors[name].to(dtype) for tensors, w in parts) for name in parts[0][0]}
-
-
-# ---------------------------------------------------------------- what is written
-
-
-def test_soup_and_linear_merge_in_one_pass_match_torch(trained, tmp_path):
-    a, b, c = trained["a"], trained["b"], trained["c"]
-    # 0.9 x mean(a, b) + 0.1 x c, flattened.
-    report = merge([("a", a, 0.45), ("b", b, 0.45), ("c", c, 0.1)], "a", tmp_path / "out", "float32")
-    soup = mean([(a, 0.5), (b, 0.5)], torch.float32)
-    expected = {n: 0.9 * soup[n] + 0.1 * t for n, t in weights(c).items()}
-    merged = weights(tmp_path / "out")
-    assert merged.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(merged[name], expected[name], rtol=0, atol=2.4e-7)  # one fp32 unit at 2
-    exact = mean([(a, 0.45), (b, 0.45), (c, 0.1)])
-    assert report["max_abs_diff"] == max((merged[n].double() - exact[n]).abs().max().item() for n in exact)
-    assert report["max_abs_diff"] < 1e-7
-    assert report["num_tensors"] == len(expected) == 2 + 4 * 9  # embedding, final norm; 7 matrices, 2 norms per layer
-    assert report["num_parameters"] == sum(t.numel() for t in expected.values())
-    assert report["inputs"] == {"a": 0.45, "b": 0.45, "c": 0.1}
-    assert (report["base"], report["dtype"]) == ("a", "float32")
-
-
-def test_bfloat16_is_rounded_once(trained, tmp_path):
-    inputs = [("a", trained["a"], 0.45), ("b", trained["b"], 0.45), ("c", trained["c"], 0.1)]
-    report = merge(inputs, "a", tmp_path / "out", "bfloat16")
-    exact, merged = mean([(folder, weight) for _, folder, weight in inputs]), weights(tmp_path / "out")
-    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
-    equal = sum((merged[n] == exact[n].to(torch.bfloat16)).sum().item() for n in exact)
-    assert report["correctly_rounded"] == equal / report["num_parameters"] > 0.999
-    assert report["max_abs_diff"] < 2 * 2**-9  # half a bf16 unit below 2
-
-
-def test_bfloat16_inputs_are_summed_in_fp32_for_a_float32_result(tmp_path):
-    # Left to itself mergekit rounds the mean to the inputs' bf16 and then writes it as float32.
-    a, b = (save_checkpoint(tmp_path / n, i, dtype=torch.bfloat16) for i, n in enumerate("ab"))
-    merge([("a", a, 0.75), ("b", b, 0.25)], "b", tmp_path / "out", "float32")
-    exact = mean([(a, 0.75), (b, 0.25)])
-    for name, tensor in weights(tmp_path / "out").items():
-        torch.testing.assert_close(tensor.double(), exact[name], rtol=0, atol=2.4e-7)
-
-
-def test_soup_of_equal_checkpoints_is_the_identity(trained, edited, tmp_path):
-    a = trained["a"]
-    shutil.copytree(a, tmp_path / "again")
-    report = merge([("x", a, 0.5), ("y", tmp_path / "again", 0.5)], "x", tmp_path / "out", "float32")
-    assert report["max_abs_diff"] == 0
-    assert report["correctly_rounded"] == 1
-    torch.testing.assert_close(weights(tmp_path / "out"), weights(a), rtol=0, atol=0)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_our_engine_is_within_one_ulp_of_mergekit(stored, dtype, trained, tmp_path):
+    inputs = [(name, trained[stored][name], weight) for name, weight in zip("abc", (0.45, 0.45, 0.1), strict=True)]
+    reports = {
+        engine: merge(inputs, "a", tmp_path / engine, dtype, engine=engine, verification="full")
+        for engine in ("ours", "mergekit")
+    }
+    ours, theirs = (weights(tmp_path / engine) for engine in ("ours", "mergekit"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype == getattr(torch, dtype)
+        assert (ordered(ours[name]) - ordered(theirs[name])).abs().max() <= 1, name
+    # The same operations in the same order, so in fact the same bits.
+    same = {key: value for key, value in reports["ours"].items() if key not in ("engine", "seconds")}
+    assert same == {key: reports["mergekit"][key] for key in same}
 
 
 def test_one_folder_under_two_names_keeps_both_weights(trained, tmp_path):
-    a, b = trained["a"], trained["b"]
-    merge([("x", a, 0.25), ("y", a, 0.125), ("z", b, 0.625)], "y", tmp_path / "out", "float32")
+    a, b = trained["float32"]["a"], trained["float32"]["b"]
+    inputs = [("x", a, 0.25), ("y", a, 0.125), ("z", b, 0.625)]
+    merge(inputs, "y", tmp_path / "out", "float32", engine="mergekit")
     exact = mean([(a, 0.375), (b, 0.625)])
     for name, tensor in weights(tmp_path / "out").items():
         torch.testing.assert_close(tensor.double(), exact[name], rtol=0, atol=2.4e-7)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_of_tied_untied_and_sharded_models_is_merged(tied, tmp_path):
+def test_every_tensor_of_sharded_untied_models_is_merged(tmp_path):
     # A folder name with + and @, which mergekit would read as an adapter and a revision.
-    a = save_checkpoint(tmp_path / "a+x@y z", 0, tie_word_embeddings=tied, shard="3KB", attention_bias=True)
-    b = save_checkpoint(tmp_path / "b", 1, tie_word_embeddings=tied, attention_bias=True)
-    assert len(list(a.glob("*.safetensors"))) > 1
-    merge([("a", a, 0.5), ("b", b, 0.5)], "b", tmp_path / "out", "float32")
-    merged = weights(tmp_path / "out")
-    torch.testing.assert_close(merged, {n: t.float() for n, t in mean([(a, 0.5), (b, 0.5)]).items()}, rtol=0, atol=0)
-    assert ("lm_head.weight" in merged) is not tied
-    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.3.self_attn.q_proj.bias"} <= merged.keys()
+    a = save_checkpoint(tmp_path / "a+x@y z", 0, tie_word_embeddings=False, shard="3KB")
+    b = save_checkpoint(tmp_path / "b", 1, tie_word_embeddings=False)
+    merge([("a", a, 0.5), ("b", b, 0.5)], "b", tmp_path / "out", "float32", engine="mergekit")
+    exact = {n: t.float() for n, t in mean([(a, 0.5), (b, 0.5)]).items()}
+    torch.testing.assert_close(weights(tmp_path / "out"), exact, rtol=0, atol=0)
 
 
-def test_a_tensor_longer_than_one_chunk_is_compared_to_its_end(tmp_path):
-    sizes = {"vocab_size": CHUNK // 16 + 7}
-    a, b = (save_checkpoint(tmp_path / n, i, **sizes) for i, n in enumerate("ab"))
-    report = merge([("a", a, 0.5), ("b", b, 0.5)], "a", tmp_path / "out", "float32")
-    assert report["num_parameters"] == sum(t.numel() for t in weights(a).values()) > CHUNK
-
-
-def test_config_tokenizer_and_template_are_the_bases(trained, tmp_path):
-    c = Path(shutil.copytree(trained["c"], tmp_path / "c"))
-    edit_config(c, max_position_embeddings=131072)
-    (c / "additional_chat_templates").mkdir()
-    (c / "additional_chat_templates" / "tool.jinja").write_text("{{ 'tool' }}")
-    (c / "README.md").write_text("not ours to copy")
-    out = tmp_path / "out"
-    out.mkdir()  # empty is as good as absent
-    report = merge([("a", trained["a"], 0.9), ("c", c, 0.1)], "c", out, "bfloat16")
-    assert report["max_position_embeddings"] == {"a": 32768, "c": 131072}
-    copied = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
-    for name in [*copied, "additional_chat_templates/tool.jinja"]:
-        assert (out / name).read_bytes() == (c / name).read_bytes(), name
-    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (c, out))
-    assert ours == {**theirs, "dtype": "bfloat16"}
-    files = {"config.json", "model.safetensors", "additional_chat_templates", *copied}
-    assert {file.name for file in out.iterdir()} == files
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in out.rglob("*") if file.is_file()}
-    assert modes == {0o644}
-    assert not list(tmp_path.glob(".*"))  # the draft folder is gone
-
-
-def test_old_spelling_of_config_fields_is_the_same_model(trained, edited, tmp_path):
-    config = json.loads((edited / "config.json").read_text())
-    theta = config.pop("rope_parameters")["rope_theta"]
-    del config["no_rope_layers"], config["dtype"]
-    (edited / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "torch_dtype": "float32"}))
-    merge([("a", trained["a"], 0.5), ("old", edited, 0.5)], "old", tmp_path / "out", "bfloat16")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["torch_dtype"] == "bfloat16"
-    assert "dtype" not in written
-
-
-STOCK_LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
-model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-assert not any(loading.values()), loading
-assert type(model).__module__ == "transformers.models.smollm3.modeling_smollm3", type(model)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert tokenizer.convert_tokens_to_ids("<think>") == 10
-assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-assert model(torch.arange(8)[None]).logits.isfinite().all()
-assert not any(name.startswith(("smolpost", "mergekit")) for name in sys.modules)
-"""
-
-MERGE_WITH_REGISTERED_CLASSES = """
-import sys
-from pathlib import Path
-from smolpost.model.register import register
-register()
-from smolpost.merging.linear import merge
-a, b, out = map(Path, sys.argv[1:])
-report = merge([("a", a, 0.5), ("b", b, 0.5)], "a", out, "float32")
-assert report["num_tensors"] == 38, report
-"""
-
-
-def run_python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def test_loads_in_stock_transformers_and_registered_classes_change_nothing(trained, tmp_path):
-    # In a fresh process, so mergekit's logging and its progress bar are as a user sees them.
-    noise = run_python(MERGE_WITH_REGISTERED_CLASSES, trained["a"], trained["b"], tmp_path / "out")
-    assert "Executing graph" in noise
-    assert "No JSON architecture" not in noise
-    assert "Inferred" not in noise
-    run_python(STOCK_LOAD, tmp_path / "out")
-    torch.testing.assert_close(
-        weights(tmp_path / "out"),
-        {n: t.float() for n, t in mean([(trained["a"], 0.5), (trained["b"], 0.5)]).items()},
-        rtol=0,
-        atol=0,
-    )
-
-
-def test_second_merge_reads_what_the_folder_holds_now_and_logging_is_restored(trained, edited, tmp_path):
+def test_second_merge_reads_what_the_folder_holds_now_and_logging_is_restored(trained, tmp_path):
+    a, b = trained["float32"]["a"], save_checkpoint(tmp_path / "b", 1)
     before = logging.getLogger().handlers[:], logging.root.manager.disable
-    merge([("a", trained["a"], 0.5), ("b", edited, 0.5)], "a", tmp_path / "one", "float32")
-    for file in edited.iterdir():
+    merge([("a", a, 0.5), ("b", b, 0.5)], "a", tmp_path / "one", "float32", engine="mergekit")
+    for file in b.iterdir():
         file.unlink()
-    save_checkpoint(edited, 7, shard="3KB")
-    merge([("a", trained["a"], 0.5), ("b", edited, 0.5)], "a", tmp_path / "two", "float32")
-    exact = mean([(trained["a"], 0.5), (edited, 0.5)])
-    torch.testing.assert_close(weights(tmp_path / "two"), {n: t.float() for n, t in exact.items()}, rtol=0, atol=0)
+    save_checkpoint(b, 7, shard="3KB")
+    merge([("a", a, 0.5), ("b", b, 0.5)], "a", tmp_path / "two", "float32", engine="mergekit")
+    exact = {n: t.float() for n, t in mean([(a, 0.5), (b, 0.5)]).items()}
+    torch.testing.assert_close(weights(tmp_path / "two"), exact, rtol=0, atol=0)
     assert (logging.getLogger().handlers, logging.root.manager.disable) == before
 
 
-# ---------------------------------------------------------------- what is refused
+MERGE = """
+import sys
+from pathlib import Path
+from smolpost.merging.linear import merge
+a, b, out = map(Path, sys.argv[1:])
+merge([("a", a, 0.5), ("b", b, 0.5)], "a", out, "float32", engine="mergekit")
+"""
 
 
-def refused(inputs, tmp_path, base="a", out="out", dtype="float32"):
-    """The one-line message of a refused merge, which wrote nothing."""
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        merge(inputs, base, tmp_path / out, dtype)
-    assert sorted(tmp_path.rglob("*")) == before
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def refused_pair(trained, edited, tmp_path):
-    return refused([("a", trained["a"], 0.5), ("b", edited, 0.5)], tmp_path)
-
-
-def test_refuses_weights_that_do_not_sum_to_one(trained, tmp_path):
-    inputs = [("a", trained["a"], 0.5), ("b", trained["b"], 0.4)]
-    assert refused(inputs, tmp_path) == "merge weights a=0.5, b=0.4 sum to 0.9, not 1; divide each by their sum"
-    assert "sum to nan, not 1" in refused([("a", trained["a"], float("nan"))], tmp_path)
-
-
-def test_refuses_unknown_base_repeated_name_and_dtype(trained, tmp_path):
-    inputs = [("a", trained["a"], 0.5), ("b", trained["b"], 0.5)]
-    assert refused(inputs, tmp_path, base="z").startswith("merge base='z' is not among the inputs a, b; name the input")
-    assert "not among the inputs (none)" in refused([], tmp_path)
-    assert refused([inputs[0], inputs[0]], tmp_path) == "merge inputs name 'a' 2 times; add up its weights"
-    message = refused(inputs, tmp_path, dtype="float16")
-    assert message == "merge dtype='float16' cannot be written; choose one of float32, bfloat16"
-
-
-def test_refuses_a_dirty_output_folder(trained, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model-00001-of-00002.safetensors").touch()
-    message = refused([("a", trained["a"], 1.0)], tmp_path)
-    assert message == f"merge output {tmp_path / 'out'} exists and is not an empty folder; name another or empty it"
-
-
-@pytest.mark.parametrize(
-    ("fields", "values"),
-    [
-        ({"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}, "rope_parameters={'rope_theta': 2000000.0"),
-        ({"no_rope_layers": [1, 1, 0, 1]}, "no_rope_layers=[1, 1, 1, 0] and [1, 1, 0, 1]"),
-        ({"num_attention_heads": 2}, "num_attention_heads=4 and 2"),
-        ({"num_hidden_layers": 5, "no_rope_layers": None, "layer_types": None}, "layer_types="),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings=True and False"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-06 and 1e-05"),
-        ({"hidden_act": "gelu"}, "hidden_act=silu and gelu"),
-        ({"vocab_size": 41}, "vocab_size=40 and 41"),
-        ({"architectures": ["SmolLM3ForTokenClassification"]}, "architectures=['SmolLM3ForCausalLM'] and ["),
-    ],
-)
-def test_refuses_configs_that_give_the_weights_another_meaning(fields, values, trained, edited, tmp_path):
-    edit_config(edited, **fields)
-    message = refused_pair(trained, edited, tmp_path)
-    assert message.startswith(f"merge inputs 'a' and 'b' differ in config.json: {values}")
-    assert message.endswith("; merge checkpoints of one architecture only")
-
-
-def test_refuses_tensors_missing_on_either_side_or_of_another_shape(trained, edited, tmp_path):
-    edit_weights(edited, lambda tensors: tensors.pop("model.norm.weight"))
-    assert refused_pair(trained, edited, tmp_path) == (
-        "merge inputs 'a' and 'b' differ: tensor model.norm.weight is in 'a' and missing in 'b' (1 such); "
-        "save both with save_pretrained"
-    )
-    edit_weights(edited, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16), "x": torch.ones(1)}))
-    assert "tensor x is in 'b' and missing in 'a'" in refused_pair(trained, edited, tmp_path)
-    edit_weights(edited, lambda tensors: tensors.update({"model.norm.weight": torch.ones(17)}))
-    edit_weights(edited, lambda tensors: tensors.pop("x"))
-    assert "tensor model.norm.weight has shape [16] and [17]" in refused_pair(trained, edited, tmp_path)
-
-
-def test_refuses_a_permuted_vocabulary_and_another_added_token(trained, edited, tmp_path):
-    save_tokenizer(edited, words=[*WORDS[:-2], "h", "g"])
-    assert refused_pair(trained, edited, tmp_path) == (
-        "merge inputs 'a' and 'b' differ in tokenizer.json: token 'g' has id 8 and 9; "
-        "merge checkpoints of one tokenizer only"
-    )
-    file = edited / "tokenizer.json"
-    file.write_text((trained["a"] / "tokenizer.json").read_text().replace("<think>", "<muse>"))
-    assert "token '<muse>' has id none and 10" in refused_pair(trained, edited, tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_refuses_an_input_with_a_value_that_is_not_finite(value, dtype, trained, edited, tmp_path):
-    def spoil(tensors):
-        tensors["model.layers.2.mlp.up_proj.weight"].view(-1)[-1] = value
-        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-    edit_weights(edited, spoil)
-    message = refused_pair(trained, edited, tmp_path)
-    assert message.startswith("merge input 'b': tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity; ")
-
-
-def test_refuses_quantized_weights(trained, edited, tmp_path):
-    edit_weights(edited, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16, dtype=torch.int8)}))
-    assert "tensor model.norm.weight is I8, not one of F32, BF16, F16" in refused_pair(trained, edited, tmp_path)
-
-
-def test_refuses_a_full_disk(trained, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")(10, 0, 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    message = refused([("a", trained["a"], 1.0)], tmp_path, out="new/out")
-    elements = sum(tensor.numel() for tensor in weights(trained["a"]).values())
-    needed = 4 * elements + sum(file.stat().st_size for file in trained["a"].glob("*.json"))
-    assert f"needs {needed:,} bytes and {tmp_path} has 10 free; free {needed - 10:,} bytes or" in message
-
-
-def test_refuses_folders_that_are_no_single_safetensors_checkpoint(trained, edited, tmp_path):
-    model = edited / "model.safetensors"
-    index = edited / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
-    assert "holds both model.safetensors and model.safetensors.index.json" in refused_pair(trained, edited, tmp_path)
-    model.unlink()
-    assert "merge input 'b' has no model-1.safetensors" in refused_pair(trained, edited, tmp_path)
-    save_file({"other": torch.ones(1)}, edited / "model-1.safetensors")
-    message = refused_pair(trained, edited, tmp_path)
-    assert "places tensor model.norm.weight in model-1.safetensors, which does not hold it" in message
-    index.unlink()
-    (edited / "pytorch_model.bin").touch()
-    assert "only safetensors are read: save it with save_pretrained" in refused_pair(trained, edited, tmp_path)
-    (edited / "adapter_config.json").touch()
-    assert "merge input 'b' is a LoRA adapter" in refused_pair(trained, edited, tmp_path)
-    model.write_bytes((trained["b"] / "model.safetensors").read_bytes()[:1000])
-    assert f"merge input 'b': {model} cannot be read (" in refused_pair(trained, edited, tmp_path)
-
-
-def test_refuses_missing_and_broken_json(trained, edited, tmp_path):
-    (edited / "tokenizer.json").write_text("{")
-    assert f"merge input 'b': {edited / 'tokenizer.json'} cannot be read (" in refused_pair(trained, edited, tmp_path)
-    (edited / "tokenizer.json").unlink()
-    assert "merge input 'b' has no tokenizer.json" in refused_pair(trained, edited, tmp_path)
-    edit_config(edited, hidden_size="wide")
-    assert f"merge input 'b': {edited / 'config.json'} cannot be read (" in refused_pair(trained, edited, tmp_path)
-    (edited / "config.json").unlink()
-    assert "merge input 'b' has no config.json" in refused_pair(trained, edited, tmp_path)
-    edit_config(Path(shutil.copytree(trained["a"], tmp_path / "a")), architectures=None)
-    message = refused([("a", tmp_path / "a", 1.0)], tmp_path)
-    assert message.startswith("merge input 'a': architectures=[] in ")
-
-
-# ---------------------------------------------------------------- what is noticed after the merge
-
-
-def test_tensors_the_model_class_does_not_have_or_lacks_are_refused(trained, edited, tmp_path):
-    edit_weights(edited, lambda tensors: tensors.update(extra=torch.ones(3)))
-    assert "hold tensor extra (1 such) that their model class does not have" in refused(
-        [("b", edited, 1.0)], tmp_path, base="b"
-    )
-    edit_weights(edited, lambda tensors: [tensors.pop(name) for name in ("extra", "model.norm.weight")])
-    message = refused([("b", edited, 1.0)], tmp_path, base="b")
-    assert "merge inputs lack tensor model.norm.weight, which SmolLM3ForCausalLM needs" in message
-
-
-def test_logits_that_are_not_finite_are_refused(trained, edited, tmp_path):
-    edit_weights(edited, lambda tensors: tensors["model.norm.weight"].fill_(3e38))
-    assert "the merged model's logits are NaN or infinite" in refused([("b", edited, 1.0)], tmp_path, base="b")
-
-
-@pytest.mark.parametrize("wrong", [lambda t: t[-1:].mul_(1.001), lambda t: t[:1].fill_(float("nan"))])
-def test_one_wrong_element_is_noticed_and_nothing_stays(wrong, trained, tmp_path, monkeypatch):
-    from safetensors.torch import save_file as honest
-
-    def spoiled(tensors, *arguments, **keywords):
-        wrong(tensors["model.layers.3.mlp.down_proj.weight"].view(-1))
-        honest(tensors, *arguments, **keywords)
-
-    monkeypatch.setattr("safetensors.torch.save_file", spoiled)
-    with pytest.raises(RuntimeError, match=r"tensor model\.layers\.3\.mlp\.down_proj\.weight .* is not the weighted"):
-        merge([("a", trained["a"], 0.5), ("b", trained["b"], 0.5)], "a", tmp_path / "out", "float32")
-    assert not list(tmp_path.iterdir())
+def test_its_warnings_are_kept_from_the_user_and_its_files_from_the_result(trained, tmp_path):
+    # In a fresh process, so mergekit's logging and its progress bar are as a user sees them.
+    folders = [str(trained["float32"][name]) for name in "ab"]
+    command = [sys.executable, "-c", MERGE, *folders, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Executing graph" in done.stderr
+    assert "No JSON architecture" not in done.stderr
+    assert "Inferred" not in done.stderr
+    assert not (tmp_path / "out" / "mergekit_config.yml").exists()
+    assert "mergekit" not in (tmp_path / "out" / "README.md").read_text()
