@@ -46,7 +46,7 @@ class Anonymous(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._stop_asked.wait(0.002):
+        while not self._stop_asked.wait(0.005):
             self.peak = max(self.peak, anonymous())
 
     def stop(self) -> dict:
@@ -62,7 +62,8 @@ def anonymous() -> float:
 
 def measured(case: dict, side: str, work) -> dict:
     """One run into a new folder: {seconds, process_seconds, peak_anon_gb, above_gb}."""
-    import transformers  # noqa: F401 - every side has it before the clock starts
+    import torch  # noqa: F401 - every side has both before the clock starts
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
     out = Path(case["folder"]) / f"out-{side}"
     shutil.rmtree(out, ignore_errors=True)
@@ -73,10 +74,11 @@ def measured(case: dict, side: str, work) -> dict:
                     pass
     os.sync()  # no one pays for another's dirty pages
     warm = time.clock_gettime(time.CLOCK_MONOTONIC) - began_process()
-    sampler, began = Anonymous(), time.perf_counter()
+    sampler, began, cpu = Anonymous(), time.perf_counter(), time.process_time()
     work([Path(case["folder"]) / name for name in NAMES], out)
     seconds = time.perf_counter() - began
-    found = {"seconds": seconds, "start_seconds": warm, **sampler.stop()}
+    used = time.process_time() - cpu
+    found = {"seconds": seconds, "cpu_seconds": used, "start_seconds": warm, **sampler.stop()}
     if not case.get("keep"):
         shutil.rmtree(out)
     return found
@@ -216,10 +218,14 @@ def compare(name: str, arguments) -> dict:
         size = one_run("inputs", case, arguments)
         found = alternate(list(SIDES), case, arguments)
         beside = one_run("check", case, arguments)
-    mine, keys = found["smolpost"], ("seconds", "process_seconds", "peak_anon_gb", "above_gb")
+    mine, keys = found["smolpost"], ("seconds", "cpu_seconds", "process_seconds", "peak_anon_gb", "above_gb")
     for sides in found.values():
         sides["process_seconds"] = sides["start_seconds"] + sides["seconds"]
-    ratios = {side: {key: other[key] / mine[key] for key in keys} for side, other in found.items() if other is not mine}
+    ratios = {
+        side: {key: other[key] / mine[key] for key in keys if mine[key]}
+        for side, other in found.items()
+        if other is not mine
+    }
     settings = {"dtype": dtype, "layers": layers, "inputs": len(NAMES), **{k: size[k] for k in ("bytes", "parameters")}}
     against = {key: beside[key] for key in ("ulp", "share_equal")}
     return {"case": name, "settings": settings, "sides": found, "peer_over_ours": ratios, "against_mergekit": against}
@@ -230,6 +236,7 @@ def table_of(result: dict) -> list[dict]:
     for side, found in result["sides"].items():
         ratio = result["peer_over_ours"].get(side, {})
         row = {"case": result["case"], "side": side, "seconds": found["seconds"], "x ours": ratio.get("seconds")}
+        row |= {"CPU s": found["cpu_seconds"], "x CPU": ratio.get("cpu_seconds")}
         row |= {"process s": found["process_seconds"], "anon GB": found["peak_anon_gb"]}
         row |= {"x anon": ratio.get("peak_anon_gb"), "above GB": found["above_gb"], "x above": ratio.get("above_gb")}
         rows.append(row)

@@ -10,7 +10,9 @@ from smolpost.merging.linear import merge
 def linear(stage, inputs, folder):
     weighted = [(name, inputs[name], weight) for name, weight in stage.plan.weights.items()]
     # A checkpoint from before SFT, strong at long context, has another template; the stage's `base` names the result's.
-    return merge(weighted, stage.plan.base, folder, stage.plan.config.dtype, allow_template_change=True)
+    return merge(
+        weighted, stage.plan.base, folder, stage.plan.config.dtype, verification="full", allow_template_change=True
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.merging.checkpoint import Checkpoint
+from smolpost.merging.checkpoint import HEAD, Checkpoint
 from smolpost.merging.files import DONATED, copy_files
+from smolpost.merging.shards import PART
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,9 +62,16 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             f"merge input '{checkpoint.name}': peft cannot merge the adapter into {base.folder} ({reason}); "
             "check that it was trained on this model"
         ) from error
-    model.save_pretrained(folder)
-    shutil.copyfile(base.folder / "config.json", folder / "config.json")
-    copy_files(base.folder, folder, DONATED)
-    copy_files(checkpoint.folder, folder, DONATED)  # the tokenizer it was trained with, where it has one
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    folder.mkdir(parents=True)
+    save_torch_state_dict(state, folder)
+    config = f"config.json{PART}"
+    shutil.copyfile(base.folder / base.config_file, folder / config)
+    # The tokenizer it was trained with, where it has one.
+    tokenizer = checkpoint.folder if (checkpoint.folder / "tokenizer.json").exists() else base.folder
+    copy_files(base.folder, folder, ("generation_config.json",))
+    copy_files(tokenizer, folder, DONATED)
     files = (checkpoint.folder / CONFIG, checkpoint.folder / ADAPTER, *base.weight_files)
-    return Checkpoint(checkpoint.name, folder, checkpoint.weight, files)
+    return Checkpoint(checkpoint.name, folder, checkpoint.weight, files, config)

@@ -42,6 +42,7 @@ class Checkpoint:
     folder: Path
     weight: float = 1.0  # in the merge
     sources: tuple[Path, ...] = ()  # the files it was made of, where it is a merged adapter
+    config_file: str = "config.json"  # another name keeps loaders off a draft
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -110,10 +111,10 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json with the model class's defaults filled in, so that two spellings of one model are equal."""
-        file = self.folder / "config.json"
+        file = self.folder / self.config_file
         self._json(file)
         try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False).to_dict()
+            return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False).to_dict()
         except (OSError, ValueError, StrictDataclassError) as error:
             raise self._unreadable(file, error) from error
 

@@ -39,8 +39,8 @@ def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 def write_config(base: Checkpoint, file: Path, dtype: str) -> None:
-    """The base's config.json, as it is but for the dtype."""
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    """The base's configuration, as it is but for the dtype."""
+    config = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
     # transformers wrote torch_dtype before version 5.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = dtype

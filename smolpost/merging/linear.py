@@ -8,6 +8,7 @@ all is checked. The next merge to the same place removes what a killed one left.
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def merge(
     for folder in (draft, models):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
-        full = [merge_adapter(c, models / c.name) if c.name in adapters else c for c in checkpoints]
+        full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == base]
         check_inputs(full, donor, allow_template_change)
         draft.mkdir(parents=True)
@@ -89,14 +90,13 @@ def merge(
         }
         # Weight files are hashed and brought to the disk while the merge goes on.
         with Pool(threads) as hashing, Pool(threads) as syncing:
-            digests = {}
+            digests, syncs = {}, []
 
             def finished(file: Path) -> None:
                 syncs.append(syncing.submit(sync, file))
                 if hash_weights:
                     digests[file] = hashing.submit(sha256, file)
 
-            syncs = []
             if hash_weights:
                 files = dict.fromkeys(file for c in full for file in c.sources or c.weight_files)
                 digests |= {file: hashing.submit(sha256, file) for file in files}
@@ -105,14 +105,16 @@ def merge(
             else:
                 check_values(full, donor.tensors)
                 mergekit.write_mean(full, donor, draft, dtype)
-            merged = Checkpoint("merged", draft)
-            config = draft / f"config.json{PART}"
+            merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
+            config = draft / merged.config_file
             write_config(donor, config, dtype)
             if engine == "mergekit":
                 for file in merged.weight_files:
                     file.chmod(config.stat().st_mode)  # safetensors writes for the owner only
                     finished(file)
-            report |= _check(full, donor, merged, config, dtype, verification)
+            check_tensors(full, merged)
+            report |= compare_with_mean(full, merged, dtype, full=verification == "full")
+            check_model(merged)
             hashes = {file: digest.result() for file, digest in digests.items()}
             for task in syncs:
                 task.result()
@@ -129,7 +131,15 @@ def merge(
     return report | {"seconds": time.monotonic() - start}
 
 
-def _write_ours(checkpoints, draft, dtype, threads, shard_bytes, finished) -> None:
+def _write_ours(
+    checkpoints: list[Checkpoint],
+    draft: Path,
+    dtype: str,
+    threads: int,
+    shard_bytes: int,
+    finished: Callable[[Path], None],
+) -> None:
+    """Our engine, with its complaints in the user's words."""
     try:
         write_mean(checkpoints, draft, getattr(torch, dtype), limit=shard_bytes, threads=threads, finished=finished)
     except NotFinite as error:
@@ -141,20 +151,12 @@ def _write_ours(checkpoints, draft, dtype, threads, shard_bytes, finished) -> No
         ) from error
 
 
-def _check(checkpoints, donor, merged, config, dtype, verification) -> dict[str, Any]:
-    """Verify the drafted weights, cheapest first; returns what the report says."""
-    # The donor's config stands for the draft's, which has no config.json yet.
-    merged.__dict__["config"] = donor.config
-    check_tensors(checkpoints, merged)
-    measured = compare_with_mean(checkpoints, merged, dtype, full=verification == "full")
-    check_model(merged.folder, config)
-    return measured
-
-
-def _write_manifest(draft, checkpoints, merged, hashes, report) -> None:
+def _write_manifest(
+    draft: Path, checkpoints: list[Checkpoint], merged: Checkpoint, hashes: dict[Path, str], report: dict[str, Any]
+) -> None:
     """merge_manifest.json and the model card; files by name, so that they tell nothing of this machine."""
 
-    def files(paths):
+    def files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         return {path.name: {"sha256": hashes.get(path), "bytes": path.stat().st_size} for path in paths}
 
     inputs = [{"name": c.name, "weight": c.weight, "files": files(c.sources or c.weight_files)} for c in checkpoints]

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,15 +79,17 @@ def check_tensors(checkpoints: list[Checkpoint], merged: Checkpoint) -> None:
         raise UserError(_unknown(left_out))
 
 
-def check_model(folder: Path, config_file: Path) -> None:
+def check_model(merged: Checkpoint) -> None:
     """Load the merged model as any user would and run one short forward pass.
 
     Raises:
         UserError: Tensors are missing or left over, the head is not tied as the config says, or logits are not finite.
     """
-    config = AutoConfig.from_pretrained(config_file, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        merged.folder / merged.config_file, local_files_only=True, trust_remote_code=False
+    )
     model, loading = AutoModelForCausalLM.from_pretrained(
-        folder,
+        merged.folder,
         config=config,
         generation_config=GenerationConfig(),
         dtype="auto",

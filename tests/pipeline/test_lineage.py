@@ -120,7 +120,7 @@ ENTRIES = {  # where each step's work begins
     "apo": ["training/train.py"],
     "reference": ["training/reference.py", "model/__init__.py"],
     "pairs": ["synthesis/pairs.py", "model/loading.py", "data/mixtures.py"],
-    "merge": ["merging/mergekit.py"],
+    "merge": ["merging/linear.py"],
     "evaluate": ["evaluation/evaluate.py", "model/loading.py"],
 }
 
