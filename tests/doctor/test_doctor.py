@@ -196,7 +196,7 @@ def test_a_broken_row_is_found(clinic):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_found(clinic):
-    shown = "reply_of(message, where, state.thinking%s, as_code)"
+    shown = "set reply = reply_of(message, where, thinking%s, as_code)"
     spoilt = clinic.template((shown % "", shown % " and loop.last"))
     found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
     assert failed(found) == {"template"}
@@ -204,7 +204,7 @@ def test_a_template_that_rewrites_earlier_turns_is_found(clinic):
 
 
 HEADER_IN_SPAN = (
-    ("    {{- assistant_header -}}\n    {%- if message.train", "    {%- if message.train"),
+    ("    {{- assistant_header -}}\n    {%- if message[", "    {%- if message["),
     ("      {%- generation -%}\n", "      {%- generation -%}\n{{- assistant_header -}}"),
 )
 
@@ -218,7 +218,7 @@ def test_a_header_inside_the_generation_span_is_found(clinic):
 
 def test_a_template_that_drops_tool_calls_is_found(clinic):
     found = clinic.diagnose(
-        "sft", f"stages.sft.{clinic.template((' and calls and not', ' and not'), (') ~ calls -}}', ') -}}'))}"
+        "sft", f"stages.sft.{clinic.template(('if calls and text', 'if text'), (') ~ calls -}}', ') -}}'))}"
     )
     assert failed(found) == {"mask"}
     assert "1 differ" in found["mask"].detail and "the template leaves out 'mul'" in found["mask"].detail
