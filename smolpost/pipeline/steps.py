@@ -192,7 +192,8 @@ def train(lineage: Lineage, stage: Located) -> None:
         time.sleep(0.5)
     if environment.rank == 0:
         make(lineage, stage, lambda s, folder: _train(lineage, s, folder, environment), resumable=True)
-        remove_all(stage.folder)
+        with manifest.lock(stage.folder):  # an orphan that has just finished removes the same checkpoints
+            remove_all(stage.folder)
         print(f"{stage.folder}", flush=True)
     elif not stage.finished():
         _train(lineage, stage, stage.folder, environment)
