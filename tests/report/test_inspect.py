@@ -1,6 +1,5 @@
 """What is read back from a prepared folder is what was written, token by token."""
 
-import gc
 import json
 from itertools import pairwise
 
@@ -206,13 +205,12 @@ def test_opening_and_reading_one_pack_leaves_the_rest_on_disk(tmp_path):
         for _ in range(40):
             stream.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
     del lists, packs
-    gc.collect()  # what earlier tests left must not be counted
     before = pa.total_allocated_bytes()
     prepared = Prepared(folder)
     pack = prepared.pack(639)
     assert len(prepared) == 640 and pack.num_tokens == tokens
+    assert pa.total_allocated_bytes() - before < 10 * tokens
     assert file.stat().st_size > 90e6
-    assert pa.total_allocated_bytes() - before < 5e6  # a batch of 16 packs, where one has to be copied
     assert [place.pack for place in prepared.locate(prepared.find(row="7"))][-1] == 639
 
 
