@@ -10,8 +10,7 @@ from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.constraints import follows, follows_loosely
 from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.instruction_prompts import Prompt, own_prompts, read_prompts
-from smolpost.evaluation.task import MODES, Context, Item, Sample
-from smolpost.model.generation import derive_seed
+from smolpost.evaluation.task import MODES, Context, Item, Sample, greedy_replies
 from smolpost.schema import InstructionsTask
 
 
@@ -58,12 +57,7 @@ class Instructions:
         return [self._item(tokenizer, *entry) for entry in asked]
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
-        replies = engine.generate(
-            [item.ids for item in items],
-            max_new_tokens=max(item.max_new_tokens for item in items),
-            seed=derive_seed(self.context.seed, items[0].id),
-        )
-        return [_sample(item, reply) for item, [reply] in zip(items, replies, strict=True)]
+        return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
     def _item(self, tokenizer, mode: str, number: int, prompt: Prompt) -> Item:
         messages = [{"role": "user", "content": prompt.text}]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.evaluation.engine import Engine
+from smolpost.evaluation.engine import Engine, Reply
 from smolpost.schema import EvaluationTask
 
 MODES = {"think": True, "no_think": False}
@@ -92,3 +92,9 @@ class Task(Protocol):
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         """Samples of a batch of items, in their order."""
+
+
+def greedy_replies(engine: Engine, items: list[Item]) -> list[Reply]:
+    """The likeliest reply to each item of a batch."""
+    longest = max(item.max_new_tokens for item in items)
+    return [reply for [reply] in engine.generate([item.ids for item in items], max_new_tokens=longest)]

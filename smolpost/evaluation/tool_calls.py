@@ -16,8 +16,7 @@ from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.call_match import TYPES, mismatch
 from smolpost.evaluation.calls import TAGS, Call, read_calls
 from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.task import Context, Item, Sample
-from smolpost.model.generation import derive_seed
+from smolpost.evaluation.task import Context, Item, Sample, greedy_replies
 from smolpost.schema import Source, ToolCallsTask
 
 VARIABLES = {"xml": "xml_tools", "python": "python_tools"}  # of the template
@@ -83,12 +82,7 @@ class ToolCalls:
         ]
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
-        replies = engine.generate(
-            [item.ids for item in items],
-            max_new_tokens=max(item.max_new_tokens for item in items),
-            seed=derive_seed(self.context.seed, items[0].id),
-        )
-        return [_sample(item, reply) for item, [reply] in zip(items, replies, strict=True)]
+        return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
     def _item(self, tokenizer, style: str, several: bool, row: Row, answer: Row) -> Item:
         messages, functions = messages_of(row), functions_of(row)
