@@ -1,6 +1,7 @@
 """Linear merge side by side with mergekit: three SmolLM3-shaped checkpoints of 1 GB each into one, on disk.
 
-python benchmarks/merge.py [--quick]; inputs and outputs lie in a temporary folder (TMPDIR chooses the disk)
+python benchmarks/merge.py [--quick | --whole]; inputs and outputs lie in a temporary folder (TMPDIR chooses the disk).
+--whole merges checkpoints of SmolLM3-3B's own shapes instead, 6 GB each, by the commands and by a copy.
 
 Every side runs in a process of its own on inputs that are in the page cache. "smolpost" is `merge` with its defaults:
 preflight, pass, SHA-256 of all inputs and the output, verification, load and forward, fsync. "no hashes" leaves out
@@ -29,12 +30,14 @@ from pathlib import Path
 from side_by_side import alternate, keep, one_run, options, run_side, show
 
 NAMES, WEIGHTS = ("soup-0", "soup-1", "mid"), (0.45, 0.45, 0.1)
-# SmolLM3's shapes at half its width, with as many layers as make 1 GB.
-MODEL = {
-    "vocab_size": 128256, "hidden_size": 1024, "intermediate_size": 5504, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128012,
-}  # fmt: skip
-CASES = {"fp32": ("float32", 6), "bf16": ("bfloat16", 19)}  # dtype, layers
+VOCABULARY = {"vocab_size": 128256, "pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128012}
+# SmolLM3's shapes at half its width, with as many layers as make 1 GB; and its own.
+HALF = {"hidden_size": 1024, "intermediate_size": 5504, "num_attention_heads": 8, "num_key_value_heads": 2}
+CASES = {
+    "fp32": {"dtype": "float32", "model": HALF | {"num_hidden_layers": 6}},
+    "bf16": {"dtype": "bfloat16", "model": HALF | {"num_hidden_layers": 19}},
+    "3b": {"dtype": "bfloat16", "model": {}},
+}
 BLOCK = 2**23  # bytes that a copy holds at a time
 
 
@@ -206,6 +209,7 @@ SIDES = {
 
 
 COMMANDS = ("smolpost merge", "mergekit-yaml")  # compared with each other; the other sides with "smolpost"
+WHOLE_SIDES = ["smolpost", "mergekit", *COMMANDS, "copy, fsync"]
 
 
 def write_inputs(case: dict) -> dict:
@@ -217,7 +221,7 @@ def write_inputs(case: dict) -> dict:
 
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        config = SmolLM3Config(num_hidden_layers=case["layers"], **MODEL)
+        config = SmolLM3Config(**VOCABULARY, **case["model"])
         config.dtype = getattr(torch, case["dtype"])
         with torch.device("meta"):
             model = SmolLM3ForCausalLM(config)
@@ -238,27 +242,31 @@ def check(case: dict) -> dict:
     As its users run it, mergekit rounds the weights and sums of bf16 inputs to bf16 and divides by the weights' sum.
     """
     import torch
-    from safetensors import safe_open
 
     kept = case | {"keep": True}
     ours(kept, "smolpost")
     ours(kept, "mergekit", engine="mergekit")
     folder, furthest, equal, total = Path(case["folder"]), 0, 0, 0
-    theirs = {}
-    for file in (folder / "out-mergekit").glob("*.safetensors"):
-        opened = safe_open(file, "pt")
-        theirs |= dict.fromkeys(opened.keys(), opened)
-    mine = safe_open(folder / "out-smolpost" / "model.safetensors", "pt")
-    assert set(mine.keys()) == set(theirs)
+    mine, theirs = tensors_of(folder / "out-smolpost"), tensors_of(folder / "out-mergekit")
+    assert mine.keys() == theirs.keys()
     kind = torch.int32 if case["dtype"] == "float32" else torch.int16
-    for name in mine.keys():  # noqa: SIM118 - not a dict
-        for a, b in zip(*(o.get_tensor(name).view(-1).split(2**22) for o in (mine, theirs[name])), strict=True):
+    for name, opened in mine.items():
+        values = (file.get_tensor(name).view(-1).split(2**22) for file in (opened, theirs[name]))
+        for a, b in zip(*values, strict=True):
             far = (ordered(a.view(kind)) - ordered(b.view(kind))).abs()
             furthest, equal, total = max(furthest, int(far.max())), equal + int((far == 0).sum()), total + a.numel()
     for side in ("smolpost", "mergekit"):
         shutil.rmtree(folder / f"out-{side}")
     assert furthest <= 1, f"{furthest} ulp from mergekit"
     return {"ulp": furthest, "share_equal": equal / total}
+
+
+def tensors_of(folder: Path) -> dict:
+    """Name -> the opened file that holds the tensor."""
+    from safetensors import safe_open
+
+    files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def ordered(bits):
@@ -271,12 +279,13 @@ def ordered(bits):
 
 
 def compare(name: str, arguments) -> dict:
-    dtype, layers = CASES[name]
-    layers = 1 if arguments.quick else layers
+    case = CASES[name]
+    if arguments.quick:
+        case["model"]["num_hidden_layers"] = 1
     with tempfile.TemporaryDirectory(prefix="smolpost-bench-") as folder:
-        case = {"folder": folder, "dtype": dtype, "layers": layers}
+        case = {"folder": folder, **case}
         size = one_run("inputs", case, arguments)
-        found = alternate(list(SIDES), case, arguments)
+        found = alternate(WHOLE_SIDES if arguments.whole else list(SIDES), case, arguments)
         beside = one_run("check", case, arguments)
     mine, keys = found["smolpost"], ("seconds", "cpu_seconds", "process_seconds", "peak_anon_gb", "above_gb")
     for sides in found.values():
@@ -286,7 +295,8 @@ def compare(name: str, arguments) -> dict:
         for side, other in found.items()
         if other is not (own := found["smolpost merge"] if side in COMMANDS else mine)
     }
-    settings = {"dtype": dtype, "layers": layers, "inputs": len(NAMES), **{k: size[k] for k in ("bytes", "parameters")}}
+    settings = {key: case[key] for key in ("dtype", "model")} | {"inputs": len(NAMES)}
+    settings |= {key: size[key] for key in ("bytes", "parameters")}
     against = {key: beside[key] for key in ("ulp", "share_equal")}
     return {"case": name, "settings": settings, "sides": found, "peer_over_ours": ratios, "against_mergekit": against}
 
@@ -326,19 +336,21 @@ def targets_of(results: list[dict]) -> list[dict]:
 def main() -> None:
     if not Path("/proc/self/status").exists():
         sys.exit("RssAnon is read from /proc, which only Linux has")
-    arguments = options(__doc__.splitlines()[0])
+    arguments = options(__doc__.splitlines()[0], whole="SmolLM3-3B's own shapes: 30 GB of disk")
     if run_side(SIDES | {"inputs": write_inputs, "check": check}, arguments):
         return
     if arguments.quick:
         arguments.repeats = 1
-    results = [compare(name, arguments) for name in (["bf16"] if arguments.quick else CASES)]
+    cases = ["3b"] if arguments.whole else ["bf16"] if arguments.quick else ["fp32", "bf16"]
+    results = [compare(name, arguments) for name in cases]
     show("Linear merge of three checkpoints", [row for result in results for row in table_of(result)])
     print(json.dumps({result["case"]: result["against_mergekit"] for result in results}))
     if arguments.quick:
         return
     targets = targets_of(results)
     show("Targets", targets)
-    keep("merge", arguments, [*results, {"case": "targets", "targets": targets}])
+    name = "merge-3b" if arguments.whole else "merge"
+    keep(name, arguments, [*results, {"case": "targets", "targets": targets}])
 
 
 if __name__ == "__main__":

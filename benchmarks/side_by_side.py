@@ -25,8 +25,11 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "trl", "datasets")
 
 
-def options(summary: str) -> argparse.Namespace:
+def options(summary: str, **switches: str) -> argparse.Namespace:
+    """What was asked on the command line; `switches` are flags of the benchmark's own with their help."""
     parser = argparse.ArgumentParser(description=summary)
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--quick", action="store_true", help="a small case, under a minute; results are not kept")
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of gsm8k/ and tau_airline/"

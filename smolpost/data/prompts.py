@@ -43,3 +43,21 @@ def split_last_reply(messages: list[dict]) -> tuple[list[dict], str]:
         return messages, ""
     content = messages[last].get("content")
     return messages[:last], content if isinstance(content, str) else ""
+
+
+def mode_of(row: dict) -> str:
+    """think | no_think | text: the mode that a row asks its template for; a pair, by its chosen side.
+
+    Conversations think where they do not say; words /think and /no_think of the system message go before
+    `enable_thinking`, as in the smollm3 template.
+    """
+    messages = row.get("chosen") or row.get("messages")
+    if not messages:
+        return "text"
+    thinks = (row.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
+    words = str(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
+    if "/no_think" in words:
+        thinks = False
+    elif "/think" in words:
+        thinks = True
+    return "think" if thinks else "no_think"

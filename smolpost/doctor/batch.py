@@ -15,8 +15,9 @@ from smolpost.chat.masks import Policy, encode, trained_by_prefixes
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import clean_messages, render
 from smolpost.data.collate import IGNORE_INDEX
+from smolpost.data.prompts import mode_of
 from smolpost.data.tokenize import policy_of
-from smolpost.doctor.case import Case, NotChecked, conversations, difference, mode_of
+from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 
 

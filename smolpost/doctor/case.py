@@ -12,6 +12,7 @@ import numpy as np
 from smolpost import schema
 from smolpost.chat.render import load_template, render
 from smolpost.data.columns import as_row
+from smolpost.data.prompts import mode_of
 from smolpost.data.sources import read_rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -223,20 +224,6 @@ def conversations(row: dict) -> list[list[dict]]:
     if "chosen" in row and "rejected" in row:
         return [row["chosen"], row["rejected"]]
     return [row["messages"]] if "messages" in row else []
-
-
-def mode_of(row: dict) -> str:
-    """think | no-think | text: the mode that the row asks its template for."""
-    messages = next(iter(conversations(row)), None)
-    if messages is None:
-        return "text"
-    thinking = (row.get("chat_template_kwargs") or {}).get("enable_thinking", True)
-    words = str(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
-    if "/no_think" in words:
-        thinking = False
-    elif "/think" in words:
-        thinking = True
-    return "no-think" if thinking is False else "think"
 
 
 def one_line(error: Exception) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from smolpost import schema
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template, render, template_hash
-from smolpost.doctor.case import Case, NotChecked, conversations, difference, mode_of
+from smolpost.data.prompts import mode_of
+from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 
 

@@ -10,7 +10,7 @@ from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.constraints import follows, follows_loosely
 from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.instruction_prompts import Prompt, own_prompts, read_prompts
-from smolpost.evaluation.task import MODES, Context, Item, Sample, greedy_replies
+from smolpost.evaluation.task import MODES, Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.schema import InstructionsTask
 
 
@@ -46,7 +46,12 @@ class Instructions:
 
     def __init__(self, name: str, config: InstructionsTask, context: Context):
         self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
-        self._check_settings()
+        check_choices(self.key, config, "modes", MODES)
+        check_counts(self.key, config, "num_prompts", "max_new_tokens")
+        if config.num_prompts is None and config.prompts is None:
+            raise UserError(
+                f"{self.key}.num_prompts=null asks for all prompts of a file, and prompts=null names none; give one"
+            )
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         if self.config.prompts is None:
@@ -65,20 +70,6 @@ class Instructions:
         ids = encode_prompt(tokenizer, messages, template_kwargs=kwargs, today=self.context.today)
         asked = Asked(number, prompt, mode, opens_thinking(tokenizer, ids))
         return Item(f"{number}/{mode}", ids, self.config.max_new_tokens, about=asked)
-
-    def _check_settings(self) -> None:
-        config, wrong = self.config, None
-        unknown = [mode for mode in config.modes if mode not in MODES]
-        if unknown or not config.modes or len(set(config.modes)) < len(config.modes):
-            wrong = f"modes={config.modes} is no list of different modes; use {' and '.join(MODES)}, or one of them"
-        elif config.num_prompts is None and config.prompts is None:
-            wrong = "num_prompts=null asks for all prompts of a file, and prompts=null names none; give one of them"
-        elif config.num_prompts is not None and config.num_prompts < 1:
-            wrong = f"num_prompts={config.num_prompts} is below 1; raise it"
-        elif config.max_new_tokens < 1:
-            wrong = f"max_new_tokens={config.max_new_tokens} is below 1; raise it"
-        if wrong:
-            raise UserError(f"{self.key}.{wrong}")
 
 
 def _sample(item: Item, reply: Reply) -> Sample:

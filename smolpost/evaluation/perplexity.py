@@ -6,15 +6,13 @@ from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, encode
-from smolpost.data.prompts import named, where
+from smolpost.data.prompts import mode_of, named, where
 from smolpost.data.tokenize import encode_texts
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine
-from smolpost.evaluation.task import MODES, Context, Item, Sample
+from smolpost.evaluation.task import MODES, Context, Item, Sample, check_counts
 from smolpost.schema import PerplexityTask
-
-TEXT = "text"  # the mode of rows that are no conversations
 
 
 class Passage(NamedTuple):
@@ -53,12 +51,11 @@ class Perplexity:
 
     def __init__(self, name: str, config: PerplexityTask, context: Context):
         self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
-        if config.max_rows is not None and config.max_rows < 1:
-            raise UserError(f"{self.key}.max_rows={config.max_rows} is below 1; raise it, or set null for all rows")
+        check_counts(self.key, config, "max_rows")
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         self.notes = {"rows_without_trained_token": 0}
-        taken = {mode: {} for mode in (*MODES, TEXT)}
+        taken = {mode: {} for mode in (*MODES, "text")}
         for source, row in self.context.rows(self.config.data):
             mode = self._mode(row)
             rows = taken[mode].setdefault(source, [])
@@ -89,7 +86,7 @@ class Perplexity:
                 f"{where(row)}: is a preference row; expected messages or text; take its source out of "
                 f"data.{self.config.data}, or ask with a preference task"
             )
-        return TEXT if shape == TEXT else mode_of(row)
+        return mode_of(row)
 
     def _encoded(self, tokenizer, row: dict) -> Encoded:
         if row.get("messages") is None:
@@ -102,12 +99,6 @@ class Perplexity:
                 tools=row.get("tools"),
                 today=self.context.today,
             )
-
-
-def mode_of(row: dict) -> str:
-    """think or no_think: what the row's template variables ask for; think where they say nothing."""
-    thinks = (row.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
-    return next(mode for mode, thinking in MODES.items() if thinking is thinks)
 
 
 def _sample(tokenizer, item: Item, logps: list[float]) -> Sample:

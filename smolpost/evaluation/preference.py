@@ -6,12 +6,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode_pair
-from smolpost.data.prompts import named, where
+from smolpost.data.prompts import mode_of, named, where
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine
-from smolpost.evaluation.perplexity import mode_of
-from smolpost.evaluation.task import MODES, Context, Item, Sample
+from smolpost.evaluation.task import MODES, Context, Item, Sample, check_counts
 from smolpost.schema import PreferenceTask
 
 SIDES = ("chosen", "rejected")
@@ -66,8 +65,7 @@ class Preference:
 
     def __init__(self, name: str, config: PreferenceTask, context: Context):
         self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
-        if config.max_rows is not None and config.max_rows < 1:
-            raise UserError(f"{self.key}.max_rows={config.max_rows} is below 1; raise it, or set null for all rows")
+        check_counts(self.key, config, "max_rows")
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         self.notes = {"pairs_without_trained_token": 0, "pairs_equal": 0}

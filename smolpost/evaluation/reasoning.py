@@ -14,7 +14,7 @@ from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import Answers, MathAnswers, PatternAnswers, opens_thinking, parts_of
 from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.task import MODES, Context, Item, Sample
+from smolpost.evaluation.task import MODES, Context, Item, Sample, check_choices, check_counts
 from smolpost.model.generation import derive_seed
 from smolpost.schema import ReasoningTask
 
@@ -147,17 +147,10 @@ class Reasoning:
 
     def _check_settings(self) -> None:
         config = self.config
-        unknown = [mode for mode in config.modes if mode not in MODES]
+        check_choices(self.key, config, "modes", MODES)
+        check_counts(self.key, config, "max_rows", "max_new_tokens", "num_samples")
         wrong = None
-        if unknown or not config.modes or len(set(config.modes)) < len(config.modes):
-            wrong = f"modes={config.modes} is no list of different modes; use {' and '.join(MODES)}, or one of them"
-        elif config.max_rows is not None and config.max_rows < 1:
-            wrong = f"max_rows={config.max_rows} is below 1; raise it, or set null for all rows"
-        elif config.max_new_tokens < 1:
-            wrong = f"max_new_tokens={config.max_new_tokens} is below 1; raise it"
-        elif config.num_samples < 1:
-            wrong = f"num_samples={config.num_samples} is below 1; raise it"
-        elif not config.temperature >= 0 or config.temperature == math.inf:
+        if not config.temperature >= 0 or config.temperature == math.inf:
             wrong = f"temperature={config.temperature} is not a number from 0 on; use 0 for the likeliest tokens"
         elif not 0 < config.top_p <= 1:
             wrong = f"top_p={config.top_p} is outside (0, 1]; use 1 for all tokens"

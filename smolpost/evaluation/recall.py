@@ -12,7 +12,7 @@ from smolpost.data.tasks import KEYS, recall_row
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.fitting import largest
-from smolpost.evaluation.task import Context, Item, Sample
+from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.schema import RecallTask
 
 NUM_DEPTHS = 10  # bins
@@ -40,15 +40,12 @@ class Recall:
         self.config, self.context = config, context
         self.key = f"evaluation.tasks.{name}"
         self.notes: dict[str, int] = {}
-        if not config.lengths or len(set(config.lengths)) < len(config.lengths):
-            raise UserError(f"{self.key}.lengths={config.lengths} is empty or names one twice; name each once")
-        limits = {"num_prompts": None, "pairs": (len(KEYS), "the number of keys"), "queries": (config.pairs, "pairs")}
-        for field, limit in limits.items():
+        check_choices(self.key, config, "lengths")
+        check_counts(self.key, config, "num_prompts", "pairs", "queries")
+        for field, limit, what in (("pairs", len(KEYS), "the number of keys"), ("queries", config.pairs, "pairs")):
             value = getattr(config, field)
-            if value < 1:
-                raise UserError(f"{self.key}.{field}={value} is below 1; raise it")
-            if limit is not None and value > limit[0]:
-                raise UserError(f"{self.key}.{field}={value} is above {limit[0]}, {limit[1]}; lower it")
+            if value > limit:
+                raise UserError(f"{self.key}.{field}={value} is above {limit}, {what}; lower it")
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         """Prompts whose tokens, with those of the answer and its stop token, would with one symbol more be too many.
@@ -66,10 +63,7 @@ class Recall:
         ]
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
-        replies = engine.generate(
-            [item.ids for item in items], max_new_tokens=max(item.max_new_tokens for item in items)
-        )
-        return [_sample(item, reply) for item, [reply] in zip(items, replies, strict=True)]
+        return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
     def _item(self, tokenizer: PreTrainedTokenizerBase, length: int, i: int) -> Item:
         smallest = 3 * self.config.pairs + 1 + self.config.queries

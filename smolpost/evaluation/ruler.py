@@ -22,7 +22,7 @@ from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.fitting import fitted
 from smolpost.evaluation.haystack import text_pieces
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, Problem, Question
-from smolpost.evaluation.task import Context, Item, Sample
+from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.model.generation import derive_seed
 from smolpost.schema import RulerTask, Source
 
@@ -65,18 +65,12 @@ class Ruler:
         self.config, self.context = config, context
         self.key = f"evaluation.tasks.{name}"
         self.notes: dict[str, int] = {}
+        check_choices(self.key, config, "tasks", PROBLEMS)
+        check_choices(self.key, config, "lengths")
+        check_counts(self.key, config, "num_prompts", "think_tokens")
         for task in config.tasks:
-            if task not in PROBLEMS:
-                raise UserError(f"{self.key}.tasks={task} is unknown; use some of {', '.join(PROBLEMS)}")
             if task in QUESTION_TASKS and not config.questions:
                 raise UserError(f"{self.key}.questions is not given; {task} needs it: give it, or take {task} out")
-        for field in ("tasks", "lengths"):
-            values = getattr(config, field)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{self.key}.{field}={values} is empty or names one twice; name each once")
-        for field in ("num_prompts", "think_tokens"):
-            if getattr(config, field) < 1:
-                raise UserError(f"{self.key}.{field}={getattr(config, field)} is below 1; raise it")
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         """Prompts that would, with one unit more (a sentence, a needle, a word, a document), be too long.
@@ -105,10 +99,7 @@ class Ruler:
         return items
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
-        replies = engine.generate(
-            [item.ids for item in items], max_new_tokens=max(item.max_new_tokens for item in items)
-        )
-        return [_sample(item, reply) for item, [reply] in zip(items, replies, strict=True)]
+        return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
     def problem(self, task: str, i: int, length: int) -> Problem:
         """The i-th problem of a task, for prompts of a length."""

@@ -3,12 +3,13 @@
 A metric whose name has no slash is a headline and becomes a column; details follow one, as in `think/pass@4`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine, Reply
 from smolpost.schema import EvaluationTask
 
@@ -92,6 +93,31 @@ class Task(Protocol):
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         """Samples of a batch of items, in their order."""
+
+
+def check_counts(key: str, config: EvaluationTask, *fields: str) -> None:
+    """Refuse settings below 1; null, where a setting may have it, is no limit.
+
+    Raises:
+        UserError: The first such one, named below `key`.
+    """
+    for name in fields:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{key}.{name}={value} is below 1; raise it")
+
+
+def check_choices(key: str, config: EvaluationTask, name: str, known: Iterable | None = None) -> None:
+    """Refuse a list that is empty, names one twice, or one that is none of `known`.
+
+    Raises:
+        UserError: What the list is to hold.
+    """
+    values = getattr(config, name)
+    repeated = not values or len(set(values)) < len(values)
+    if repeated or (known is not None and not set(values) <= set(known)):
+        remedy = "name each once" if known is None else f"use some of {', '.join(known)}"
+        raise UserError(f"{key}.{name}={values} is no list of different {name}; {remedy}")
 
 
 def greedy_replies(engine: Engine, items: list[Item]) -> list[Reply]:

@@ -16,7 +16,7 @@ from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.call_match import TYPES, mismatch
 from smolpost.evaluation.calls import TAGS, Call, read_calls
 from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.task import Context, Item, Sample, greedy_replies
+from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.schema import Source, ToolCallsTask
 
 VARIABLES = {"xml": "xml_tools", "python": "python_tools"}  # of the template
@@ -61,7 +61,8 @@ class ToolCalls:
 
     def __init__(self, name: str, config: ToolCallsTask, context: Context):
         self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
-        self._check_settings()
+        check_choices(self.key, config, "styles", TAGS)
+        check_counts(self.key, config, "max_rows", "max_new_tokens")
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         answers = {}
@@ -120,18 +121,6 @@ class ToolCalls:
             seen.add(row["id"])
             rows.append(row)
         return rows
-
-    def _check_settings(self) -> None:
-        config, wrong = self.config, None
-        unknown = [style for style in config.styles if style not in TAGS]
-        if unknown or not config.styles or len(set(config.styles)) < len(config.styles):
-            wrong = f"styles={config.styles} is no list of different styles; use {' and '.join(TAGS)}, or one of them"
-        elif config.max_rows is not None and config.max_rows < 1:
-            wrong = f"max_rows={config.max_rows} is below 1; raise it, or set null for all rows"
-        elif config.max_new_tokens < 1:
-            wrong = f"max_new_tokens={config.max_new_tokens} is below 1; raise it"
-        if wrong:
-            raise UserError(f"{self.key}.{wrong}")
 
 
 def category(row_id: str) -> str:

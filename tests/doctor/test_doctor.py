@@ -128,7 +128,7 @@ def test_a_healthy_sft_stage_passes_every_check(healthy):
          "vocabulary", "lengths"), "pass",
     )  # fmt: skip
     assert exit_code([*found.values()]) == 0
-    assert "0 of 10 rows refused; sample of 10: 5 no-think, 5 think" in found["rows"].detail
+    assert "0 of 10 rows refused; sample of 10: 5 no_think, 5 think" in found["rows"].detail
     assert "10 texts and 14 shorter histories of them, 0 differ" in found["template"].detail
     assert "12 of 12 replies end with <|im_end|>" in found["stop token"].detail
     labelled, named = re.match(r"(\d+) tokens labelled, (\d+) named", found["mask"].detail).groups()

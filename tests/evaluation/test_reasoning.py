@@ -222,7 +222,7 @@ def test_bad_rows_are_named(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modes": ["fast"]}, r"modes=\['fast'\] is no list of different modes; use think and no_think"),
+        ({"modes": ["fast"]}, r"modes=\['fast'\] is no list of different modes; use some of think, no_think"),
         ({"modes": []}, r"modes=\[\] is no list"),
         ({"modes": ["think", "think"]}, "modes=.* is no list of different modes"),
         ({"max_rows": 0}, "max_rows=0 is below 1"),

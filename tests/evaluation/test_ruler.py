@@ -376,10 +376,10 @@ def test_unusable_texts_are_refused(bpe, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(tasks=["niah"]), "tasks=niah is unknown; use some of niah_single_1"),
-        (dict(tasks=[]), r"tasks=\[\] is empty"),
-        (dict(tasks=["vt", "vt"]), "tasks=.* names one twice"),
-        (dict(lengths=[]), r"lengths=\[\] is empty"),
+        (dict(tasks=["niah"]), r"tasks=\['niah'\] is no list of different tasks; use some of niah_single_1"),
+        (dict(tasks=[]), r"tasks=\[\] is no list"),
+        (dict(tasks=["vt", "vt"]), "tasks=.* is no list of different tasks"),
+        (dict(lengths=[]), r"lengths=\[\] is no list"),
         (dict(num_prompts=0), "num_prompts=0 is below 1"),
         (dict(think_tokens=0), "think_tokens=0 is below 1"),
         (dict(tasks=["vt", "qa_2"]), "questions is not given; qa_2 needs it"),

@@ -232,7 +232,7 @@ def test_bad_rows_are_refused(make, tokenizer, questions, answers, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"styles": ["json"]}, r"styles=\['json'\] is no list of different styles; use xml and python"),
+        ({"styles": ["json"]}, r"styles=\['json'\] is no list of different styles; use some of xml, python"),
         ({"styles": []}, r"styles=\[\] is no list"),
         ({"max_rows": 0}, "max_rows=0 is below 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
