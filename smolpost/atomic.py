@@ -1,9 +1,15 @@
-"""A file that is there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from smolpost.errors import UserError
 
 
 def write_json(file: Path, value: object) -> None:
@@ -20,3 +26,41 @@ def write_json(file: Path, value: object) -> None:
         except BaseException:
             os.unlink(part.name)
             raise
+
+
+@contextlib.contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `out`, for the one process that makes it; gone when the block ends, however.
+
+    What a killed process left in it is removed first; the kernel freed its lock.
+
+    Raises:
+        UserError: Another process is making `out`.
+    """
+    out = Path(os.path.abspath(out))
+    work = out.parent / f".{out.name}.making"
+    work.mkdir(parents=True, exist_ok=True)
+    held = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removed = os.stat(work).st_ino != os.fstat(held).st_ino  # by a process that ended just now
+        except (BlockingIOError, FileNotFoundError):
+            removed = True
+        if removed:
+            raise UserError(f"another process is making {out}; wait for its end, or name another folder")
+        try:
+            _empty(work)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

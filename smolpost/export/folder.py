@@ -7,7 +7,6 @@ beside it; the next export to the same place removes what a killed one left.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from smolpost.atomic import workplace
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import INDEX, WEIGHTS
 from smolpost.merging.files import DONATED, copy_files, sync
@@ -156,15 +156,12 @@ def building(out: Path) -> Iterator[Path]:
     """A hidden work folder beside `out`; its subfolder "out" takes the place of `out` when the block ends well.
 
     Raises:
-        UserError: `out` is a file, or a folder with something in it.
+        UserError: `out` is a file, or a folder with something in it, or another process is making it.
     """
     out = Path(os.path.abspath(out))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; remove it or name another")
-    work = out.parent / f".{out.name}.exporting"
-    shutil.rmtree(work, ignore_errors=True)  # of an export that was killed
-    try:
-        work.mkdir(parents=True)
+    with workplace(out) as work:
         yield work
         for file in (work / "out").rglob("*"):
             # safetensors writes for the owner only.
@@ -173,8 +170,6 @@ def building(out: Path) -> Iterator[Path]:
         sync(work / "out")
         os.replace(work / "out", out)
         sync(out.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_manifest(source: Source, out: Path, kind: str, tools: tuple[str, ...], **more: Any) -> dict[str, Any]:

@@ -5,16 +5,15 @@ beside it, which no loader takes for a model: the weights are named .part until 
 all is checked. The next merge to the same place removes what a killed one left.
 """
 
-import contextlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolpost.atomic import workplace
 from smolpost.merging.adapters import base_of, is_adapter, merge_adapter
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, MANIFEST, copy_files, sync, versions, write_card, write_config
@@ -106,11 +105,12 @@ def build(
     adapters = {c.name: base_of(c) for c in job.checkpoints if is_adapter(c)}
     [donor] = [checkpoint for checkpoint in job.checkpoints if checkpoint.name == job.base]
     check_disk(adapters.get(job.base, donor), job.out, job.dtype, len(adapters))
-    with _hidden_folders(job.out) as (draft, models):
+    with workplace(job.out) as work:
+        draft, models = work / "out", work / "adapters"
         full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(job.checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == job.base]
         check_inputs(full, donor, job.allow_template_change)
-        draft.mkdir(parents=True)
+        draft.mkdir()
         merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:
             for checkpoint in full:
@@ -129,19 +129,6 @@ def build(
         os.replace(draft, job.out)
         sync(job.out, job.out.absolute().parent)
     return report | {"seconds": time.monotonic() - start}
-
-
-@contextlib.contextmanager
-def _hidden_folders(out: Path) -> Iterator[tuple[Path, Path]]:
-    """Places beside `out` for its draft and for the models that adapters are merged into; neither stays."""
-    folders = tuple(out.absolute().parent / f".{out.name}.{word}" for word in ("merging", "adapters"))
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
-        yield folders
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _counts(checkpoints: list[Checkpoint], merged: Checkpoint) -> dict[str, Any]:

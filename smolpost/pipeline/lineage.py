@@ -139,6 +139,8 @@ class Lineage:
             }
         else:
             parts |= {"config": _keyed(config, without=()), "data": [self._mixture_key(m) for m in read]}
+        if kind == "tasks":
+            parts["files"] = [_file_key(config, name) for name in config.files]
         if kind in ("init", "pairs"):
             parts["template"] = load_template(config.template)
         if kind == "init":
@@ -204,8 +206,15 @@ class Lineage:
 
     def _source_key(self, source: schema.Source, **changes) -> list:
         """The source's rows by their content, and its settings."""
-        rows = self.stages[source.stage].key if source.stage else self._fingerprint(source)
+        rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         return [rows, dataclasses.asdict(source) | ({} if source.stage else {"path": None}) | changes]
+
+    def _stage_rows(self, source: schema.Source) -> str:
+        """Key of rows that a stage writes; files of synthetic tasks have one each, as each is drawn by itself."""
+        stage = self.stages[source.stage]
+        config, name = stage.plan.config, source.path.removesuffix(".jsonl")
+        drawn_alone = isinstance(config, schema.TasksStage) and name in config.files
+        return _file_key(config, name) if drawn_alone else stage.key
 
     def tokenized(self, stage: Located, source: str, tokenizer: str) -> Path:
         """Folder of a source's tokenized rows, which every stage shares that reads and renders them alike.
@@ -309,6 +318,12 @@ class Lineage:
             "files": [self._fingerprint(schema.Source(path=path)) for _, path in task.files()],
             "code": code_version(*CODE["task"], f"evaluation/{task.kind}.py"),
         }
+
+
+def _file_key(config: schema.TasksStage, name: str) -> str:
+    """Key of one file of synthetic tasks; its blocks count in their order."""
+    file = config.files[name]
+    return digest([config.seed, name, file.replay, list(file.blocks.items()), code_version(*CODE["tasks"])])
 
 
 def _keyed(config: schema.Stage | schema.EvaluationTask, without: tuple[str, ...]) -> dict:

@@ -96,7 +96,7 @@ def test_killed_build_is_hidden_and_the_next_one_removes_it(tmp_path):
             (work / "out" / "config.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".out.exporting"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.making"]
     with building(tmp_path / "out") as work:
         (work / "out").mkdir()
         (work / "out" / "new").write_text("")

@@ -61,6 +61,23 @@ def test_the_vocabulary_does_not_hang_on_what_only_training_reads(words, setting
     assert "base" in changed(keys(words), keys([*words, f"data.mid.{setting}"]))
 
 
+def test_what_reads_one_file_of_tasks_does_not_hang_on_the_others(tmp_path):
+    words = ["pipeline=tiny", f"run_dir={tmp_path}"]
+    after_mid = changed(keys(words), keys([*words, "stages.tasks.files.mid.blocks.chase.rows=10"]))
+    assert {"tasks", "mid", "sft", "merge"} <= after_mid
+    assert not {"init", "base", "long_context"} & after_mid
+    assert "base" in changed(keys(words), keys([*words, "stages.tasks.seed=1"]))
+
+
+def test_the_order_of_blocks_counts(tmp_path):
+    request = recipe.load(["pipeline=tiny", f"run_dir={tmp_path}"])
+    before = {name: stage.key for name, stage in Lineage(request).stages.items()}
+    base = request.recipe.stages["tasks"].files["base"]
+    base.blocks = dict(reversed(base.blocks.items()))
+    after = {name: stage.key for name, stage in Lineage(request).stages.items()}
+    assert {"tasks", "base"} <= changed(before, after)
+
+
 def test_data_content_counts_and_its_place_does_not(words, tmp_path):
     before = keys(words)
     moved = tmp_path / "moved"
