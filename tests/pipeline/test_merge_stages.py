@@ -26,6 +26,11 @@ GREEDY = [
     "evaluation.tasks.loss.max_rows=4", "data.heldout.sources.gsm8k.first_row=100",
 ]  # fmt: skip
 
+AVERAGE = [
+    "stages.sft.snapshot_steps=4", "+schema@stages.average=merge", "+stages.average.inputs.sft=1",
+    "stages.average.base=sft", "stages.average.average=ema", "stages.average.ema_decay=0.5",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
@@ -85,6 +90,25 @@ def test_a_greedy_soup_keeps_what_helps(project):
     merged, *parts = weights(project, GREEDY, "greedy", *report["kept"])
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, sum(part[name] for part in parts) / len(parts), atol=1e-7, rtol=1e-6)
+
+
+def test_the_average_along_a_run(project):
+    folder, _ = finished(project, "average", *AVERAGE)
+    inputs = {name: round(7 * weight) for name, weight in manifest.read(folder)["report"]["inputs"].items()}
+    assert inputs == {"sft@4": 1, "sft@8": 2, "sft": 4}  # of twelve steps, in sevenths
+    merged, final = weights(project, AVERAGE, "average", "sft")
+    kept = project.folder_of("sft", *AVERAGE) / "snapshots"
+    first, second = (load_file(kept / f"step-{step}" / "model.safetensors") for step in (4, 8))
+    assert any(not torch.equal(first[name], final[name]) for name in final)
+    for name, tensor in merged.items():
+        mean = (first[name].double() + 2 * second[name].double() + 4 * final[name].double()) / 7
+        torch.testing.assert_close(tensor.double(), mean, atol=2e-7, rtol=1e-7)
+    # The last two alone: the run is not trained again.
+    again, output = finished(
+        project, "average", *AVERAGE, "stages.average.average=lawa", "stages.average.average_last=2"
+    )
+    assert again != folder and "steps" not in output
+    assert manifest.read(again)["report"]["inputs"] == {"sft@8": 0.5, "sft": 0.5}
 
 
 def test_settings_that_make_no_merge_are_refused(project):
