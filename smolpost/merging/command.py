@@ -199,5 +199,5 @@ def _lines(report: dict[str, Any], out: Path) -> list[str]:
     else:
         lines.append("checked    all elements finite; loaded and run")
     speed = (report["read_bytes"] + report["written_bytes"]) / 1e9 / report["seconds"]
-    lines.append(f"took       {report['seconds']:.2f} s, {speed:.2f} GB/s read and written")
+    lines.append(f"took       {report['seconds']:.2f} s, {speed:.3g} GB/s read and written")
     return [*lines, f"folder     {out}"]
