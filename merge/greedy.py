@@ -9,20 +9,13 @@ from smolpost.atomic import write_json
 from smolpost.cli import job
 from smolpost.merging.greedy import greedy
 from smolpost.merging.measured import Objective, Points
-from smolpost.merging.points import Blend, write_point
-from smolpost.model.loading import load_for_inference
+from smolpost.merging.points import evaluator, write_point
 from smolpost.report.pareto import greedy_table
 
 
 def choose(stage, inputs, folder, measure):
     config, base = stage.plan.config, stage.plan.base
-    model, tokenizer = load_for_inference(inputs[base], dtype=config.dtype)
-    blend = Blend(inputs, base, model, config.dtype, allow_template_change=True)
-
-    def evaluate(weights, place):
-        blend.set(weights)
-        return measure(model, tokenizer, place)
-
+    evaluate = evaluator(inputs, base, config.dtype, measure)
     objective = Objective("metrics", config.metrics)
     report = greedy(list(inputs), Points(folder / "points", evaluate, [objective]), objective)
     write_json(folder / "greedy.json", report)

@@ -8,22 +8,14 @@ from rich.console import Console
 from smolpost.atomic import write_json
 from smolpost.cli import job
 from smolpost.merging.measured import Objective, Points
-from smolpost.merging.points import Blend, write_point
+from smolpost.merging.points import evaluator, write_point
 from smolpost.merging.sweep import sweep
-from smolpost.model.loading import load_for_inference
 from smolpost.report.pareto import save_pareto, sweep_table
 
 
 def choose(stage, inputs, folder, measure):
     config, base = stage.plan.config, stage.plan.base
-    model, tokenizer = load_for_inference(inputs[base], dtype=config.dtype)
-    # A checkpoint from before SFT, strong at long context, has another template; the stage's `base` names the result's.
-    blend = Blend(inputs, base, model, config.dtype, allow_template_change=True)
-
-    def evaluate(weights, place):
-        blend.set(weights)
-        return measure(model, tokenizer, place)
-
+    evaluate = evaluator(inputs, base, config.dtype, measure)
     long, rest = Objective("long", config.long), Objective("rest", config.rest)
     points = Points(folder / "points", evaluate, [long, rest])
     report = sweep(

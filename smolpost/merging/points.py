@@ -2,18 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.merging.linear import merge
+from smolpost.merging.measured import Evaluate
 from smolpost.merging.preflight import BYTES, check_choice, check_inputs, check_sum, check_values
+from smolpost.model.loading import load_for_inference
 
 MERGED = "merged"  # subfolder of a folder that already holds other files, in which its model is merged
 
@@ -84,6 +86,26 @@ class Blend:
                         f"{torch.finfo(self._dtype).max:g}; write another dtype"
                     )
                 target.copy_(values)
+
+
+def evaluator(
+    inputs: Mapping[str, Path],
+    base: str,
+    dtype: str,
+    measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], Mapping[str, Mapping[str, Any]]],
+) -> Evaluate:
+    """What `Points` asks of each point: its mean set in one live model, and that measured.
+
+    Chat templates may differ: a checkpoint from before SFT, strong at long context, has another one.
+    """
+    model, tokenizer = load_for_inference(inputs[base], dtype=dtype)
+    blend = Blend(inputs, base, model, dtype, allow_template_change=True)
+
+    def evaluate(weights, place):
+        blend.set(weights)
+        return measure(model, tokenizer, place)
+
+    return evaluate
 
 
 def write_point(
