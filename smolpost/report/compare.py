@@ -67,14 +67,18 @@ def compare_table(runs: list[dict[str, dict]]) -> Table:
         cells = []
         for column in columns:
             mean, low, high = row.get(column, (None, None, None))
-            cells.append("-" if mean is None else f"{mean:.2f}\n{_short(low)}-{_short(high)}")
+            cells.append("-" if mean is None else f"{mean:.2f}\n{_range(low, high)}")
         table.add_row(stage, *cells)
     return table
 
 
+def _range(low: float, high: float) -> str:
+    return f"{_short(low)}{'-' if low >= 0 else ' to '}{_short(high)}"
+
+
 def _short(value: float) -> str:
     """Two decimals without the zero before them, so that a range fits a column."""
-    return f"{value:.2f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.3g}"
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3g}"
 
 
 def markdown_table(runs: list[dict[str, dict]]) -> str:

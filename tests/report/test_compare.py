@@ -40,6 +40,13 @@ def test_means_and_ranges_of_the_headlines(tmp_path):
     ]
 
 
+def test_a_range_below_zero_is_readable(tmp_path):
+    runs = [run(tmp_path / str(i), think=value) for i, value in enumerate((-1.04, -0.242, 0.5))]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(compare_table(runs[:2]), compare_table(runs[1:]))
+    assert "-1.04 to -.24" in console.file.getvalue() and "-.24 to .50" in console.file.getvalue()
+
+
 def test_other_metrics_and_unfinished_runs_are_refused(tmp_path):
     runs = [run(tmp_path / "a", think=1.0), run(tmp_path / "b", no_think=1.0)]
     with pytest.raises(UserError, match=r"run 2 has other stages or metrics than run 1; compare runs of one pipeline"):
