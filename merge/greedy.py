@@ -10,12 +10,14 @@ from smolpost.cli import job
 from smolpost.merging.greedy import greedy
 from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point
+from smolpost.model.loading import load_for_inference
 from smolpost.report.pareto import greedy_table
 
 
 def choose(stage, inputs, folder, measure):
     config, base = stage.plan.config, stage.plan.base
-    evaluate = evaluator(inputs, base, config.dtype, measure)
+    loaded = load_for_inference(inputs[base], dtype=config.dtype)
+    evaluate = evaluator(inputs, base, config.dtype, loaded, measure)
     objective = Objective("metrics", config.metrics)
     report = greedy(list(inputs), Points(folder / "points", evaluate, [objective]), objective)
     write_json(folder / "greedy.json", report)

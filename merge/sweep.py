@@ -10,12 +10,14 @@ from smolpost.cli import job
 from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point
 from smolpost.merging.sweep import sweep
+from smolpost.model.loading import load_for_inference
 from smolpost.report.pareto import save_pareto, sweep_table
 
 
 def choose(stage, inputs, folder, measure):
     config, base = stage.plan.config, stage.plan.base
-    evaluate = evaluator(inputs, base, config.dtype, measure)
+    loaded = load_for_inference(inputs[base], dtype=config.dtype)
+    evaluate = evaluator(inputs, base, config.dtype, loaded, measure)
     long, rest = Objective("long", config.long), Objective("rest", config.rest)
     points = Points(folder / "points", evaluate, [long, rest])
     report = sweep(

@@ -14,7 +14,8 @@ FLOORS = {
     "pipeline": 4, "report": 4, "doctor": 4, "export": 4,
     "cli": 5, "train": 5,
 }  # fmt: skip
-NEIGHBOURS = {("data", "chat"), ("doctor", "pipeline"), ("train", "cli")}  # the exceptions on one floor
+# The exceptions on one floor.
+NEIGHBOURS = {("atomic", "errors"), ("data", "chat"), ("doctor", "pipeline"), ("train", "cli")}
 
 
 def imports(file: Path) -> set[str]:

@@ -15,7 +15,6 @@ from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.merging.linear import merge
 from smolpost.merging.measured import Evaluate
 from smolpost.merging.preflight import BYTES, check_choice, check_inputs, check_sum, check_values
-from smolpost.model.loading import load_for_inference
 
 MERGED = "merged"  # subfolder of a folder that already holds other files, in which its model is merged
 
@@ -92,13 +91,19 @@ def evaluator(
     inputs: Mapping[str, Path],
     base: str,
     dtype: str,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], Mapping[str, Mapping[str, Any]]],
 ) -> Evaluate:
     """What `Points` asks of each point: its mean set in one live model, and that measured.
 
     Chat templates may differ: a checkpoint from before SFT, strong at long context, has another one.
+
+    Args:
+        inputs, base, dtype: As for `Blend`.
+        loaded: The base's model and tokenizer.
+        measure: Evaluates the model; its files go to the folder.
     """
-    model, tokenizer = load_for_inference(inputs[base], dtype=dtype)
+    model, tokenizer = loaded
     blend = Blend(inputs, base, model, dtype, allow_template_change=True)
 
     def evaluate(weights, place):

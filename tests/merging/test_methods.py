@@ -475,7 +475,10 @@ merge_method("slerp", inputs, "a", out, "float32", parameters={"t": 0.5}, base_m
 """
 
 
-@pytest.mark.parametrize("step", ["0", "20", "write_config", "check_tensors", "_write_manifest"])
+LONG = [pytest.param(step, marks=pytest.mark.slow) for step in ("0", "write_config", "check_tensors")]
+
+
+@pytest.mark.parametrize("step", ["20", "_write_manifest", *LONG])
 def test_a_killed_merge_leaves_nothing_that_loads(step, trained, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(trained["a"]), str(trained["b"]), str(out), step]
