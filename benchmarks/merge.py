@@ -279,11 +279,9 @@ def ordered(bits):
 
 
 def compare(name: str, arguments) -> dict:
-    case = CASES[name]
-    if arguments.quick:
-        case["model"]["num_hidden_layers"] = 1
+    shapes = CASES[name]["model"] | ({"num_hidden_layers": 1} if arguments.quick else {})
     with tempfile.TemporaryDirectory(prefix="smolpost-bench-") as folder:
-        case = {"folder": folder, **case}
+        case = CASES[name] | {"folder": folder, "model": shapes}
         size = one_run("inputs", case, arguments)
         found = alternate(WHOLE_SIDES if arguments.whole else list(SIDES), case, arguments)
         beside = one_run("check", case, arguments)

@@ -32,6 +32,8 @@ def write_json(file: Path, value: object) -> None:
 def workplace(out: Path) -> Iterator[Path]:
     """An empty hidden folder beside `out`, for the one process that makes it; gone when the block ends, however.
 
+    So are the folders above it that were made for it, where nothing was put into them.
+
     What a killed process left in it is removed first; the kernel freed its lock.
 
     Raises:
@@ -39,6 +41,7 @@ def workplace(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     work = out.parent / f".{out.name}.making"
+    new = [parent for parent in work.parents if not parent.exists()]  # the deepest first
     work.mkdir(parents=True, exist_ok=True)
     held = os.open(work, os.O_RDONLY)
     try:
@@ -54,6 +57,9 @@ def workplace(out: Path) -> Iterator[Path]:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # one that holds the result stays
+                for parent in new:
+                    parent.rmdir()
     finally:
         os.close(held)
 

@@ -38,7 +38,15 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="full"), workplace(tmp_path / "new" / "out") as work:
+    with pytest.raises(OSError, match="full"), workplace(tmp_path / "new" / "deep" / "out") as work:
         (work / "part").write_text("x")
         raise OSError("disk full")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folders_above_a_result_stay(tmp_path):
+    out = tmp_path / "new" / "deep" / "out"
+    with workplace(out) as work:
+        (work / "out").mkdir()
+        (work / "out").rename(out)
+    assert list(out.parent.iterdir()) == [out]

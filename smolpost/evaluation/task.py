@@ -116,7 +116,7 @@ def check_choices(key: str, config: EvaluationTask, name: str, known: Iterable |
     values = getattr(config, name)
     repeated = not values or len(set(values)) < len(values)
     if repeated or (known is not None and not set(values) <= set(known)):
-        remedy = "name each once" if known is None else f"use some of {', '.join(known)}"
+        remedy = "name one or more, each once" if known is None else f"use some of {', '.join(known)}"
         raise UserError(f"{key}.{name}={values} is no list of different {name}; {remedy}")
 
 
