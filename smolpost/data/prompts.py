@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from smolpost.chat.render import text_of
 from smolpost.errors import UserError
 
 
@@ -55,7 +56,7 @@ def mode_of(row: dict) -> str:
     if not messages:
         return "text"
     thinks = (row.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
-    words = str(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
+    words = text_of(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
     if "/no_think" in words:
         thinks = False
     elif "/think" in words:

@@ -13,7 +13,7 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Policy, encode, trained_by_prefixes
 from smolpost.chat.reasoning import split_reasoning
-from smolpost.chat.render import clean_messages, render
+from smolpost.chat.render import clean_messages, render, text_of
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.prompts import mode_of
 from smolpost.data.tokenize import policy_of
@@ -163,9 +163,7 @@ def words_of(case: Case, row: dict) -> list[str]:
     for message in replies:
         if False in (message.get("train"), message.get("training")):
             continue
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+        content = text_of(message.get("content"))
         thinks = mode_of(row) == "think" and case.config.train_reasoning
         found.append(content if thinks else split_reasoning(content)[1])
         found.append((message.get("reasoning_content") or message.get("reasoning") or "") if thinks else "")

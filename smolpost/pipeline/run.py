@@ -69,6 +69,7 @@ def run(request: Request, console: Console) -> int:
         UserError: The recipe or its data cannot be used.
     """
     lineage = Lineage(request)
+    _check_tasks(request.recipe.evaluation.tasks)
     wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
     began = time.monotonic()
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
@@ -88,6 +89,15 @@ def run(request: Request, console: Console) -> int:
             if code:
                 return _stopped(owner, command, code, console)
     return _conclude(lineage, wanted, time.monotonic() - began, console)
+
+
+def _check_tasks(tasks: dict[str, schema.EvaluationTask]) -> None:
+    """Refuse settings of an evaluation before hours of training, not after them."""
+    from smolpost.evaluation.task import Context
+    from smolpost.evaluation.tasks import build
+
+    for name, task in tasks.items():
+        build(name, task, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
 
 
 def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:

@@ -7,8 +7,10 @@ from smolpost.data.prompts import mode_of
 
 SHOWN = {"think": "Reasoning Mode: /think", "no_think": "Reasoning Mode: /no_think"}
 
+PARTS = [{"type": "text", "text": "Be brief. /no_think"}]
 
-@pytest.mark.parametrize("system", [None, "Be brief.", "Be brief. /no_think", "/think Be brief."])
+
+@pytest.mark.parametrize("system", [None, "Be brief.", "Be brief. /no_think", "/think Be brief.", PARTS])
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_the_mode_of_a_row_is_the_one_that_its_prompt_shows(tokenizer, system, thinking):
     messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": "hi"}]

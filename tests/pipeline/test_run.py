@@ -81,3 +81,11 @@ def test_an_orphan_is_waited_for_not_raced(project, tmp_path):
     assert "sft: resume (at step" in output
     assert "waiting for process" in output and f"{folder} is finished" in output
     assert manifest.read(folder)["report"]["steps"] == 400
+
+
+def test_settings_of_an_evaluation_are_refused_before_anything_is_made(tmp_path):
+    small = Small(tmp_path)
+    small.write_data()
+    done = small.smolpost("run", "evaluation=gsm8k", "evaluation.tasks.ruler.lengths=[]")
+    assert done.returncode == 2 and "evaluation.tasks.ruler.lengths=[] is no list" in done.stderr
+    assert not (tmp_path / "runs").exists()
