@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
-from smolpost.chat.controls import controls
+from smolpost.chat.controls import controls, reply_words
 from smolpost.chat.fates import Fate
 from smolpost.chat.render import RESULT_ROLES, part_text, text_of
 from smolpost.errors import UserError
@@ -309,7 +309,10 @@ class _Marker:
     def _marked(self, chosen):
         ranges = {own.key: (own, span) for own, span in chosen}
         messages = [
-            self._marked_message(m, *ranges.get(i, (None, None))) for i, m in enumerate(self.conversation.messages)
+            self._marked_reply(i, m)
+            if m.get("role") == "assistant"
+            else self._marked_message(m, *ranges.get(i, (None, None)))
+            for i, m in enumerate(self.conversation.messages)
         ]
         variables = {}
         for name, value in self.conversation.variables.items():
@@ -321,12 +324,25 @@ class _Marker:
         return replace(self.conversation, messages=messages, variables=variables, tools=tools)
 
     def _marked_message(self, message, own, span):
-        matcher = self._matcher(own.fate if own else Fate.REPLY)
-        fixed = {"role": message.get("role")} | ({"content": message.get("content")} if own else {})
+        matcher = self._matcher(own.fate)
+        fixed = {"role": message.get("role"), "content": message.get("content")}
         rest = {key: value for key, value in message.items() if key not in fixed}
         marked = {**{key: fixed[key] for key in fixed if key in message}, **self._marked_controls(rest, matcher)}
-        if own and span:
+        if span:
             marked["content"] = self._marked_content(message["content"], own, span)
+        return marked
+
+    def _marked_reply(self, i, message):
+        """A reply with a mark in each control token that is a word of the author's."""
+        words = reply_words(self.conversation, i, self.vocabulary)
+        marks = [(start + 1, self.marks["control"]) for start, _ in words]
+        marked = {}
+        for key, value in message.items():
+            if key == "content" and marks:
+                marked[key] = _marked_parts(value, marks)
+            else:
+                as_is = key in ("role", "content")
+                marked[key] = value if as_is else self._marked_controls(value, self.vocabulary.added)
         return marked
 
     def _marked_variable(self, value, range_of):
@@ -342,18 +358,7 @@ class _Marker:
             *((i, self.marks["control"]) for i in inside),
             (end, self.marks["end"]),
         ]
-        if isinstance(content, str):
-            return _with_marks(content, marks, 0, last=True)
-        parts, done = [], 0
-        texts = [i for i, part in enumerate(content) if part_text(part)]
-        for i, part in enumerate(content):
-            text = part_text(part)
-            if i in texts:
-                new = _with_marks(text, marks, done, last=i == texts[-1])
-                part = {**part, "text": new} if isinstance(part, dict) else new
-            done += len(text)
-            parts.append(part)
-        return parts
+        return _marked_parts(content, marks)
 
     def _marked_controls(self, value, matcher):
         """A value with a mark in each control token, in all strings it holds."""
@@ -362,6 +367,22 @@ class _Marker:
         if isinstance(value, dict):
             return {self._marked_controls(k, matcher): self._marked_controls(v, matcher) for k, v in value.items()}
         return [self._marked_controls(v, matcher) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _marked_parts(content, marks):
+    """A content, string or list of parts, with [(place in its text, mark)] put in."""
+    if isinstance(content, str):
+        return _with_marks(content, marks, 0, last=True)
+    parts, done = [], 0
+    texts = [i for i, part in enumerate(content) if part_text(part)]
+    for i, part in enumerate(content):
+        text = part_text(part)
+        if i in texts:
+            new = _with_marks(text, marks, done, last=i == texts[-1])
+            part = {**part, "text": new} if isinstance(part, dict) else new
+        done += len(text)
+        parts.append(part)
+    return parts
 
 
 def _with_marks(text, marks, offset, last):

@@ -1,12 +1,16 @@
 """Control tokens that a row's own texts spell out: they must reach the model as text.
 
-Users and tools may write none of the tokenizer's added tokens. The system's and the assistant's texts may hold
-<think>, <tool_call> and the like, which are the reply's own syntax, but none of the special tokens.
+Users and tools may write none of the tokenizer's added tokens, the system's texts none of the special ones. A reply may
+hold <think>, <tool_call> and the like where they are its structure; anywhere else they are the author's words.
 """
 
-from smolpost.chat.render import text_of
+from smolpost.chat.calls import TAGS, call_blocks
+from smolpost.chat.reasoning import CLOSE, OPEN, think_blocks
+from smolpost.chat.render import RESULT_ROLES, text_of
 
-_INSIDERS = ("system", "developer", "assistant")
+_INSIDERS = ("system", "developer")
+#: Tokens that are structure in a reply where the format puts them, and words anywhere else.
+STRUCTURE = (OPEN, CLOSE, *(f"<{slash}{tag}>" for tag in (*TAGS.values(), "tool_response") for slash in ("", "/")))
 
 
 def controls(conversation, vocabulary):
@@ -19,14 +23,47 @@ def controls(conversation, vocabulary):
         (place, token): the first one of each text, by the name of its message or variable.
     """
     for i, message in enumerate(conversation.messages):
+        is_reply = message.get("role") == "assistant"
         matcher = vocabulary.special if message.get("role") in _INSIDERS else vocabulary.added
-        values = [value for key, value in message.items() if key != "role"]
-        if isinstance(message.get("content"), list | tuple):
+        values = [value for key, value in message.items() if key != "role" and not (is_reply and key == "content")]
+        if is_reply:
+            text = text_of(message.get("content"))
+            yield from ((f"messages[{i}]", text[start:end]) for start, end in reply_words(conversation, i, vocabulary))
+        elif isinstance(message.get("content"), list | tuple):
             values.append(text_of(message["content"]))
         yield from ((f"messages[{i}]", found) for found in _matches(values, matcher))
     variables = {f"chat_template_kwargs.{name}": value for name, value in conversation.variables.items()}
     for place, value in {**variables, "tools": conversation.tools}.items():
         yield from ((place, found) for found in _matches(value, vocabulary.special))
+
+
+def reply_words(conversation, i, vocabulary):
+    """[(start, end)] of the control tokens in the content of reply i that are words: all special ones, and of
+    STRUCTURE those that do not stand as a think block of the reply or as one of its calls."""
+    text = text_of(conversation.messages[i].get("content"))
+    found = [match.span() for match in vocabulary.added.finditer(text)]
+    if not found:
+        return []
+    structure = _structure(text, _calls_code(conversation, i))
+    is_special = {span: bool(vocabulary.special.fullmatch(text, *span)) for span in found}
+    return [s for s in found if is_special[s] or (text[slice(*s)] in STRUCTURE and s not in structure)]
+
+
+def _structure(text, calls_code):
+    """The (start, end) of every tag that is structure."""
+    spans, answer = set(), 0
+    for block in think_blocks(text):
+        spans |= {(block.start, block.inner_start), (block.inner_end, block.end)}
+        answer = block.end
+    for block in call_blocks(text[answer:], tuple(TAGS.values()) if calls_code else (TAGS["xml"],)):
+        spans |= {(answer + block.start, answer + block.inner_start), (answer + block.inner_end, answer + block.end)}
+    return spans
+
+
+def _calls_code(conversation, i):
+    """Whether <code> is how reply i calls: the row has Python tools, or a tool answers it. Elsewhere it is HTML."""
+    after = conversation.messages[i + 1].get("role") if i + 1 < len(conversation.messages) else None
+    return bool(conversation.variables.get("python_tools")) or after in RESULT_ROLES
 
 
 def _matches(value, matcher):

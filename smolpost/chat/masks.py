@@ -240,8 +240,7 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     for span in spans:
         ranges.append((span.start, span.end, Fate.TRAINED if span.message in turns else Fate.REPLY))
         if span.message in turns and not policy.reasoning:
-            inside = reasoning_ranges(text[span.start : span.end])
-            ranges += [(span.start + a, span.start + b, Fate.REASONING) for a, b in inside]
+            ranges += [(a, b, Fate.REASONING) for a, b in _reasoning(text, span, vocabulary, neutral)]
         neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, neutral)
     ranges += [(*_turn(conversation, text, contents, i, vocabulary), Fate.TRAINED) for i in others]
     ranges.sort(key=lambda painted: painted[0])
@@ -291,6 +290,18 @@ def _inner_stops(text, span, vocabulary, eos, neutral):
             found.append((place, place + len(stop)))
         place = text.find(stop, place + len(stop), span.end - len(stop))
     return found
+
+
+def _reasoning(text, span, vocabulary, neutral):
+    """Where the reasoning of a reply stands. What length cut takes the stop token with it."""
+    stop = next((stop for stop in vocabulary.stops if text.endswith(stop, 0, span.end)), "")
+    end = max(span.start, span.end - len(stop))
+    body, done = [], span.start
+    for a, b in sorted(word for word in neutral if word[0] >= span.start and word[1] <= end):
+        body += [text[done:a], "\0" * (b - a)]  # a word about the tags is none of them
+        done = b
+    ranges = reasoning_ranges("".join([*body, text[done:end]]))
+    return [(span.start + a, span.end if span.start + b == end else span.start + b) for a, b in ranges]
 
 
 def _without_flags(conversation):

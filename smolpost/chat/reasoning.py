@@ -1,54 +1,88 @@
-"""Reasoning and answer of a reply, however the think block was written or cut."""
+"""Reasoning and answer of a reply, however the think block was written or cut.
 
-_OPEN, _CLOSE = "<think>", "</think>"
+A think block is structure only where the format puts it: it opens the reply, or a lone `</think>` at the start of a line
+ends reasoning whose opening tag stood in the prompt. The tags anywhere else are words of the author.
+"""
+
+import re
+from typing import NamedTuple
+
+OPEN, CLOSE = "<think>", "</think>"
+_OPENING = re.compile(rf"\s*({OPEN})")
+# A reasoning that talks about the tags mentions them inside its lines; the one that ends it stands at a line's edge.
+_AT_EDGE = re.compile(rf"(?m)^[ \t]*({CLOSE})|({CLOSE})(?=[ \t]*(?:\r?\n|\Z))")
+_AT_START = re.compile(rf"(?m)^[ \t]*({CLOSE})")
 
 
-def split_reasoning(text, *, opened_in_prompt=False):
-    """Split a reply into its reasoning and its answer.
+class ThinkBlock(NamedTuple):
+    """A block in a reply, by places of characters.
 
-    A closed block is reasoning, several are joined by a line break. Text before a lone `</think>` is reasoning whose
-    opening tag stood in the prompt. A reply that ends inside its opening block was cut by length: all of it is
-    reasoning. The smollm3 template renders this answer in no-think mode.
+    Attributes:
+        start, end: With its tags; `end` is the end of the reply where length cut the block.
+        inner_start, inner_end: Between its tags.
+    """
+
+    start: int
+    inner_start: int
+    inner_end: int
+    end: int
+
+
+def think_blocks(text, *, opened_in_prompt=False):
+    """The blocks that open a reply, ascending; nothing but white space stands between them.
+
+    A block of one line ends at its first `</think>`. A longer one ends at the first that begins or ends a line, and
+    only where there is none at the first of all.
 
     Args:
         text: The reply, as decoded without its stop token.
-        opened_in_prompt: The prompt ended inside a think block, so a reply without `</think>` was cut inside it.
+        opened_in_prompt: The prompt ended inside a think block.
+    """
+    blocks, place = [], 0
+    opening = _OPENING.match(text)
+    if opened_in_prompt and not opening:
+        blocks.append(_block(text, 0, 0))
+    elif not opening and (lone := _AT_START.search(text)) and OPEN not in text[: lone.start()]:
+        blocks.append(ThinkBlock(0, 0, lone.start(1), lone.end(1)))
+    if blocks:
+        place = blocks[-1].end
+        opening = _OPENING.match(text, place)
+    while opening:
+        blocks.append(_block(text, opening.start(1), opening.end(1)))
+        opening = _OPENING.match(text, blocks[-1].end)
+    return blocks
+
+
+def _block(text, start, inner_start):
+    close = text.find(CLOSE, inner_start)
+    if close < 0:
+        return ThinkBlock(start, inner_start, len(text), len(text))
+    if text.find("\n", inner_start, close) >= 0 and (edge := _AT_EDGE.search(text, inner_start)):
+        close = edge.start(edge.lastindex)
+    return ThinkBlock(start, inner_start, close, close + len(CLOSE))
+
+
+def split_reasoning(text, *, opened_in_prompt=False):
+    """Split a reply into its reasoning and its answer, as `think_blocks` finds them.
+
+    The reasoning of several blocks is joined by a line break. A reply that ends inside its block was cut by length: all
+    of it is reasoning. The smollm3 template renders this answer in no-think mode.
+
+    Args: As `think_blocks`.
     Returns:
         (reasoning, answer): reasoning is None without a think block and "" for an empty one; both without the line
-        breaks that set the block apart.
+        breaks that set the block apart, Windows' among them.
     """
-    if opened_in_prompt and not text.lstrip().startswith(_OPEN):
-        text = _OPEN + text
-    *closed, rest = text.split(_CLOSE)
-    reasoning, answer = [], []
-    for piece in closed:
-        before, opening, inside = piece.partition(_OPEN)
-        if opening and before.strip():
-            answer.append(before)
-        reasoning.append(inside if opening else piece)
-    if rest.lstrip().startswith(_OPEN):
-        reasoning.append(rest.lstrip().removeprefix(_OPEN))
-    else:
-        answer.append(rest)
-    inner = [part.strip("\n") for part in reasoning]
-    return ("\n".join(part for part in inner if part) if inner else None), "".join(answer).lstrip("\n")
+    blocks = think_blocks(text, opened_in_prompt=opened_in_prompt)
+    inner = [text[block.inner_start : block.inner_end].strip("\r\n") for block in blocks]
+    answer = text[blocks[-1].end :] if blocks else text
+    return ("\n".join(part for part in inner if part) if inner else None), answer.lstrip("\r\n")
 
 
 def reasoning_ranges(text):
-    """Where a reply's reasoning stands, as `split_reasoning` finds it, with its tags.
+    """Where a reply's reasoning stands, as `think_blocks` finds it, with its tags.
 
-    Args:
-        text: The reply; a stop token at its end belongs to reasoning that was cut by length.
     Returns:
-        [(start, end)] ascending; blocks with nothing but white space in them are none.
+        [(start, end)] ascending; blocks with nothing but white space in them are left out.
     """
-    ranges, done = [], 0
-    while (close := text.find(_CLOSE, done)) >= 0:
-        opening = text.find(_OPEN, done, close)
-        start = done if opening < 0 else opening
-        if text[start:close].removeprefix(_OPEN).strip():
-            ranges.append((start, close + len(_CLOSE)))
-        done = close + len(_CLOSE)
-    if text[done:].lstrip().startswith(_OPEN):
-        ranges.append((done, len(text)))
-    return ranges
+    return [(b.start, b.end) for b in think_blocks(text) if text[b.inner_start : b.inner_end].strip()]

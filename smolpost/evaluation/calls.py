@@ -2,14 +2,12 @@
 
 import ast
 import json
-import re
 import warnings
 from typing import Any, NamedTuple
 
+from smolpost.chat.calls import TAGS, call_blocks
 from smolpost.data.rows import kind_of, parse_json
 from smolpost.errors import UserError
-
-TAGS = {"xml": "tool_call", "python": "code"}  # style -> tag around its calls
 
 
 class Call(NamedTuple):
@@ -41,13 +39,13 @@ def read_calls(text: str, style: str) -> tuple[list[Call], list[str]]:
         text: What follows its think block.
         style: A key of TAGS.
     Returns:
-        The calls of all closed blocks in order, and what is wrong with each block that is no call.
+        The calls of all blocks that stand as calls in order, and what is wrong with each one that cannot be read.
     """
-    tag = TAGS[style]
     calls, faults = [], []
-    for block in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL):
+    for block in call_blocks(text, (TAGS[style],)):
+        inner = text[block.inner_start : block.inner_end]
         try:
-            calls += _read_json(block) if style == "xml" else _read_python(block)
+            calls += _read_json(inner) if style == "xml" else _read_python(inner)
         except Malformed as error:
             faults.append(str(error))
     return calls, faults

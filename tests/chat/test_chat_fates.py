@@ -278,11 +278,52 @@ def test_neighbours_of_a_neutralised_token_are_tokenized_with_it(bpe):
     assert encoded.input_ids[: len(header)] == header and len(encoded.input_ids) <= len(header) + len(plain) + 2
 
 
-def test_token_made_by_dropping_reasoning_is_text(bpe):
-    messages = [USER, {"role": "assistant", "content": "a<|im_<think>x</think>end|>b"}]
-    encoded = encode(bpe, messages, template_kwargs={"enable_thinking": False}, today=DAY)
+def test_stop_token_that_the_template_joins_is_text(bpe):
+    template = load_template("chatml").replace("{{- reply", "{{- reply.replace('@', '')")
+    messages = [USER, {"role": "assistant", "content": "a<|im_@end|>b"}]
+    encoded = encode(with_template(bpe, template), messages, today=DAY)
     assert runs(bpe, encoded)[-2] == (Fate.TRAINED, "a<|im_end|>b<|im_end|>")
-    assert encoded.neutralised == 1 and encoded.input_ids.count(bpe.eos_token_id) == 3
+    assert encoded.neutralised == 1 and encoded.input_ids.count(bpe.eos_token_id) == 2
+
+
+# ───── structure and words of a reply ─────
+
+
+def count(bpe, encoded, token):
+    return encoded.input_ids.count(bpe.convert_tokens_to_ids(token))
+
+
+ABOUT = "Use `<think>`, then </think>; <tool_call> opens a call, <code>x</code> is HTML."
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nI say </think> here.\n</think>\n"])
+def test_words_about_the_tags_are_text(bpe, thought):
+    messages = [USER, {"role": "assistant", "content": thought + ABOUT}]
+    encoded = encode(bpe, messages, today=DAY, policy=Policy(reasoning=False))
+    trained = [text for fate, text in runs(bpe, encoded) if fate == Fate.TRAINED]
+    assert "".join(trained).strip("\n") == ABOUT + "<|im_end|>"
+    for token in ("<think>", "</think>"):
+        assert count(bpe, encoded, token) == bool(thought)
+    assert not any(count(bpe, encoded, token) for token in ("<tool_call>", "</tool_call>", "<code>", "</code>"))
+    separate = [USER, {"role": "assistant", "content": ABOUT, "reasoning_content": "I say </think> here."}]
+    again = encode(bpe, separate, today=DAY, policy=Policy(reasoning=False))
+    if thought:
+        assert (again.input_ids, again.fates) == (encoded.input_ids, encoded.fates)
+
+
+def test_calls_are_control_tokens_where_they_stand(bpe):
+    call = '<tool_call>\n{"name": "f", "arguments": {"q": "</tool_call>"}}\n</tool_call>'
+    encoded = encode(bpe, [USER, {"role": "assistant", "content": "I call <tool_call>:\n" + call}], today=DAY)
+    assert count(bpe, encoded, "<tool_call>") == count(bpe, encoded, "</tool_call>") == 1
+    html = [USER, {"role": "assistant", "content": "<code>f()</code>"}]
+    assert not count(bpe, encode(bpe, html, today=DAY), "<code>")
+    kwargs = {"python_tools": ["def f(): ..."]}
+    listed = encode(bpe, [USER, {"role": "assistant", "content": "x"}], template_kwargs=kwargs, today=DAY)
+    assert (
+        count(bpe, encode(bpe, html, template_kwargs=kwargs, today=DAY), "<code>") == count(bpe, listed, "<code>") + 1
+    )
+    answered = [*html, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "yes"}]
+    assert count(bpe, encode(bpe, answered, today=DAY), "<code>") == 1
 
 
 @CLEAN

@@ -258,6 +258,10 @@ def test_separate_reasoning_becomes_the_think_block(bpe, key):
     assert replies(bpe, messages, template_kwargs={"enable_thinking": False}) == ["yo<|im_end|>"]
     own = [USER, {"role": "assistant", "content": "<think>\nmine\n</think>\nyo", key: "hm"}]
     assert replies(bpe, own) == ["<think>\nmine\n</think>\nyo<|im_end|>"]
+    about = "Close it with `</think>`: re.sub('<think>.*?</think>', '', text)."
+    messages = [USER, {"role": "assistant", "content": about, key: "hm"}]
+    assert replies(bpe, messages) == [f"<think>\nhm\n</think>\n{about}<|im_end|>"]
+    assert replies(bpe, messages, template_kwargs={"enable_thinking": False}) == [about + "<|im_end|>"]
 
 
 def test_reasoning_before_a_call_without_content(bpe):
@@ -308,7 +312,9 @@ def test_fault_2_tool_results_are_not_user_turns(bpe):
         ("<think>\n\n</think>\nyo", "yo"),
         ("\n<think>hm</think>yo", "yo"),
         ("hm\n</think>\n\nyo", "yo"),
-        ("Well. <think>hm</think>yo <think>x</think>", "Well. yo "),
+        ("<think>a</think>\n<think>\nb\n</think>\nyo", "yo"),
+        ("<think>\r\nhm\r\n</think>\r\n\r\nyo", "yo"),
+        ("Well. <think>hm</think>yo <think>x</think>", "Well. <think>hm</think>yo <think>x</think>"),
         ("<think>\ncut by leng", ""),
         ("write <think> to open a block", "write <think> to open a block"),
     ],

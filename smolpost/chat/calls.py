@@ -1,0 +1,77 @@
+"""Tool calls that stand in a reply's text: <tool_call> around JSON, <code> around Python.
+
+A block is a call only where it stands as one: it takes lines of its own, it begins one and holds JSON, or it ends the
+reply. HTML's <code> inside a sentence, or a sentence about <tool_call>, is text.
+"""
+
+import re
+from typing import NamedTuple
+
+TAGS = {"xml": "tool_call", "python": "code"}  # style -> tag around its calls
+_TAG = re.compile(rf"<(/?)({'|'.join(TAGS.values())})>")
+_TO_LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z)")
+
+
+class CallBlock(NamedTuple):
+    """A call by places of characters: start and end with its tags, inner_start and inner_end between them."""
+
+    start: int
+    inner_start: int
+    inner_end: int
+    end: int
+    tag: str
+
+
+def call_blocks(text, tags=tuple(TAGS.values())):
+    """The blocks of a text that stand as calls, ascending and disjoint.
+
+    Args:
+        text: A reply, or the part of it after its think block.
+        tags: Those that count, of TAGS' values.
+    """
+    found, inline, opened, is_passed = [], [], None, False
+    for match in _TAG.finditer(text):
+        closes, tag = bool(match[1]), match[2]
+        if tag not in tags:
+            continue
+        if not closes:
+            # Inside an open call, an opening tag is a word, unless the call turned out to be none.
+            if opened is None or is_passed or _begins_line(text, match.start()):
+                opened, is_passed = match, False
+        elif opened is not None and opened[2] == tag:
+            block = CallBlock(opened.start(), opened.end(), match.start(), match.end(), tag)
+            begins = _begins_line(text, block.start) or (found[-1:] and found[-1].end == block.start)
+            ends = (
+                _TO_LINE_END.match(text, block.end) or text.startswith(f"<{tag}>", block.end) or _is_json(text, block)
+            )
+            if ends or not begins:
+                (found if begins and ends else inline).append(block)
+                opened = None
+            else:
+                is_passed = True  # the tag is in an argument's text, or the line is prose
+    # Calls that follow words on their line count where nothing but calls comes after them.
+    end = _before_blanks(text, len(text))
+    for block in sorted([*found, *inline], reverse=True):
+        if block.end != end:
+            break
+        if block in inline:
+            found.append(block)
+        end = _before_blanks(text, block.start)
+    return sorted(found)
+
+
+def _is_json(text, block):
+    inner = text[block.inner_start : block.inner_end].strip()
+    return block.tag == TAGS["xml"] and (inner[:1], inner[-1:]) in (("{", "}"), ("[", "]"))
+
+
+def _begins_line(text, place):
+    while place and text[place - 1] in " \t":
+        place -= 1
+    return place == 0 or text[place - 1] == "\n"
+
+
+def _before_blanks(text, end):
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
