@@ -8,7 +8,8 @@ import re
 from typing import NamedTuple
 
 TAGS = {"xml": "tool_call", "python": "code"}  # style -> tag around its calls
-_TAG = re.compile(rf"<(/?)({'|'.join(TAGS.values())})>")
+ALL_TAGS = tuple(TAGS.values())
+_TAG = re.compile(rf"<(/?)({'|'.join(ALL_TAGS)})>")
 _TO_LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z)")
 
 
@@ -22,7 +23,7 @@ class CallBlock(NamedTuple):
     tag: str
 
 
-def call_blocks(text, tags=tuple(TAGS.values())):
+def call_blocks(text, tags=ALL_TAGS):
     """The blocks of a text that stand as calls, ascending and disjoint.
 
     Args:

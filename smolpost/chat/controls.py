@@ -4,13 +4,13 @@ Users and tools may write none of the tokenizer's added tokens, the system's tex
 hold <think>, <tool_call> and the like where they are its structure; anywhere else they are the author's words.
 """
 
-from smolpost.chat.calls import TAGS, call_blocks
+from smolpost.chat.calls import ALL_TAGS, TAGS, call_blocks
 from smolpost.chat.reasoning import CLOSE, OPEN, think_blocks
 from smolpost.chat.render import RESULT_ROLES, text_of
 
 _INSIDERS = ("system", "developer")
 #: Tokens that are structure in a reply where the format puts them, and words anywhere else.
-STRUCTURE = (OPEN, CLOSE, *(f"<{slash}{tag}>" for tag in (*TAGS.values(), "tool_response") for slash in ("", "/")))
+STRUCTURE = (OPEN, CLOSE, *(f"<{slash}{tag}>" for tag in (*ALL_TAGS, "tool_response") for slash in ("", "/")))
 
 
 def controls(conversation, vocabulary):
@@ -55,7 +55,7 @@ def _structure(text, calls_code):
     for block in think_blocks(text):
         spans |= {(block.start, block.inner_start), (block.inner_end, block.end)}
         answer = block.end
-    for block in call_blocks(text[answer:], tuple(TAGS.values()) if calls_code else (TAGS["xml"],)):
+    for block in call_blocks(text[answer:], ALL_TAGS if calls_code else (TAGS["xml"],)):
         spans |= {(answer + block.start, answer + block.inner_start), (answer + block.inner_end, answer + block.end)}
     return spans
 

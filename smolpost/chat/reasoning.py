@@ -1,7 +1,7 @@
 """Reasoning and answer of a reply, however the think block was written or cut.
 
-A think block is structure only where the format puts it: it opens the reply, or a lone `</think>` at the start of a line
-ends reasoning whose opening tag stood in the prompt. The tags anywhere else are words of the author.
+A think block is structure only where the format puts it: it opens the reply, or a lone `</think>` at the start of a
+line ends reasoning whose opening tag stood in the prompt. The tags anywhere else are words of the author.
 """
 
 import re

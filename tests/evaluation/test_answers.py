@@ -17,7 +17,6 @@ from smolpost.evaluation.answers import MathAnswers, PatternAnswers, opens_think
         ("<think>\nsix sevens\n</think>\n42", ("six sevens", "42", False)),
         ("<think>\nsix sevens are 42", ("six sevens are 42", "", True)),
         ("<think>\na\n</think>\n<think>\nb", ("a\nb", "", True)),
-        ("<think>\na\n</think>\n<think>\nb", ("a\nb", "", True)),
         ("5 <think> is a tag", ("", "5 <think> is a tag", False)),  # not 5
         ("a\n</think>\n42", ("a", "42", False)),  # the opening stood in the prompt
         ("", ("", "", False)),
