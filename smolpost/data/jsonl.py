@@ -1,5 +1,5 @@
 """JSONL files, also compressed ones: cut into pieces by their line ends, without parsing, and read line by line, so
-that each row keeps exactly the keys it was written with."""
+that each row keeps exactly the keys it was written with. A file that is one list of rows is read by `json_list`."""
 
 import io
 import itertools
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from smolpost.data.json_list import cut_list, is_list, list_rows
 from smolpost.data.paths import COMPRESSIONS, readable
 from smolpost.data.piece import ANY_NUMBER, Piece, cut_rows
 from smolpost.data.rows import MAX_ROW_BYTES, Row, parse_row
@@ -30,6 +31,8 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: i
     with readable(path, "text file", "check its permissions"), open(path, "rb") as file:
         begin = text_begin(file.read(4), path)
         file.seek(begin)
+        if is_list(file):
+            return cut_list(file.read(), path, begin, skip, stop, rows_per_piece)
         edges = [(0, begin, 1)] if not skip else []
         count, last = 0, None
         for ends, lines in row_ends(file, begin):
@@ -51,6 +54,9 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: i
 def cut_compressed(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
     with uncompressed(path) as file:
         count = 0
+        if file.peek(1)[:1] == b"[":
+            count = sum(1 for _ in list_rows(file.read(), path))
+            return cut_rows(path, [skip, min(count, stop)]), count
         for ends, _ in row_ends(file, 0):
             count += len(ends)
             if count >= stop:
@@ -89,12 +95,20 @@ def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
     with open(piece.path, "rb") as file:
+        file.seek(text_begin(file.read(4), piece.path))
+        as_list = is_list(file)
         file.seek(piece.begin)
-        yield from parsed_rows(file, piece.path, piece.line, piece.end - piece.begin)
+        if as_list:
+            yield from list_rows(file.read(piece.end - piece.begin), piece.path, piece.line, inside=True)
+        else:
+            yield from parsed_rows(file, piece.path, piece.line, piece.end - piece.begin)
 
 
 def compressed_rows(source: Source, piece: Piece) -> Iterator[Row]:
     with uncompressed(piece.path) as file:
+        if file.peek(1)[:1] == b"[":
+            yield from itertools.islice(list_rows(file.read(), piece.path), piece.begin, piece.end)
+            return
         yield from parsed_rows(file, piece.path, 1, ANY_NUMBER, piece.begin, piece.num_rows)
 
 
@@ -104,10 +118,20 @@ def parsed_rows(file, path: str, line: int, num_bytes: int, skip: int = 0, most:
         num_bytes -= len(text)
         if not text.isspace():
             if not skip or len(text) > MAX_ROW_BYTES:  # the latter is refused: its rest would count as a row
-                yield Row(parse_row(text, f"{path}:{line}"), path, line)
+                yield parsed_row(text, path, line)
                 most -= 1
             skip = max(0, skip - 1)
         line += 1
+
+
+def parsed_row(text: bytes, path: str, line: int) -> Row:
+    """The row of a line, or its fault; a line above the limit breaks the file off, as its rest would count as a row."""
+    try:
+        return Row(parse_row(text, f"{path}:{line}"), path, line)
+    except UserError as error:
+        if len(text) > MAX_ROW_BYTES:
+            raise
+        return Row({}, path, line, fault=str(error))
 
 
 def text_begin(start: bytes, path: str) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from smolpost.data.columns import as_row
 from smolpost.data.rows import Row
 from smolpost.data.sources import read_rows
+from smolpost.data.turns import CALL_ROLES, ROLES
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.schema import Hygiene, Mixture, Source
@@ -48,7 +49,7 @@ def rows_alone(mixture: Mixture) -> Mixture:
 def take(source: Source, name: str, seed: int) -> list[Row]:
     """The rows of one source by its weight."""
     rows = []
-    for _, row in read_rows(source):
+    for _, row in read_rows(source, faults=True):
         rows.append(as_row(row, source))
         validate_row(rows[-1], row.where)
     return [rows[i] for i in choose(source, name, seed, len(rows))]
@@ -64,6 +65,11 @@ def check(mixture: Mixture) -> None:
     if not mixture.sources:
         raise UserError("a mixture has no sources; give at least one")
     for name, source in mixture.sources.items():
+        for role, ours in source.roles.items():
+            if ours not in (*ROLES, *CALL_ROLES):
+                raise UserError(
+                    f"sources.{name}.roles.{role}={ours} is not a role; use one of {', '.join((*ROLES, *CALL_ROLES))}"
+                )
         if not source.weight > 0:
             raise UserError(f"sources.{name}.weight={source.weight} is not above 0; raise it or remove the source")
         if not source.loss_weight > 0:

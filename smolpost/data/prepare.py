@@ -14,7 +14,7 @@ from smolpost.data.prepare_apo import prepare_apo
 from smolpost.data.prepare_sft import prepare_sft
 from smolpost.data.shards import SHARD_ROWS, Shard, Tokenize, tokenize_shards
 from smolpost.data.sources import pieces
-from smolpost.data.taken import Taken
+from smolpost.data.taken import REFUSED, Taken, check_refused
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.schema import Mixture, Source, TrainStage
@@ -35,8 +35,9 @@ def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[st
     Returns:
         The report.
     Raises:
-        UserError: A setting or a row is refused, or the ledger: no trained token, too many dropped rows, another share
-            of think rows than declared. The folder may hold a part.
+        RefusedRows: More rows of a source are refused than the stage allows to drop.
+        UserError: A setting is refused, or the ledger: no trained token, too many dropped rows, another share of think
+            rows than declared. The folder may hold a part.
     """
     check(stage)
     mixtures.check(mixture)
@@ -88,8 +89,10 @@ def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str],
     num_workers = stage.num_workers or len(os.sched_getaffinity(0))
     tokenize_shards(jobs, Tokenize(stage, tokenizer, compare), num_workers, f"tokenize {stage.data}")
     tokens = open_tokens([job.file for job in jobs])
-    removed = remove(checker, tokens) if checker else {}
-    return select(mixture, chosen, tokens, removed, checker.searched if checker else {})
+    removed = {row: Removal(REFUSED, fault) for row, fault in tokens.faults.items()}
+    if checker:
+        removed |= remove(checker, tokens)
+    return select(stage, mixture, chosen, tokens, removed, checker.searched if checker else {})
 
 
 def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[Shard]:
@@ -102,16 +105,21 @@ def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> li
 
 
 def remove(checker: Hygiene, tokens: Tokens) -> dict[int, Removal]:
-    """Row of tokens -> why it is removed; of several alike the first one stays."""
+    """Row of tokens -> why hygiene removes it; the first of a set of duplicates is kept."""
     removed = {}
     for row, found in enumerate(tokens.features):
-        if removal := checker.check(found.as_py(), tokens.where(row)):
+        if row not in tokens.faults and (removal := checker.check(found.as_py(), tokens.where(row))):
             removed[row] = removal
     return removed
 
 
 def select(
-    mixture: Mixture, chosen: dict[str, Chosen], tokens: Tokens, removed: dict[int, Removal], searched: dict
+    stage: TrainStage,
+    mixture: Mixture,
+    chosen: dict[str, Chosen],
+    tokens: Tokens,
+    removed: dict[int, Removal],
+    searched: dict,
 ) -> Taken:
     """The mixture's rows in its order, as rows of tokens."""
     first, kept, lost = 0, {}, {}
@@ -123,6 +131,8 @@ def select(
         source[first : first + len(rows.rows)] = i
         kept[name], lost[name] = places[~is_removed[places]], places[is_removed[places]]
         if not len(kept[name]):
+            faults = [tokens.faults[row] for row in places.tolist() if row in tokens.faults]
+            check_refused(stage, name, len(places), faults)
             raise UserError(
                 f"source {name}: hygiene removes all of its {len(places)} rows; loosen it or drop the source"
             )

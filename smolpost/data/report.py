@@ -42,9 +42,9 @@ def new_source() -> dict:
     of the tokens of an earlier row. think_rows train a think block; texts are neither think nor no-think rows.
     Tokens: unknown, of those read, stand for characters the tokenizer has no token for; neutralised were control
     tokens in a row's own text; shared, of a pair's prompt, serve both of its sides. `masked` says why tokens_masked
-    are not trained.
+    are not trained, `unread` which keys of its rows nobody reads, and how many rows have them.
     """
-    return {**dict.fromkeys(COUNTS, 0), "masked": {}, "dropped": {}, "length_percentiles": {}}
+    return {**dict.fromkeys(COUNTS, 0), "masked": {}, "dropped": {}, "unread": {}, "length_percentiles": {}}
 
 
 def percentiles(lengths) -> dict[str, int]:
@@ -64,7 +64,7 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
         The report: {"settings", "sources", "totals"}.
     """
     sums: dict = {key: sum(entry[key] for entry in sources.values()) for key in COUNTS}
-    for key in ("masked", "dropped"):
+    for key in ("masked", "dropped", "unread"):
         sums[key] = dict(sum((Counter(entry[key]) for entry in sources.values()), Counter()))
     report = {"settings": settings, "sources": sources, "totals": {**sums, **totals}}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -79,7 +79,16 @@ def format_report(report: dict) -> Group:
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
         tables.append(source_table(report, reasons, masked, title="masked tokens by reason"))
-    return Group(*tables, Text(caption(totals)))
+    return Group(*tables, Text(caption(totals)), *map(Text, unread_lines(report)))
+
+
+def unread_lines(report: dict) -> list[str]:
+    """A line for each source that has keys which nobody reads."""
+    return [
+        f"not read in {name}: " + ", ".join(f"{key} ({count:,} rows)" for key, count in entry["unread"].items())
+        for name, entry in report["sources"].items()
+        if entry.get("unread")
+    ]
 
 
 def source_table(report: dict, titles: tuple[str, ...], cells_of: Callable[[dict], list[str]], **texts) -> Table:

@@ -16,14 +16,20 @@ class Row(dict):
     Attributes:
         path: File, folder or Hub id.
         number: Row of it (JSONL: line), from 1.
+        fault: Why the row cannot be read or used, with its place; None for a good one.
+        unread: Its keys that nobody reads, those of its turns as messages.KEY.
     """
 
-    __slots__ = ("number", "path")
+    __slots__ = ("fault", "number", "path", "unread")
 
-    def __init__(self, content: dict, path: str, number: int):
+    def __init__(
+        self, content: dict, path: str, number: int, *, fault: str | None = None, unread: tuple[str, ...] = ()
+    ):
         super().__init__(content)
         self.path = path
         self.number = number
+        self.fault = fault
+        self.unread = unread
 
     @property
     def where(self) -> str:
@@ -47,9 +53,7 @@ def parse_row(line: bytes, where: str) -> dict:
         ) from error
     if text.startswith("\ufeff"):
         raise UserError(f"{where}: begins with a byte order mark amid the file; remove it")
-    expected = "expected one JSON object per line"
-    if text.lstrip().startswith("["):
-        expected += "; turn a list into lines with `jq -c '.[]'`"
+    expected = "expected one JSON object per line, or a list of objects as the whole file"
     row = parse_json(text, where, expected)
     if not isinstance(row, dict):
         raise UserError(f"{where}: is a JSON {kind_of(row).split()[-1]}; {expected}")

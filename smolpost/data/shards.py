@@ -20,10 +20,10 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.data.columns import as_row
 from smolpost.data.piece import Piece
 from smolpost.data.sources import read_piece
-from smolpost.data.tokenize import SCHEMA, token_batches
+from smolpost.data.tokenize import SCHEMA, admitted, token_batches
+from smolpost.errors import UserError
 from smolpost.schema import Source, TrainStage
 
 SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
@@ -69,15 +69,26 @@ class Tokenize:
     features: Callable[[dict], bytes] | None = None
 
     def __call__(self, shard: Shard) -> int:
-        """Make the shard's file. Returns its rows."""
+        """Make the shard's file. Returns its rows.
+
+        Raises:
+            UserError: The rows cannot be read, or all of a source's first full shard are refused: then the recipe is
+                wrong, not the rows.
+        """
         shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
-        rows = (as_row(row, shard.source) for row in nth(read_piece(shard.source, shard.piece), taken))
+        kind = self.stage.kind
+        rows = (admitted(row, shard.source, kind) for row in nth(read_piece(shard.source, shard.piece), taken))
+        num_refused, fault = 0, None
         with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
             try:
                 with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
                     for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
                         writer.write_batch(batch)
+                        num_refused += len(batch) - batch["fault"].null_count
+                        fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
+                if num_refused == SHARD_ROWS and shard.piece.first == 0:
+                    raise UserError(f"{fault} (so are all of the first {SHARD_ROWS} rows)")
                 part.flush()
                 os.fsync(part.fileno())
                 os.chmod(part.name, 0o644)
@@ -115,7 +126,7 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
     """Make the files that are not there yet; the same files for any number of workers.
 
     Raises:
-        UserError: A row is refused: the first one in the order of the shards, whichever worker came across it.
+        UserError: As `Tokenize`: of the first shard in their order, whichever worker came across it.
     """
     missing = [shard for shard in shards if not shard.is_whole()]
     for folder in {shard.folder for shard in missing}:

@@ -25,16 +25,20 @@ READERS = {
 }  # fmt: skip
 
 
-def read_rows(source: Source) -> Iterator[tuple[int, Row]]:
+def read_rows(source: Source, *, faults: bool = False) -> Iterator[tuple[int, Row]]:
     """The rows of a source from first_row on, at most max_rows.
 
+    Args:
+        faults: Give also rows that cannot be read, which say why.
     Yields:
         (number, row), number as in Row.
     Raises:
-        UserError: As `pieces` and `read_piece`.
+        UserError: As `pieces` and `read_piece`, or a row cannot be read.
     """
     for piece in pieces(source, READ_ROWS):
         for row in read_piece(source, piece):
+            if row.fault and not faults:
+                raise UserError(row.fault)
             yield row.number, row
 
 
@@ -73,10 +77,10 @@ def pieces(source: Source, rows_per_piece: int) -> list[Piece]:
 
 
 def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
-    """The rows of one piece, in any process.
+    """The rows of one piece, in any process; a row that cannot be read says why (`Row.fault`).
 
     Raises:
-        UserError: A row cannot be read, or the rows are no longer as many as they were.
+        UserError: The file breaks off, or the rows are no longer as many as they were.
     """
     num_rows = 0
     for row in READERS[piece.kind](source, piece):

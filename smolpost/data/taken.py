@@ -18,7 +18,20 @@ ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and 
 DROPPED = "dropped.jsonl"  # the dropped ones again, to read
 UNTRAINED = "without a trained token"
 OVERLONG = "overlong"
+REFUSED = "refused"
 THINK_TOLERANCE = 0.01  # of a declared share of think rows
+
+
+class RefusedRows(UserError):
+    """More rows of a source are refused than the stage allows to drop.
+
+    Attributes:
+        faults: Why, a line with its place for each of them.
+    """
+
+    def __init__(self, text: str, faults: list[str]):
+        super().__init__(text)
+        self.faults = faults
 
 
 @dataclass
@@ -116,11 +129,30 @@ def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dic
             "tokens_dropped": int(lost[~is_cut].sum() + tokens.lengths()[was_removed].sum()),
             "tokens_shared": int(ends.shared[here].sum()),
             "dropped": dropped,
+            "unread": unread_keys(tokens, rows),
             "loss_weight": mixture.sources[name].loss_weight,
             "length_percentiles": percentiles(read[here]),
         }
+        faults = [taken.removed[row][1] for row in was_removed.tolist() if taken.removed[row][0] == REFUSED]
+        check_refused(stage, name, sources[name]["rows_read"], faults)
         check_source(stage, mixture, name, sources[name])
     return sources
+
+
+def unread_keys(tokens: Tokens, rows: np.ndarray) -> dict[str, int]:
+    """Key that nobody reads -> rows that have it, of those taken."""
+    counts = tokens.unread.take(pa.array(rows)).combine_chunks().flatten().value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
+
+
+def check_refused(stage: TrainStage, name: str, num_rows: int, faults: list[str]) -> None:
+    """
+    Raises:
+        RefusedRows: Too many, with the first one's reason; or all.
+    """
+    if len(faults) > min(stage.max_dropped * num_rows, num_rows - 1):
+        more = f" ({len(faults)} of the {num_rows} rows of source {name} are refused)" if num_rows > 1 else ""
+        raise RefusedRows(f"{faults[0]}; or raise max_dropped={stage.max_dropped}{more}", faults)
 
 
 def duplicates(taken: Taken) -> np.ndarray:
@@ -158,6 +190,12 @@ def check_source(stage: TrainStage, mixture: Mixture, name: str, entry: dict) ->
             f"sources.{name}.think_share={declared}; check chat_template_kwargs.enable_thinking of its rows, or change "
             "think_share"
         )
+
+
+def refused_rows(folder: Path) -> list[str]:
+    """Why, for each row of a prepared folder that was refused."""
+    dropped = [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
+    return [entry["detail"] for entry in dropped if entry["reason"] == REFUSED]
 
 
 def write_rows(folder: Path, taken: Taken, ends: Ends) -> None:

@@ -8,10 +8,12 @@ import pyarrow as pa
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, Policy, encode, encode_batch, encode_pair
+from smolpost.data.collate import PARTS
+from smolpost.data.columns import row_for
 from smolpost.data.rows import Row
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import SFTStage, TrainStage
+from smolpost.schema import SFTStage, Source, TrainStage
 
 BATCH_ROWS = 256  # of one tokenizer call, at most
 BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
@@ -32,6 +34,8 @@ SCHEMA = pa.schema(
         ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
         ("content", pa.uint64()),  # hash of ids and parts
         ("features", pa.binary()),  # what hygiene compares, or null
+        ("fault", pa.string()),  # why the row is refused, and then it has no tokens; or null
+        ("unread", pa.list_(pa.string())),  # its keys that nobody reads
     ]
 )
 
@@ -39,17 +43,24 @@ SCHEMA = pa.schema(
 def token_batches(
     stage: TrainStage, rows: Iterable[Row], tokenizer, features: Callable[[dict], bytes] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of SCHEMA, a line per row, in order.
+    """Batches of SCHEMA, a line per row, in order; a row that is refused says why in its line.
 
     Args:
+        rows: As `admitted` gives them.
         tokenizer: Its chat template is the stage's.
         features: Row -> what hygiene compares rows by.
-    Raises:
-        UserError: A row is refused.
     """
     tokenize = tokenize_pairs if stage.kind == "apo" else tokenize_rows
     for batch in batched(rows):
         yield record_batch(batch, tokenize(stage, batch, tokenizer), tokenizer, features)
+
+
+def admitted(row: Row, source: Source, kind: str) -> Row:
+    """`row_for`, or the row with its fault."""
+    try:
+        return row_for(row, source, kind)
+    except UserError as error:
+        return Row({}, row.path, row.number, fault=str(error))
 
 
 def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -73,15 +84,27 @@ def num_characters(value) -> int:
 
 
 class Tokenized:
-    """A row: its parts' ids and fates."""
+    """A row: its parts' ids and fates, or why it is refused."""
 
-    __slots__ = ("fates", "ids", "is_text", "neutralised")
+    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised")
 
-    def __init__(self, ids: list[np.ndarray], fates: list[np.ndarray], neutralised: int, is_text: bool = False):
+    def __init__(
+        self,
+        ids: list[np.ndarray],
+        fates: list[np.ndarray],
+        neutralised: int = 0,
+        is_text: bool = False,
+        fault: str | None = None,
+    ):
         self.ids = ids
         self.fates = fates
         self.neutralised = neutralised
         self.is_text = is_text
+        self.fault = fault
+
+
+def refused(fault: str, num_parts: int) -> Tokenized:
+    return Tokenized([np.zeros(0, np.int32)] * num_parts, [np.zeros(0, np.int8)] * num_parts, fault=fault)
 
 
 def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
@@ -108,7 +131,12 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         "unknown": [int((row_ids == tokenizer.unk_token_id).sum()) for row_ids in ids],
         "neutralised": [row.neutralised for row in tokenized],
         "content": [content_hash(*pair) for pair in zip(ids, parts, strict=True)],
-        "features": [features(row) if features else None for row in rows],
+        "features": [
+            features(row) if features and row_tokens.fault is None else None
+            for row, row_tokens in zip(rows, tokenized, strict=True)
+        ],
+        "fault": [row.fault for row in tokenized],
+        "unread": [row.unread for row in rows],
     }
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
@@ -131,13 +159,25 @@ def content_hash(ids: np.ndarray, parts: np.ndarray) -> int:
 
 def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized]:
     """Conversations and texts in one tokenizer call each."""
-    shapes = [sft_shape(row) for row in rows]
-    chats = [row for row, shape in zip(rows, shapes, strict=True) if shape == "messages"]
-    texts = [row["text"] for row, shape in zip(rows, shapes, strict=True) if shape == "text"]
-    encoded = {"messages": iter(encode_chats(stage, chats, tokenizer)), "text": iter(encode_texts(texts, tokenizer))}
+    shapes, faults = [], []
+    for row in rows:
+        shape, fault = None, row.fault
+        if fault is None:
+            try:
+                shape = sft_shape(row)
+            except UserError as error:
+                fault = str(error)
+        shapes.append(shape)
+        faults.append(fault)
+    chats = encode_chats(stage, [row for row, s in zip(rows, shapes, strict=True) if s == "messages"], tokenizer)
+    texts = encode_texts([row["text"] for row, s in zip(rows, shapes, strict=True) if s == "text"], tokenizer)
+    encoded = {"messages": iter(chats), "text": iter(texts)}
     tokenized = []
-    for shape in shapes:
-        row = next(encoded[shape])
+    for shape, fault in zip(shapes, faults, strict=True):
+        row = next(encoded[shape]) if shape else fault
+        if isinstance(row, str):
+            tokenized.append(refused(row, 1))
+            continue
         fates = np.array(row.fates, np.int8)
         if "all" in stage.train_roles:
             fates[:] = Fate.TRAINED
@@ -155,20 +195,22 @@ def sft_shape(row: Row) -> str:
     return shape
 
 
-def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded]:
+def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded | str]:
+    """Each row's tokens, or why it is refused."""
     options = {"today": stage.today, "policy": policy_of(stage)}
     kwargs = [row.get("chat_template_kwargs") for row in rows]
     tools = [row.get("tools") for row in rows]
     messages = [row["messages"] for row in rows]
     try:
         return encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
-    except UserError:
+    except UserError:  # one by one, to tell which rows are refused
+        encoded: list[Encoded | str] = []
         for row, turns, variables, functions in zip(rows, messages, kwargs, tools, strict=True):
-            try:  # one by one, to name the row
-                encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options)
+            try:
+                encoded.append(encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options))
             except UserError as error:
-                raise UserError(f"{row.where}: {error}") from error
-        raise
+                encoded.append(f"{row.where}: {error}")
+        return encoded
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
@@ -193,11 +235,21 @@ def policy_of(stage: TrainStage) -> Policy:
 
 
 def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokenized]:
-    return [tokenize_pair(stage, row, tokenizer) for row in rows]
+    tokenized = []
+    for row in rows:
+        try:
+            tokenized.append(refused(row.fault, len(PARTS)) if row.fault else tokenize_pair(stage, row, tokenizer))
+        except UserError as error:
+            tokenized.append(refused(str(error), len(PARTS)))
+    return tokenized
 
 
 def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
-    """Prompt, chosen and rejected; what both sides begin with is part of the prompt."""
+    """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
+
+    Raises:
+        UserError: The row is refused.
+    """
     if validate_row(row, row.where) != "preference":
         raise UserError(
             f"{row.where}: has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "

@@ -22,6 +22,8 @@ class Tokens:
         path: [N] str.
         number, unknown, neutralised, content, is_text, think: [N], as in `tokenize.SCHEMA`.
         features: [N] bytes or None.
+        unread: [N] lists of str, the row's keys that nobody reads.
+        faults: Refused row -> why; it has no tokens.
     """
 
     def __init__(self, batches: list[pa.RecordBatch]):
@@ -38,6 +40,9 @@ class Tokens:
         for name in ("number", "unknown", "neutralised", "content", "is_text", "think"):
             setattr(self, name, table[name].to_numpy())
         self.features = table["features"]
+        self.unread = table["unread"]
+        fault = table["fault"]
+        self.faults = {row: fault[row].as_py() for row in np.flatnonzero(fault.is_valid().to_numpy()).tolist()}
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

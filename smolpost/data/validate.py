@@ -3,22 +3,28 @@
 import re
 from itertools import zip_longest
 
-from smolpost.data.rows import kind_of, parse_json
+from smolpost.chat.calls import call_blocks
+from smolpost.data.columns import ends_in_two_users
+from smolpost.data.rows import kind_of
+from smolpost.data.tools import check_arguments
+from smolpost.data.turns import REASONING_PARTS, ROLES, TEXT_PARTS
 from smolpost.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool", "function")
-RESULTS = ("tool", "function")
-# How calls look where they stand in the reply's text: SmolTalk2's two forms, and those of other templates.
-TEXT_CALL = re.compile(r"<tool_call|<code>|<function|<\|python_tag\|>|\[TOOL_CALLS\]")
+# How calls look in a reply's text in other templates' forms; `chat.calls` knows SmolTalk2's.
+OTHER_CALLS = re.compile(r"(?m)^[ \t]*(<function|<\|python_tag\|>|\[TOOL_CALLS\])")
 
 
-def validate_row(row: dict, where: str) -> str:
+QUESTION_AND_ANSWER = (("query", "response"), ("question", "answer"), ("question", "response"), ("input", "output"))
+
+
+def validate_row(row: dict, where: str, pairs: bool = False) -> str:
     """The row's shape: "preference", "messages" or "text". A column that holds null counts as missing.
 
     Args:
-        row: Preference rows hold `chosen` and `rejected`, two full conversations, and may hold `prompt`, a string or
-            messages; rows with `messages` and `text` are conversations.
+        row: As `as_row` gives it. Preference rows hold `chosen` and `rejected`, two full conversations, and may hold
+            `prompt`, a string or messages; rows with `messages` and `text` are conversations.
         where: File and row, for the message.
+        pairs: What is checked of a row that has messages and a pair: the pair.
     Raises:
         UserError: The row has no known shape, or breaks its shape's rules.
     """
@@ -29,11 +35,12 @@ def validate_row(row: dict, where: str) -> str:
     for i, tool in enumerate(row.get("tools") or []):
         if not isinstance(tool, dict):
             raise UserError(f"{where}: tools[{i}] is {kind_of(tool)}; expected a JSON schema, an object with name")
-    if row.get("chosen") is not None and row.get("rejected") is not None:
+    is_pair = row.get("chosen") is not None and row.get("rejected") is not None
+    if is_pair and (pairs or row.get("messages") is None):
         check_pair(row, where)
         return "preference"
     if row.get("messages") is not None:
-        check_messages(row["messages"], f"{where}: messages")
+        check_messages(row["messages"], f"{where}: messages", row.get("tools"))
         check_reply(row["messages"], f"{where}: messages")
         return "messages"
     if row.get("text") is not None:
@@ -53,6 +60,12 @@ def hint(row: dict) -> str:
         return "they look like ShareGPT; set columns: sharegpt"
     if row.get("instruction") is not None:
         return "they look like Alpaca; set columns: alpaca"
+    for asked, answered in QUESTION_AND_ANSWER:
+        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+            return (
+                f"a question and its answer load with columns: alpaca and rename {{{asked}: instruction, {answered}: "
+                "output}"
+            )
     if row.get("question") is not None and row.get("function") is not None:
         return (
             "they are Berkeley function-calling prompts, made for evaluation, without a reply to train on; write rows "
@@ -66,7 +79,7 @@ def check_pair(row: dict, where: str) -> None:
     if prompt is not None and not isinstance(prompt, str | list):
         raise UserError(f"{where}: prompt is {kind_of(prompt)}; expected a string or a list of messages")
     for key in ("chosen", "rejected"):
-        check_messages(row[key], f"{where}: {key}")
+        check_messages(row[key], f"{where}: {key}", row.get("tools"))
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
     if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
@@ -81,12 +94,13 @@ def check_pair(row: dict, where: str) -> None:
         check_reply(row[key], f"{where}: {key}")
 
 
-def check_messages(messages, where: str) -> None:
+def check_messages(messages, where: str, tools: list | None = None) -> None:
     if not isinstance(messages, list) or not messages:
         found = "empty" if messages == [] else kind_of(messages)
         raise UserError(f"{where} is {found}; expected a list of messages, each with role and content")
+    was_called = False
     for i, message in enumerate(messages):
-        check_message(message, f"{where}[{i}]")
+        check_message(message, f"{where}[{i}]", tools)
         role = message["role"]
         if role == "system" and i:
             found = "a second system turn" if messages[0]["role"] == "system" else "a system turn after other turns"
@@ -94,11 +108,17 @@ def check_messages(messages, where: str) -> None:
                 f"{where}[{i}] is {found}; expected one at most, at the start; "
                 "join its text to the first turn's, or make it a user turn"
             )
-        if role in RESULTS and not any(is_call(earlier) for earlier in messages[:i]):
+        was_called = was_called or (role == "tool" and any(map(is_call, messages[:i])))
+        if role == "tool" and not was_called:
             raise UserError(
-                f"{where}[{i}] is a {role} turn without an assistant's call before it; expected tool_calls in an "
+                f"{where}[{i}] is a tool turn without an assistant's call before it; expected tool_calls in an "
                 "earlier assistant turn, or <tool_call> or <code> in its text; add the call or delete the row"
             )
+    if ends_in_two_users(messages):
+        raise UserError(
+            f"{where} ends in two user turns; the last one looks like a reply that is labelled user; "
+            "set the source's last_user_is_reply: true where it is one, or delete the row"
+        )
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
 
@@ -114,7 +134,7 @@ def check_reply(messages: list[dict], where: str) -> None:
         )
 
 
-def check_message(message, where: str) -> None:
+def check_message(message, where: str, tools: list | None = None) -> None:
     if not isinstance(message, dict):
         raise UserError(f"{where} is {kind_of(message)}; expected an object with role and content")
     role = message.get("role")
@@ -123,11 +143,13 @@ def check_message(message, where: str) -> None:
         found = ", ".join(message) or "nothing"
         raise UserError(f"{where} has no role, only {found}; expected role and content{other}")
     if role not in ROLES:
-        raise UserError(f"{where}.role is {role!r:.80}; expected one of {', '.join(ROLES)}; rename the role")
-    check_calls(message, where)
+        raise UserError(
+            f"{where}.role is {role!r:.80}; expected one of {', '.join(ROLES)}; say what it stands for with the "
+            f"source's roles, as roles: {{{role}: user}}"
+        )
+    check_calls(message, where, tools)
     text = message_text(message, where)
-    without_text = ("tool_calls", "function_call", "reasoning_content", "reasoning")
-    if role == "assistant" and any(message.get(key) for key in without_text):
+    if role == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
         return
     if message.get("content") is None:
         raise UserError(f"{where} has no content; expected a string (null only in an assistant turn with tool_calls)")
@@ -144,10 +166,12 @@ def message_text(message: dict, where: str) -> str:
     if not isinstance(content, list):
         raise UserError(f"{where}.content is {kind_of(content)}; expected a string or a list of text parts")
     texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
+    for i, (part, text) in enumerate(zip(content, texts, strict=True)):
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in TEXT_PARTS or not isinstance(text, str):
             raise UserError(
-                f"{where}.content[{i}]={content[i]!r:.80} is no text part; only text can be trained on; delete the row"
+                f"{where}.content[{i}]={part!r:.80} is no text part; only text can be trained on (types "
+                f"{', '.join((*TEXT_PARTS, *REASONING_PARTS))}); delete the row"
             )
     return "".join(texts)
 
@@ -155,23 +179,16 @@ def message_text(message: dict, where: str) -> str:
 def is_call(message: dict) -> bool:
     if message["role"] != "assistant":
         return False
-    calls = message.get("tool_calls") or message.get("function_call")
-    return bool(calls or TEXT_CALL.search(message_text(message, "")))
+    text = message_text(message, "")
+    return bool(message.get("tool_calls") or call_blocks(text) or OTHER_CALLS.search(text))
 
 
-def check_calls(message: dict, where: str) -> None:
+def check_calls(message: dict, where: str, tools: list | None) -> None:
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}.tool_calls is {kind_of(calls)}; expected a list of calls")
-    places = [(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls or ())]
-    if message.get("function_call") is not None:
-        places.append((f"{where}.function_call", message["function_call"]))
-    for place, call in places:
+    for i, call in enumerate(calls or ()):
         function = (call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{place} names no function; expected an object with name and arguments")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str) and arguments:  # "" is how servers write a call without arguments
-            arguments = parse_json(arguments, f"{place}.arguments", "expected a JSON object")
-        if arguments not in (None, "") and not isinstance(arguments, dict):
-            raise UserError(f"{place}.arguments is {kind_of(arguments)}; expected a JSON object of names and values")
+            raise UserError(f"{where}.tool_calls[{i}] names no function; expected an object with name and arguments")
+        check_arguments(function, f"{where}.tool_calls[{i}]", tools)

@@ -11,7 +11,7 @@ import numpy as np
 
 from smolpost import schema
 from smolpost.chat.render import load_template, render
-from smolpost.data.columns import as_row
+from smolpost.data.columns import row_for
 from smolpost.data.prompts import mode_of
 from smolpost.data.sources import read_rows
 from smolpost.data.validate import validate_row
@@ -82,10 +82,10 @@ class Case:
     def _valid_rows(self) -> Iterator[dict]:
         for source in self.stage.data[self.config.data].sources.values():
             try:
-                for _, row in islice(read_rows(source), SCANNED):
+                for _, row in islice(read_rows(source, faults=True), SCANNED):
                     self.num_scanned += 1
                     try:
-                        row = as_row(row, source)
+                        row = row_for(row, source, self.config.kind)
                         self._check_row(row)
                     except UserError as error:
                         self.refused.append(str(error))

@@ -101,7 +101,7 @@ class Preference:
         return [_sample(engine.tokenizer, *both) for both in zip(items, chosen, rejected, strict=True)]
 
     def _sides(self, tokenizer, row: dict) -> tuple[Side, Side]:
-        if validate_row(row, where(row)) != "preference":
+        if validate_row(row, where(row), pairs=True) != "preference":
             raise UserError(
                 f"{where(row)}: has the columns {', '.join(row)}; expected chosen and rejected; take its source out "
                 f"of data.{self.config.data}"

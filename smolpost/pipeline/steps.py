@@ -16,6 +16,7 @@ from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.lineage import CODE, Lineage, Located
 
+SHOWN_ROWS = 20  # of those that are refused
 PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
 
 
@@ -128,6 +129,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
 
     from smolpost.data.prepare import prepare as prepare_rows
     from smolpost.data.report import format_report
+    from smolpost.data.taken import DROPPED, RefusedRows, refused_rows
 
     config = stage.plan.config
     if stage.prepared is None:
@@ -152,7 +154,13 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
             for folder in sorted(set(shards.values())):
                 locks.enter_context(manifest.lock(folder))
             part = locks.enter_context(manifest.building(stage.prepared))
-            report = prepare_rows(config, mixture, tokenizer, shards.__getitem__, part)
+            try:
+                report = prepare_rows(config, mixture, tokenizer, shards.__getitem__, part)
+            except RefusedRows as error:
+                kept = stage.prepared.with_name(f"{stage.prepared.name}.refused.txt")
+                kept.write_text("".join(f"{fault}\n" for fault in error.faults))
+                _show_refused(error.faults, kept)
+                raise
             tokenizer.save_pretrained(part / PREPARED_TOKENIZER)
             manifest.write(
                 part,
@@ -161,9 +169,18 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
                 template_hash=template_hash(template),
                 report=report,
             )
+    _show_refused(refused_rows(stage.prepared), stage.prepared / DROPPED)
     Console().print(format_report(report))
     print(f"{stage.prepared}; `smolpost inspect {stage.prepared}` shows its rows", flush=True)
     return stage.prepared
+
+
+def _show_refused(faults: list[str], file: Path) -> None:
+    """The first rows that are refused, and where all of them are listed."""
+    for fault in faults[:SHOWN_ROWS]:
+        print(f"refused: {fault}")
+    if faults:
+        print(f"{len(faults):,} rows are refused; {file} lists them all", flush=True)
 
 
 def check_template(stage: Located, found: str | None, template: str) -> None:

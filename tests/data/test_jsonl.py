@@ -77,13 +77,16 @@ def test_jsonl_pieces(tmp_path_factory, lines, indent, end, last_end, mark, wind
     assert list(read_rows(source)) == expected
 
 
-def test_a_broken_line_is_reported_when_its_piece_is_read(write_jsonl):
+def test_a_broken_line_is_its_own_rows_fault(write_jsonl):
     path = write_jsonl([ROWS[0], ROWS[1], '{"text"', ROWS[2]])
     source = Source(path=path)
     good, bad = pieces(source, 2)
     assert list(read_piece(source, good)) == ROWS[:2]
+    broken, whole = read_piece(source, bad)
+    assert broken.fault.startswith(f"{path}:3: is no JSON") and broken.number == 3
+    assert (whole, whole.number, whole.fault) == (ROWS[2], 4, None)
     with pytest.raises(UserError, match=r"rows.jsonl:3: is no JSON"):
-        list(read_piece(source, bad))
+        read(path)
     assert read(path, first_row=3) == [(4, ROWS[2])]
 
 

@@ -181,6 +181,7 @@ def token_batch(rows):
         "fate_counts": [np.bincount(row_fates, minlength=len(Fate)).tolist() for row_fates in fates],
         "is_text": [False] * len(rows), "think": [False] * len(rows), "unknown": [0] * len(rows),
         "neutralised": [0] * len(rows), "content": [0] * len(rows), "features": [None] * len(rows),
+        "fault": [None] * len(rows), "unread": [[]] * len(rows),
     }  # fmt: skip
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
@@ -339,7 +340,7 @@ def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
 def test_a_row_the_template_refuses_is_named(tokenizer, tmp_path):
     broken = {**chat("a", "b"), "chat_template_kwargs": {"enable_thinking": "no"}}
     with pytest.raises(UserError, match=r"only.jsonl:2: chat_template_kwargs.enable_thinking='no' is not a boolean"):
-        prepared(sft(), [chat("a", "b"), broken], tokenizer, new(tmp_path))
+        prepared(sft(max_dropped=0), [chat("a", "b"), broken], tokenizer, new(tmp_path))
 
 
 # ---------------------------------------------------------------- apo
@@ -473,7 +474,7 @@ def policy_text(tokenizer, row):
     for message in row["messages"]:
         if message["role"] == "assistant":
             calls = [call["function"] for call in message.get("tool_calls") or []]
-            written = [message["content"]] if message["content"] else []
+            written = [message["content"]] if message.get("content") else []
             for call in calls:
                 arguments = call["arguments"]
                 arguments = json.loads(arguments) if isinstance(arguments, str) else arguments

@@ -38,6 +38,7 @@ def run(mixture, tokenizer, folder: Path, **settings):
 @pytest.fixture
 def many_shards(monkeypatch):
     monkeypatch.setattr(prepare_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
 
 
 def test_the_number_of_workers_changes_no_byte(tokenizer, tmp_path, many_shards):
@@ -58,7 +59,23 @@ def test_the_first_bad_row_is_named_whichever_worker_finds_one(tokenizer, tmp_pa
     (file := tmp_path / "a.jsonl").write_text("\n".join(lines))
     for workers in (1, 3):
         with pytest.raises(UserError, match=r"a.jsonl:14: text is a"):
-            run(Mixture(sources={"a": Source(path=str(file))}), tokenizer, tmp_path / str(workers), num_workers=workers)
+            run(
+                Mixture(sources={"a": Source(path=str(file))}),
+                tokenizer,
+                tmp_path / str(workers),
+                num_workers=workers,
+                max_dropped=0.04,
+            )
+
+
+def test_a_first_shard_of_refused_rows_ends_the_run(tokenizer, tmp_path, many_shards):
+    lines = ['{"words": "x"}'] * 4 + [json.dumps({"text": "fine"})] * 40
+    (file := tmp_path / "a.jsonl").write_text("\n".join(lines))
+    mixture = Mixture(sources={"a": Source(path=str(file))})
+    with pytest.raises(UserError, match=r"a.jsonl:1: has the columns words; .* \(so are all of the first 4 rows\)$"):
+        run(mixture, tokenizer, tmp_path / "out", num_workers=1)
+    file.write_text("\n".join(reversed(lines)))
+    assert run(mixture, tokenizer, tmp_path / "late", num_workers=1)["totals"]["dropped"] == {"refused": 4}
 
 
 def test_only_taken_rows_are_tokenized_and_only_once(tokenizer, tmp_path, many_shards, monkeypatch):

@@ -31,7 +31,7 @@ def test_first_row_and_max_rows(write_jsonl, first, most, kept):
             {},
             r"rows.jsonl:2: is no JSON \(Expecting ':' delimiter at column 6\); expected one",
         ),
-        (["[1]"], {}, r"rows.jsonl:1: is a JSON list; expected one JSON object per line"),
+        (["[1]"], {}, r"rows.jsonl:1: is a JSON int; expected an object in the list"),
     ],
 )
 def test_unreadable_rows_are_refused(write_jsonl, lines, settings, message):

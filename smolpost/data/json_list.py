@@ -1,0 +1,111 @@
+"""JSON files that hold one list of rows, as LLaMA-Factory's do: cut into pieces that any process can read by itself."""
+
+import json
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from smolpost.data.piece import Piece
+from smolpost.data.rows import MAX_ROW_BYTES, Row, kind_of, parse_json, too_large
+from smolpost.errors import UserError
+
+SPACE = " \t\n\r"
+PLAIN = (
+    json.JSONDecoder()
+)  # finds where a value ends; what `parse_json` refuses in it is the row's fault, not the file's
+
+
+def is_list(file: BinaryIO) -> bool:
+    """Whether the text from here on is a list; the file stays where it is."""
+    place = file.tell()
+    while (start := file.read(4096)) and start.isspace():
+        pass
+    file.seek(place)
+    return start.lstrip()[:1] == b"["
+
+
+def cut_list(
+    content: bytes, path: str, begin: int, skip: int, stop: int, rows_per_piece: int
+) -> tuple[list[Piece], int]:
+    """Pieces of the rows from skip to stop, and the number of rows.
+
+    Args:
+        content: Of the file from byte `begin` on.
+    Raises:
+        UserError: It is no list in JSON.
+    """
+    text = decoded(content, path)
+    found, edges, place, offset, count = [], [], 0, begin, 0
+    for first, end in elements(text, path):
+        offset += len(text[place:first].encode())
+        if skip <= count < stop and (count - skip) % rows_per_piece == 0:
+            edges.append((count, offset))
+        offset += len(text[first:end].encode())
+        place, count = end, count + 1
+        if skip < count <= stop:
+            last = (count, offset)
+    for i, (row, start) in enumerate(edges):
+        after, finish = edges[i + 1] if i + 1 < len(edges) else last
+        found.append(Piece(path, "", start, finish, row + 1, row, after - row))
+    return found, count
+
+
+def list_rows(content: bytes, path: str, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
+    """The rows of a whole file's bytes, or of a piece's.
+
+    Args:
+        number: Of the first row, from 1.
+        inside: The bytes are a piece, between the list's brackets.
+    """
+    text = decoded(content, path)
+    for i, (first, end) in enumerate(elements(text, path, inside), start=number):
+        yield element_row(text[first:end], path, i)
+
+
+def element_row(text: str, path: str, number: int) -> Row:
+    where = f"{path}:{number}"
+    try:
+        if len(text) > MAX_ROW_BYTES:
+            raise UserError(f"{where}: {too_large(len(text))}")
+        row = parse_json(text, where)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: is a JSON {kind_of(row).split()[-1]}; expected an object in the list")
+    except UserError as error:
+        return Row({}, path, number, fault=str(error))
+    return Row(row, path, number)
+
+
+def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, int]]:
+    """Where each element of a list, or of the values between its brackets, begins and ends."""
+    place, number = skipped(text, 0), 1
+    place = place if inside else skipped(text, place + 1)
+    while place < len(text) and text[place] != "]":
+        try:
+            _, end = PLAIN.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: is no JSON ({error}); expected a list of objects") from error
+        yield place, end
+        place, number = skipped(text, end), number + 1
+        if text[place : place + 1] == ",":
+            place = skipped(text, place + 1)
+        elif text[place : place + 1] != "]" and not (inside and place == len(text)):
+            raise UserError(
+                f"{path}:{number - 1}: is followed by {text[place : place + 20]!r}; expected , or the ] of a list"
+            )
+    if not inside and text[place + 1 :].strip(SPACE):
+        raise UserError(f"{path}: goes on after its list; expected one list, or one object per line")
+
+
+def skipped(text: str, place: int) -> int:
+    while place < len(text) and text[place] in SPACE:
+        place += 1
+    return place
+
+
+def decoded(content: bytes, path: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: is no UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8, for example with "
+            "`iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from error
