@@ -13,13 +13,15 @@ from smolpost.errors import UserError
 from smolpost.schema import Hygiene, Mixture, Source
 
 
-def mix(mixture: Mixture) -> list[tuple[str, Row]]:
+def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, Row]]:
     """All rows of a mixture in memory, each with its source's name: for vocabularies, prompts and held-out rows.
 
     A weight of 1 takes a source's rows in file order; any other takes round(weight * rows) of them after a shuffle,
     repeating that order where the weight is above 1. Which rows a source gives depends on the seed and its own name
     alone, and the shuffled order on the set of sources, not on the order in which they are declared.
 
+    Args:
+        refused: Gets why rows are refused, which are then left out; without it the first one is an error.
     Raises:
         UserError: A setting is out of range or needs tokens, a weight keeps no row, or a row is refused.
     """
@@ -33,7 +35,7 @@ def mix(mixture: Mixture) -> list[tuple[str, Row]]:
                     f"sources.{name}.{key} counts what training stages tokenize, and this mixture is read as text; "
                     "use max_rows or weight"
                 )
-    taken = {name: take(source, name, mixture.seed) for name, source in mixture.sources.items()}
+    taken = {name: take(source, name, mixture.seed, refused) for name, source in mixture.sources.items()}
     rows = [(name, row) for name, found in taken.items() for row in found]
     return [rows[i] for i in order(mixture, {name: len(found) for name, found in taken.items()})]
 
@@ -46,12 +48,21 @@ def rows_alone(mixture: Mixture) -> Mixture:
     return replace(mixture, sources=sources, hygiene=Hygiene())
 
 
-def take(source: Source, name: str, seed: int) -> list[Row]:
-    """The rows of one source by its weight."""
+def take(source: Source, name: str, seed: int, refused: list[str] | None = None) -> list[Row]:
+    """The rows of one source by its weight; the arguments are those of `mix`."""
     rows = []
     for _, row in read_rows(source, faults=True):
-        rows.append(as_row(row, source))
-        validate_row(rows[-1], row.where)
+        try:
+            own = as_row(row, source)
+            validate_row(own, row.where)
+        except UserError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
+        else:
+            rows.append(own)
+    if not rows:
+        raise UserError(refused[-1])
     return [rows[i] for i in choose(source, name, seed, len(rows))]
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.masks import encode_prompt
-from smolpost.data.columns import json_schema_tool
 from smolpost.data.prompts import named
 from smolpost.data.rows import Row, kind_of
 from smolpost.data.sources import read_rows
+from smolpost.data.tools import json_schema_tool
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.call_match import TYPES, mismatch

@@ -69,7 +69,8 @@ def run(request: Request, console: Console) -> int:
         UserError: The recipe or its data cannot be used.
     """
     lineage = Lineage(request)
-    _check_tasks(request.recipe.evaluation.tasks)
+    if request.recipe.evaluation.tasks:
+        _check_tasks(request.recipe.evaluation.tasks)
     wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
     began = time.monotonic()
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come

@@ -90,10 +90,12 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
 
     config = stage.plan.config
     template = load_template(config.template)
-    texts = []
+    texts, refused = [], []
     for mixture in stage.data.values():
-        for _, row in mix(rows_alone(mixture)):
+        for _, row in mix(rows_alone(mixture), refused):
             texts.extend(_texts(row, template))
+    if refused:
+        print(f"{len(refused):,} rows are refused and left out of the vocabulary; the first: {refused[0]}", flush=True)
     tokenizer = build_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size, template=config.template)
     torch.manual_seed(config.seed)
     model = SmolLM3ForCausalLM(
@@ -115,9 +117,9 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
 
 
 def _texts(row: dict, template: str) -> list[str]:
-    if "text" in row:
+    conversations = [row[key] for key in ("messages", "chosen", "rejected") if key in row]
+    if not conversations:
         return [row["text"]]
-    conversations = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
     return [render(template, c, template_kwargs=kwargs, tools=tools, today=schema.RELEASE_DAY) for c in conversations]
 
