@@ -1,13 +1,12 @@
 """Parquet files, folders of `datasets.save_to_disk` and Hub datasets, cut into pieces and read.
 
-Their rows come with one schema for all, where a missing key is None: those keys are removed, except inside JSON
-columns, which keep what was written.
+Their rows come with one schema for all, where a missing key is None; `sources.read_piece` removes those keys.
 """
 
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,48 +109,42 @@ def rows_at_a_time(num_bytes: int, num_rows: int) -> int:
 
 
 def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int) -> Iterator[Row]:
-    """The table's rows without the keys that hold None, at any depth: Arrow fills them in where rows differ."""
+    """The table's rows; one that cannot be read says why."""
     try:
         if table.nbytes > MAX_ROW_BYTES:
             raise UserError(f"{path}:{number}: {too_large(table.nbytes)}")
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (UserError, UnicodeDecodeError, KeyError) as error:
-        if len(table) > 1:  # one by one, to name the row
+        if len(table) > 1:  # one by one, to find the row
             for i in range(len(table)):
                 yield from table_rows(table.slice(i, 1), path, number + i)
             return
-        if isinstance(error, UserError):
-            raise
-        found = "text that is no UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
-        raise UserError(f"{path}:{number}: holds {found} ({one_line(error)}); write the row again") from error
-    plain = struct_reader(table.schema)
+        fault = str(error)
+        if not isinstance(error, UserError):
+            found = "text that is no UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
+            fault = f"{path}:{number}: holds {found} ({one_line(error)}); write the row again"
+        yield Row({}, path, number, fault=fault)
+        return
+    readers = {field.name: reader for field in table.schema if (reader := json_reader(field.type))}
     for i, row in enumerate(rows, start=number):
-        yield Row(plain(row, f"{path}:{i}"), path, i)
+        for name, reader in readers.items():
+            row[name] = reader(row[name], f"{path}:{i}")
+        yield Row(row, path, i)
 
 
-def value_reader(kind: pa.DataType) -> Callable | None:
-    """What turns a value of this type, never None, into plain Python; None where it stays as it is."""
+def json_reader(kind: pa.DataType) -> Callable | None:
+    """What reads the JSON columns inside a value of this type, given the value and its place; None without any."""
     if isinstance(kind, pa.JsonType):
-        return parse_json
+        return lambda value, where: None if value is None else parse_json(value, where)
     if pa.types.is_struct(kind):
-        return struct_reader(kind)
+        readers = {field.name: reader for field in kind if (reader := json_reader(field.type))}
+        return readers and (lambda value, where: value and value | {k: r(value[k], where) for k, r in readers.items()})
     if pa.types.is_map(kind):
-        inner = value_reader(kind.item_type)
-        return lambda value, where: {
-            key: inner(item, where) if inner else item for key, item in value.items() if item is not None
-        }
-    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind) and (inner := value_reader(kind.value_type)):
-        return lambda value, where: [None if item is None else inner(item, where) for item in value]
+        inner = json_reader(kind.item_type)
+        return inner and (lambda value, where: value and {key: inner(item, where) for key, item in value.items()})
+    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind) and (inner := json_reader(kind.value_type)):
+        return lambda value, where: value and [inner(item, where) for item in value]
     return None
-
-
-def struct_reader(fields: Iterable[pa.Field]) -> Callable:
-    readers = [(field.name, value_reader(field.type)) for field in fields]
-    return lambda value, where: {
-        name: reader(value[name], where) if reader else value[name]
-        for name, reader in readers
-        if value[name] is not None
-    }
 
 
 _datasets: dict[tuple, object] = {}  # the last one opened; forked processes share it, as it is memory-mapped

@@ -1,4 +1,4 @@
-"""Other people's rows turned into ours, in three steps: the shape of the columns, the keys of rows and turns, nulls.
+"""Other people's rows turned into ours: the shape of the columns, then the keys of rows and turns.
 
 Every command reads rows through `as_row`, so all see the same ones.
 """
@@ -6,7 +6,7 @@ Every command reads rows through `as_row`, so all see the same ones.
 import re
 from typing import Any
 
-from smolpost.data.keys import DESIRED, MARKS, REFUSED_IN_ROWS, ROW, is_empty, mark_of, refuse, without_nulls
+from smolpost.data.keys import DESIRED, MARKS, REFUSED_IN_ROWS, ROW, is_empty, mark_of, refuse
 from smolpost.data.rows import Row, kind_of
 from smolpost.data.tools import own_tools
 from smolpost.data.turns import called_in, known_roles, own_turns, read_json
@@ -22,7 +22,7 @@ CONVERSATIONS = ("messages", "chosen", "rejected")
 
 
 def as_row(row: Row, source: Source) -> Row:
-    """The row in our columns: source.rename first, then nulls, then source.columns, then the keys of each level.
+    """The row, as `read_piece` gives it, in our columns: by source.rename, by source.columns, then the keys by level.
 
     smoltalk2 rows stay as they are, apart from shapes that are told by their columns: `conversations` of role and
     content, TRL's `prompt` and `completion` (the completion trains), Llama-Nemotron's `input` list and `output`, xLAM's
@@ -40,10 +40,10 @@ def as_row(row: Row, source: Source) -> Row:
     mapping = MAPPINGS.get(source.columns)
     if mapping is None:
         raise UserError(f"{source.path}: columns={source.columns!r} is unknown; use one of {', '.join(MAPPINGS)}")
-    content = with_json_read(without_nulls(renamed(row, source.rename)), row.where)
+    content = with_json_read(renamed(row, source.rename), row.where)
     unread: set[str] = set()
     content = in_our_keys(mapping(content, row.where, source.roles), row.where, source, unread)
-    return Row(content, row.path, row.number, unread=tuple(sorted(unread)))
+    return row.with_content(content, tuple(sorted(unread)))
 
 
 def row_for(row: Row, source: Source, kind: str) -> Row:
@@ -51,7 +51,7 @@ def row_for(row: Row, source: Source, kind: str) -> Row:
     row = as_row(row, source)
     if "messages" in row and "chosen" in row and "rejected" in row:
         others = ("messages",) if kind == "apo" else ("chosen", "rejected")
-        return Row(without(row, *others), row.path, row.number, unread=tuple(sorted((*row.unread, *others))))
+        return row.with_content(without(row, *others), tuple(sorted((*row.unread, *others))))
     return row
 
 

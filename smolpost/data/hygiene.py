@@ -149,16 +149,15 @@ def turns_of(row: dict) -> Turns:
 
 
 def message_turns(message: dict) -> Turns:
-    texts = (message.get("reasoning_content") or message.get("reasoning"), message_text(message, ""))
+    texts = (message.get("reasoning_content"), message_text(message, ""))
     text = "\n".join(text for text in texts if text)
-    calls = message.get("tool_calls") or [message.get("function_call")]
     turns = [(message["role"], text)] if text else []
-    return turns + [(TOOL_CALL, call_text(call)) for call in calls if call]
+    return turns + [(TOOL_CALL, call_text(call)) for call in message.get("tool_calls") or ()]
 
 
 def call_text(call: dict) -> str:
     """A call's name and arguments, however they are stored; ids are drawn anew for every copy of a conversation."""
-    function = call.get("function") or call
+    function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
         arguments = json.loads(arguments)

@@ -1,26 +1,23 @@
 """JSON files that hold one list of rows, as LLaMA-Factory's do: cut into pieces that any process can read by itself."""
 
+import io
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from smolpost.data.piece import Piece
 from smolpost.data.rows import MAX_ROW_BYTES, Row, kind_of, parse_json, too_large
 from smolpost.errors import UserError
 
+PEEKED = 4096  # bytes in which a list must begin
 SPACE = " \t\n\r"
 PLAIN = (
     json.JSONDecoder()
 )  # finds where a value ends; what `parse_json` refuses in it is the row's fault, not the file's
 
 
-def is_list(file: BinaryIO) -> bool:
-    """Whether the text from here on is a list; the file stays where it is."""
-    place = file.tell()
-    while (start := file.read(4096)) and start.isspace():
-        pass
-    file.seek(place)
-    return start.lstrip()[:1] == b"["
+def begins_list(file: io.BufferedReader) -> bool:
+    """Whether the text from here on is a list; the file stays at it, or at white space before it."""
+    return file.peek(PEEKED).lstrip()[:1] == b"["
 
 
 def cut_list(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from smolpost.data.json_list import cut_list, is_list, list_rows
+from smolpost.data.json_list import begins_list, cut_list, list_rows
 from smolpost.data.paths import COMPRESSIONS, readable
 from smolpost.data.piece import ANY_NUMBER, Piece, cut_rows
 from smolpost.data.rows import MAX_ROW_BYTES, Row, parse_row
@@ -31,7 +31,7 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: i
     with readable(path, "text file", "check its permissions"), open(path, "rb") as file:
         begin = text_begin(file.read(4), path)
         file.seek(begin)
-        if is_list(file):
+        if begins_list(file):
             return cut_list(file.read(), path, begin, skip, stop, rows_per_piece)
         edges = [(0, begin, 1)] if not skip else []
         count, last = 0, None
@@ -54,7 +54,7 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: i
 def cut_compressed(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
     with uncompressed(path) as file:
         count = 0
-        if file.peek(1)[:1] == b"[":
+        if begins_list(file):
             count = sum(1 for _ in list_rows(file.read(), path))
             return cut_rows(path, [skip, min(count, stop)]), count
         for ends, _ in row_ends(file, 0):
@@ -96,7 +96,7 @@ def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
     with open(piece.path, "rb") as file:
         file.seek(text_begin(file.read(4), piece.path))
-        as_list = is_list(file)
+        as_list = begins_list(file)
         file.seek(piece.begin)
         if as_list:
             yield from list_rows(file.read(piece.end - piece.begin), piece.path, piece.line, inside=True)
@@ -106,7 +106,7 @@ def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
 
 def compressed_rows(source: Source, piece: Piece) -> Iterator[Row]:
     with uncompressed(piece.path) as file:
-        if file.peek(1)[:1] == b"[":
+        if begins_list(file):
             yield from itertools.islice(list_rows(file.read(), piece.path), piece.begin, piece.end)
             return
         yield from parsed_rows(file, piece.path, 1, ANY_NUMBER, piece.begin, piece.num_rows)

@@ -47,14 +47,6 @@ def is_empty(value) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def without_nulls(value):
-    """The value without the keys that hold null, at any depth: Arrow fills them in where rows differ, and files that
-    were exported from it keep them. Text is not looked into."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
 def refuse(content: dict, refused: dict[str, str], where: str) -> None:
     """
     Raises:

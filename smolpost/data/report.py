@@ -85,7 +85,8 @@ def format_report(report: dict) -> Group:
 def unread_lines(report: dict) -> list[str]:
     """A line for each source that has keys which nobody reads."""
     return [
-        f"not read in {name}: " + ", ".join(f"{key} ({count:,} rows)" for key, count in entry["unread"].items())
+        f"not read in {name}: "
+        + ", ".join(f"{key} ({count:,} row{'s' * (count > 1)})" for key, count in entry["unread"].items())
         for name, entry in report["sources"].items()
         if entry.get("unread")
     ]

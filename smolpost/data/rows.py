@@ -35,6 +35,19 @@ class Row(dict):
     def where(self) -> str:
         return f"{self.path}:{self.number}"
 
+    def with_content(self, content: dict, unread: tuple[str, ...] = ()) -> "Row":
+        """A row with other content from the same place."""
+        return Row(content, self.path, self.number, fault=self.fault, unread=unread)
+
+
+def without_nulls(value):
+    """A row or value without the keys that hold null, at any depth: Arrow fills them in where rows differ, and files
+    that were exported from it keep them. Text is not looked into."""
+    if isinstance(value, dict):
+        content = {key: without_nulls(part) for key, part in value.items() if part is not None}
+        return value.with_content(content) if isinstance(value, Row) else content
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
 
 def parse_row(line: bytes, where: str) -> dict:
     """A line of JSON as the object it holds.

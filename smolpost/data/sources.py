@@ -11,7 +11,7 @@ from smolpost.data.arrow_rows import cut_dataset, cut_parquet, dataset_rows, par
 from smolpost.data.jsonl import compressed_rows, cut_compressed, cut_jsonl, jsonl_rows
 from smolpost.data.paths import is_hub_id, parts, saved_entry
 from smolpost.data.piece import ANY_NUMBER, Piece
-from smolpost.data.rows import Row
+from smolpost.data.rows import Row, without_nulls
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -77,7 +77,8 @@ def pieces(source: Source, rows_per_piece: int) -> list[Piece]:
 
 
 def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
-    """The rows of one piece, in any process; a row that cannot be read says why (`Row.fault`).
+    """The rows of one piece, in any process, without the keys that hold null; a row that cannot be read says why
+    (`Row.fault`).
 
     Raises:
         UserError: The file breaks off, or the rows are no longer as many as they were.
@@ -85,7 +86,7 @@ def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
     num_rows = 0
     for row in READERS[piece.kind](source, piece):
         num_rows += 1
-        yield row
+        yield without_nulls(row)
     if num_rows != piece.num_rows:
         raise UserError(
             f"{piece.path}: has {num_rows} rows from row {piece.line} on, where {piece.num_rows} were counted: "

@@ -151,8 +151,9 @@ def check_refused(stage: TrainStage, name: str, num_rows: int, faults: list[str]
         RefusedRows: Too many, with the first one's reason; or all.
     """
     if len(faults) > min(stage.max_dropped * num_rows, num_rows - 1):
-        more = f" ({len(faults)} of the {num_rows} rows of source {name} are refused)" if num_rows > 1 else ""
-        raise RefusedRows(f"{faults[0]}; or raise max_dropped={stage.max_dropped}{more}", faults)
+        some = f"; or raise max_dropped={stage.max_dropped}" if len(faults) < num_rows else ""
+        counted = f" (source {name}: {len(faults)} of {num_rows} rows are refused)" if num_rows > 1 else ""
+        raise RefusedRows(f"{faults[0]}{some}{counted}", faults)
 
 
 def duplicates(taken: Taken) -> np.ndarray:

@@ -4,8 +4,8 @@ from typing import Any
 
 from smolpost.chat.python_calls import Malformed, python_calls
 from smolpost.chat.reasoning import split_reasoning
-from smolpost.data.keys import MARKS, MESSAGE, REFUSED_IN_MESSAGES, is_empty, mark_of, refuse, without_nulls
-from smolpost.data.rows import parse_json
+from smolpost.data.keys import MARKS, MESSAGE, REFUSED_IN_MESSAGES, is_empty, mark_of, refuse
+from smolpost.data.rows import parse_json, without_nulls
 from smolpost.data.tools import own_calls
 from smolpost.errors import UserError
 
@@ -54,13 +54,14 @@ def own_turns(messages: list, where: str, roles: dict[str, str], unread: set[str
 
 
 def own_turn(message: dict, where: str, roles: dict[str, str], unread: set[str]) -> tuple[dict, list]:
+    if "role" not in message:
+        return message, []
     message = {key: read_json(value, f"{where}.{key}") if key in JSON_KEYS else value for key, value in message.items()}
     refuse(message, REFUSED_IN_MESSAGES, where)
-    turn: dict[str, Any] = {}
-    role = message.get("role")
+    role = message["role"]
     named = roles.get(role, role) if isinstance(role, str) else role
-    if role is not None:
-        turn["role"] = "assistant" if named in CALL_ROLES else ROLE_NAMES.get(named, named)
+    known = ROLE_NAMES.get(named, named) if isinstance(named, str) else named
+    turn: dict[str, Any] = {"role": "assistant" if named in CALL_ROLES else known}
     content, reasoning = _content(message, where)
     calls = _calls(message, where, unread)
     if named in CALL_ROLES:

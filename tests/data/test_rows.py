@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from smolpost.chat.render import load_template, render
 from smolpost.data import rows as rows_module
 from smolpost.data.columns import as_row
-from smolpost.data.rows import Row, parse_row
+from smolpost.data.rows import Row, parse_row, without_nulls
 from smolpost.data.sources import read_rows
 from smolpost.data.tools import json_schema_tool
 from smolpost.data.validate import validate_row
@@ -30,7 +30,7 @@ def called(**function):
 def mapped(row, columns="smoltalk2", rename=None):
     """The row in our columns; what it was is unchanged, and it knows its place."""
     before = json.dumps(row)
-    found = as_row(Row(row, "f", 1), Source(path="f", columns=columns, rename=rename or {}))
+    found = as_row(without_nulls(Row(row, "f", 1)), Source(path="f", columns=columns, rename=rename or {}))
     assert json.dumps(row) == before
     assert found.where == "f:1"
     return found
