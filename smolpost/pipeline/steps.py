@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from smolpost import schema
+from smolpost import schema, screen
 from smolpost.atomic import write_json
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix, rows_alone
@@ -123,7 +123,6 @@ def _texts(row: dict, template: str) -> list[str]:
 
 def prepare(lineage: Lineage, stage: Located) -> Path:
     """Tokenize, mask and pack a training stage's rows, once for all its seeds."""
-    from rich.console import Console
     from transformers import AutoTokenizer
 
     from smolpost.data.prepare import prepare as prepare_rows
@@ -161,8 +160,9 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
                 template_hash=template_hash(template),
                 report=report,
             )
-    Console().print(format_report(report))
-    print(f"{stage.prepared}; `smolpost inspect {stage.prepared}` shows its rows", flush=True)
+    screen.console().print(format_report(report))
+    look = screen.command_line(["smolpost", "inspect", stage.prepared])
+    print(f"{stage.prepared}; `{look}` shows its rows", flush=True)
     return stage.prepared
 
 
