@@ -10,6 +10,7 @@ from smolpost import schema, screen
 from smolpost.atomic import write_json
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix, rows_alone
+from smolpost.data.prompts import named
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
@@ -88,12 +89,13 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
     from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
     config = stage.plan.config
-    template = load_template(config.template)
+    options = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "template": config.template}
+    empty = build_tokenizer([], **options)  # has the special tokens that templates read
     texts = []
     for mixture in stage.data.values():
         for _, row in mix(rows_alone(mixture)):
-            texts.extend(_texts(row, template))
-    tokenizer = build_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size, template=config.template)
+            texts.extend(_texts(row, empty))
+    tokenizer = build_tokenizer(texts, **options)
     torch.manual_seed(config.seed)
     model = SmolLM3ForCausalLM(
         SmolLM3Config(
@@ -113,12 +115,14 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
     return {"parameters": parameters, "vocab_size": len(tokenizer), "texts": len(texts)}
 
 
-def _texts(row: dict, template: str) -> list[str]:
+def _texts(row: dict, tokenizer) -> list[str]:
     if "text" in row:
         return [row["text"]]
     conversations = [row["messages"]] if "messages" in row else [row["chosen"], row["rejected"]]
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    return [render(template, c, template_kwargs=kwargs, tools=tools, today=schema.RELEASE_DAY) for c in conversations]
+    options = {"template_kwargs": kwargs, "tools": tools, "today": schema.RELEASE_DAY}
+    with named(row):
+        return [render(tokenizer, messages, **options) for messages in conversations]
 
 
 def prepare(lineage: Lineage, stage: Located) -> Path:
