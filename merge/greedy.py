@@ -3,8 +3,6 @@
 python merge/greedy.py pipeline=tiny stage=greedy
 """
 
-from rich.console import Console
-
 from smolpost.atomic import write_json
 from smolpost.cli import job
 from smolpost.merging.greedy import greedy
@@ -12,6 +10,7 @@ from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point
 from smolpost.model.loading import load_for_inference
 from smolpost.report.pareto import greedy_table
+from smolpost.screen import console
 
 
 def choose(stage, inputs, folder, measure):
@@ -21,7 +20,7 @@ def choose(stage, inputs, folder, measure):
     objective = Objective("metrics", config.metrics)
     report = greedy(list(inputs), Points(folder / "points", evaluate, [objective]), objective)
     write_json(folder / "greedy.json", report)
-    Console().print(greedy_table(report), report["rule"], f"kept: {', '.join(report['kept'])}", sep="\n")
+    console().print(greedy_table(report), report["rule"], f"kept: {', '.join(report['kept'])}", sep="\n")
     return {"kept": report["kept"], "merge": write_point(report["weights"], inputs, base, config.dtype, folder)}
 
 

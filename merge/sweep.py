@@ -3,8 +3,6 @@
 python merge/sweep.py pipeline=tiny stage=sweep
 """
 
-from rich.console import Console
-
 from smolpost.atomic import write_json
 from smolpost.cli import job
 from smolpost.merging.measured import Objective, Points
@@ -12,6 +10,7 @@ from smolpost.merging.points import evaluator, write_point
 from smolpost.merging.sweep import sweep
 from smolpost.model.loading import load_for_inference
 from smolpost.report.pareto import save_pareto, sweep_table
+from smolpost.screen import console
 
 
 def choose(stage, inputs, folder, measure):
@@ -26,7 +25,7 @@ def choose(stage, inputs, folder, measure):
     )  # fmt: skip
     write_json(folder / "sweep.json", report)
     save_pareto(report, folder / "pareto.png")
-    Console().print(sweep_table(report), report["rule"], report["caveat"], f"picked: {report['picked']:g}", sep="\n")
+    console().print(sweep_table(report), report["rule"], report["caveat"], f"picked: {report['picked']:g}", sep="\n")
     [weights] = [point["weights"] for point in report["points"] if point["picked"]]
     return {"picked": report["picked"], "merge": write_point(weights, inputs, base, config.dtype, folder)}
 

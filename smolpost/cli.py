@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from smolpost import __version__
+from smolpost import __version__, screen
 from smolpost.errors import UserError
 from smolpost.merging.command import add_arguments as add_merge_arguments
 
@@ -107,7 +107,7 @@ def _do(options: argparse.Namespace) -> int:
     if options.verb == "adopt":
         steps.adopt(options.folder)
         return 0
-    console = Console(highlight=False)
+    console = screen.console()
     if options.verb == "compare":
         return _compare(options, console)
     if options.verb == "export":
@@ -169,13 +169,13 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
         print(markdown_table(runs))
     else:
         # Wider than a narrow terminal rather than cut: a range without its end says nothing.
-        Console(width=max(console.width, WIDE), highlight=False).print(compare_table(runs))
+        screen.console(max(console.width, WIDE)).print(compare_table(runs))
     if options.plot:
         reports = [report for folder in options.folders for report in sweeps(folder)]
         if not reports:
             raise UserError(f"--plot {options.plot} draws sweeps, and these runs have no sweep stage")
         save_pareto(reports, options.plot)
-        console.print(f"{options.plot}: {len(reports)} sweeps")
+        console.print(f"{options.plot}: {len(reports)} sweeps", soft_wrap=True)
     return 0
 
 
@@ -209,7 +209,9 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     if options.pack is not None:
         raise UserError("--pack is for the terminal; a page shows all packs, or those of --source and --row")
     size = write_page(prepared, options.html, limit=options.limit or 200, **chosen)
-    console.print(f"{options.html}: {size / 1000:,.0f} kB; open it in a browser, ? in it lists the keys")
+    console.print(
+        f"{options.html}: {size / 1000:,.0f} kB; open it in a browser, ? in it lists the keys", soft_wrap=True
+    )
     return 0
 
 
@@ -226,10 +228,8 @@ def _prepared_folder(words: list[str]) -> Path:
     lineage = Lineage(request)
     stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
     if stage.prepared is None or not manifest.read(stage.prepared):
-        raise UserError(
-            f"stage={stage.plan.name} has no prepared rows; `smolpost prepare {' '.join(words)}` makes them for sft "
-            "and apo stages"
-        )
+        make = screen.command_line(["smolpost", "prepare", *words])
+        raise UserError(f"stage={stage.plan.name} has no prepared rows; `{make}` makes them for sft and apo stages")
     return stage.prepared
 
 

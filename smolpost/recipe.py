@@ -9,6 +9,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -17,6 +19,8 @@ from smolpost import schema
 from smolpost.errors import UserError
 
 GROUPS = ("model", "data", "evaluation", "harness", "accelerate")  # that a command line chooses from beside `pipeline`
+# Whose entries have names of the user's choice: `+data.NAME=...` adds one, or to one, typed as in a file.
+NAMED = ("data", "stages", "evaluation.tasks")
 ROOMS = ("recipes", "data_gen", "merge")  # folders that stand beside the library in a clone and inside it in a wheel
 
 
@@ -80,8 +84,10 @@ def load(words: list[str]) -> Request:
 def _compose(overrides: list[str]) -> tuple[DictConfig, str]:
     GlobalHydra.instance().clear()
     try:
+        others, added = _split(overrides)
         with initialize_config_dir(str(room("recipes").resolve()), version_base="1.3"):
-            config = compose("config", overrides=overrides, return_hydra_config=True)
+            config = compose("config", overrides=others, return_hydra_config=True)
+        config = _with_added(config, added)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from None
     accelerate = config.hydra.runtime.choices.get("accelerate")
@@ -92,11 +98,39 @@ def _compose(overrides: list[str]) -> tuple[DictConfig, str]:
     return config, accelerate
 
 
+def _split(overrides: list[str]) -> tuple[list[str], list[Override]]:
+    """The words for Hydra, and those about entries of NAMED that a word with `+` adds or adds to."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    touched = {_entry(word) for word in parsed if word.is_add() or word.is_force_add()} - {None}
+    added = [word for word in parsed if _entry(word) in touched and not word.is_delete()]
+    return [word.input_line for word in parsed if word not in added], added
+
+
+def _entry(word: Override) -> str | None:
+    """The entry of NAMED that a word is about, such as data.NAME."""
+    for parent in NAMED if word.package is None else ():
+        if word.key_or_group.startswith(f"{parent}."):
+            return f"{parent}.{word.key_or_group.removeprefix(f'{parent}.').split('.')[0]}"
+    return None
+
+
+def _with_added(config: DictConfig, added: list[Override]) -> DictConfig:
+    """The recipe with the words merged in: Hydra's own `+` cannot make an entry that has a type."""
+    for word in added:
+        value = word.value()
+        for name in reversed(word.key_or_group.split(".")):
+            value = {name: value}
+        with open_dict(config):
+            config = OmegaConf.merge(config, value)
+    return config
+
+
 def _typed(config: DictConfig) -> schema.Recipe:
     """Dataclasses all the way down; keys forced in with `+` and unresolved values are found here."""
-    _check_kinds("stages", config.stages, "stage", schema.STAGE_KINDS)
-    _check_kinds("evaluation.tasks", config.evaluation.tasks, "task", schema.TASK_KINDS)
     try:
+        _set_kinds("stages", config.stages, "stage", schema.STAGE_KINDS)
+        _set_kinds("evaluation.tasks", config.evaluation.tasks, "task", schema.TASK_KINDS)
+        _check_fields(config, "")
         missing = sorted(OmegaConf.missing_keys(config) - {"data_root"})
         if missing:
             raise UserError(f"{missing[0]} has no value; give it as {missing[0]}=VALUE")
@@ -108,14 +142,34 @@ def _typed(config: DictConfig) -> schema.Recipe:
         raise UserError(_one_line(error, [])) from None
 
 
-def _check_kinds(key: str, nodes: DictConfig, what: str, kinds: dict[str, type]) -> None:
+def _set_kinds(key: str, nodes: DictConfig, what: str, kinds: dict[str, type]) -> None:
+    """Refuse an entry of no known kind; one that the command line added gets its kind's type."""
     for name, node in nodes.items():
         kind = node.get("kind") if isinstance(node, DictConfig) else None
         if kind not in kinds:
             raise UserError(f"{key}.{name}.kind={kind} is not a {what} kind; give one of: {', '.join(kinds)}")
-        unknown = set(node) - {f.name for f in dataclasses.fields(kinds[kind])}
-        if unknown:
-            raise UserError(_unknown_key(f"{key}.{name}.{sorted(unknown)[0]}", sorted(set(node) - unknown)))
+        if OmegaConf.get_type(node) is dict:
+            known = {f.name for f in dataclasses.fields(kinds[kind])}
+            _check_names(f"{key}.{name}", node, known)
+            with open_dict(nodes):
+                nodes[name] = OmegaConf.structured(kinds[kind])
+            nodes[name].merge_with(node)
+
+
+def _check_fields(node: DictConfig, key: str) -> None:
+    """Refuse keys that stand beside a dataclass's fields, at every depth."""
+    kind = OmegaConf.get_type(node)
+    if dataclasses.is_dataclass(kind):
+        _check_names(key, node, {f.name for f in dataclasses.fields(kind)})
+    for name in node:
+        unresolved = OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name)
+        if not unresolved and isinstance(node[name], DictConfig):
+            _check_fields(node[name], f"{key}.{name}" if key else str(name))
+
+
+def _check_names(key: str, node: DictConfig, known: set[str]) -> None:
+    if unknown := sorted(set(node) - known):
+        raise UserError(_unknown_key(f"{key}.{unknown[0]}" if key else unknown[0], sorted(known)))
 
 
 # ---------------------------------------------------------------- errors in one line
@@ -131,10 +185,17 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     text = str(cause).splitlines()[0]
     key = getattr(cause, "full_key", None)
     if re.search(r"not in struct|not in '\w+'", text) and key:
-        return _unknown_key(key, _keys_beside(key, overrides))
+        known = (
+            [f.name for f in dataclasses.fields(cause.object_type)]
+            if dataclasses.is_dataclass(cause.object_type)
+            else []
+        )
+        return _unknown_key(key, known or _keys_beside(key, overrides))
     if "Could not override" in text and "No match in the defaults list" in str(error):
         return f"{text.split(chr(39))[1]} is not a group of this pipeline; groups: {', '.join(GROUPS)}"
     value = next((o.split("=", 1)[1] for o in overrides if key and o.lstrip("+").startswith(key + "=")), None)
+    if found := re.search(r"(\w+) is not a subclass of (\w+)", text):
+        return f"{key} is {found[1]}, not a {found[2].lower()}; give its fields, as {key}={{FIELD: VALUE}}"
     if key and value is not None:
         return f"{key}={value}: {text[0].lower()}{text[1:]}"
     if isinstance(cause, InterpolationToMissingValueError):
@@ -165,9 +226,9 @@ def _unknown_key(key: str, choices: list[str]) -> str:
         return f"{key} is not a key of the recipe; +{key}=VALUE adds it where names are free"
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {parent + '.' if parent else ''}{near[0]}? " if near else ""
-    return (
-        f"{key} is not a key of the recipe; {hint}keys{' of ' + parent if parent else ''}: {', '.join(sorted(choices))}"
-    )
+    more = f"; +{key}=VALUE adds one" if parent in NAMED else ""
+    keys = f"keys{' of ' + parent if parent else ''}: {', '.join(sorted(choices))}"
+    return f"{key} is not a key of the recipe; {hint}{keys}{more}"
 
 
 # ---------------------------------------------------------------- do the parts fit together?
@@ -217,6 +278,8 @@ def check(recipe: schema.Recipe) -> None:
     for name, task in recipe.evaluation.tasks.items():
         _check_task(name, task, recipe)
     for mixture, rows in recipe.data.items():
+        if not rows.sources:
+            raise UserError(f"data.{mixture} has no sources; add one: +data.{mixture}.sources.NAME.path=FILE")
         for source, spec in rows.sources.items():
             if spec.weight <= 0:
                 raise UserError(f"data.{mixture}.sources.{source}.weight={spec.weight:g} must be above 0")

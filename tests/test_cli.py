@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_unknown_key_and_wrong_type(project, capsys):
 
 def test_stage_before_its_parents(project, capsys):
     line = refused(capsys, "prepare", *project.words, "stage=base")
-    assert line.startswith("stage init is not finished: ") and "run `smolpost run pipeline=gsm8k stage=init`" in line
+    assert line.startswith("stage init is not finished: ") and "run `smolpost run pipeline=gsm8k " in line
 
 
 def test_wrong_verb_for_a_stage(project, capsys):
@@ -172,3 +173,49 @@ def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
     ):
         assert command in " ".join(output.split())
     assert "recipes/accelerate/zero3.yaml" in output
+
+
+# ---------------------------------------------------------------- what is printed can be pasted
+
+
+def commands(output: str) -> list[list[str]]:
+    """The words of each command that was printed, as a shell reads them."""
+    return [
+        shlex.split(line.strip().removeprefix("$ ")) for line in output.splitlines() if line.strip().startswith("$")
+    ]
+
+
+def test_a_printed_command_is_the_same_words_again(project, capsys, tmp_path):
+    odd = tmp_path / "my [bold]rows[/bold] :smile: $HOME"
+    odd.mkdir(parents=True)
+    words = [
+        *project.words[:2], f"run_dir='{odd}'", "stages.sft.train_roles=[assistant,tool]", "stages.sft.lora.r=4",
+        "stages.sft.lora.target_modules=[all]", f"+data.mine={{sources:{{a:{{path:'{project.file('sft')}'}}}}}}",
+    ]  # fmt: skip
+    cli_ok("plan", *words, "stage=sft")
+    output = capsys.readouterr().out
+    assert f"folder: {odd}" in output
+    prepare, launch, *_ = commands(output)
+    assert prepare == ["smolpost", "prepare", *words, "stage=sft"]
+    assert launch[:2] == ["accelerate", "launch"] and launch[-len(words) - 1 :] == [*words, "stage=sft"]
+    # Pasted into a shell, with another verb: the same plan, which the shell has left as it was.
+    pasted = (
+        shlex.join([sys.executable, "-m", "smolpost.cli", "plan"])
+        + output.partition("$ smolpost prepare")[2].split("\n")[0]
+    )
+    again = subprocess.run(
+        ["bash", "-c", pasted], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert again.stdout == output, again.stderr
+
+
+def test_a_command_in_a_refusal_can_be_pasted(project, capsys):
+    words = [*project.words, "stages.init.vocab_size=310", "stages.sft.seeds=[1]"]
+    line = refused(capsys, "prepare", *words, "stage=base")
+    command = shlex.split(line.split("`")[1])
+    assert command == ["smolpost", "run", *words, "stage=init"]
+    cli_ok(*command[1:])
+    assert "init" in project.finished()
+    line = refused(capsys, "inspect", *words, "stage=base")
+    cli_ok(*shlex.split(line.split("`")[1])[1:])
+    cli_ok("inspect", *words, "stage=base")

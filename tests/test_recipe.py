@@ -127,3 +127,80 @@ def test_a_data_file_needs_its_root():
     assert refusal("pipeline=gsm8k").startswith(
         "data_root has no value and data.mid.sources.gsm8k.path is named under it"
     )
+
+
+# ---------------------------------------------------------------- names of the user's own
+
+
+MINE = [
+    ["+data.mine={sources:{a:{path:x.jsonl,weight:2},b:{path:'y z.jsonl'}},seed:3}"],
+    ["+data.mine.sources.a.path=x.jsonl", "+data.mine.sources.a.weight=2", "+data.mine.sources.b.path='y z.jsonl'",
+     "+data.mine.seed=3"],
+    ["+data.mine.sources.a.path=x.jsonl", "data.mine.sources.a.weight=2", "++data.mine.sources.b={path:'y z.jsonl'}",
+     "data.mine.seed=3"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MINE, ids=["one word", "a word for each value", "with and without plus"])
+def test_a_mixture_from_the_command_line_is_one_from_a_file(words):
+    found = recipe.load([TINY, *words, "stages.sft.data=mine"]).recipe
+    a, b = schema.Source(path="x.jsonl", weight=2.0), schema.Source(path="y z.jsonl")
+    assert found.data["mine"] == schema.Mixture(sources={"a": a, "b": b}, seed=3)
+    others = recipe.load([TINY]).recipe.data
+    assert {name: rows for name, rows in found.data.items() if name != "mine"} == others
+
+
+def test_a_source_is_added_to_a_mixture():
+    before = recipe.load([TINY]).recipe.data["sft"]
+    found = recipe.load([TINY, "+data.sft.sources.more.path=${run_dir}/x.jsonl"]).recipe.data["sft"]
+    assert list(found.sources) == [*before.sources, "more"]
+    assert found.sources["more"] == schema.Source(path="runs/x.jsonl")
+
+
+def test_a_stage_and_a_task_from_the_command_line():
+    more = ["+stages.more={kind:sft,init_from:sft,data:sft}", "stages.more.lora.r=4", "+stages.more.max_seq_len=64"]
+    more += ["stages.more.learning_rate=1e-3", "stages.more.global_batch_size=8"]
+    found = recipe.load([TINY, *more, "+evaluation.tasks.loss={kind:perplexity,data:sft}"]).recipe
+    assert found.stages["more"] == schema.SFTStage(
+        init_from="sft", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=schema.LoRA(r=4)
+    )
+    assert found.evaluation.tasks["loss"] == schema.PerplexityTask(data="sft")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ["+data.mine={sources:{a:{pth:x}}}"],
+            "data.mine.sources.a.pth is not a key of the recipe; did you mean data.mine.sources.a.path? keys of",
+        ),
+        (["+data.mine.sources.a.pth=x"], "data.mine.sources.a.pth is not a key of the recipe; did you mean"),
+        (["+data.mine={sorces:{}}"], "data.mine.sorces is not a key of the recipe; did you mean data.mine.sources?"),
+        (
+            ["+data.mine.sources.a={path:x,weight:lots}"],
+            "data.mine.sources.a.weight: Value 'lots' of type 'str' could not be converted to Float",
+        ),
+        (["+data.mine.sources.a={path:x,weight:0}"], "data.mine.sources.a.weight=0 must be above 0"),
+        (["+data.mine.sources.a={path:x,columns:csv}"], "data.mine.sources.a.columns=csv is not a choice; choose"),
+        (["+data.mine.sources.a.seed=1"], "data.mine.sources.a.seed is not a key of the recipe"),
+        (["+data.mine.seed=1"], "data.mine has no sources; add one: +data.mine.sources.NAME.path=FILE"),
+        (["+data.mine.sources.a.weight=1"], "data.mine.sources.a.path has no value; give it as"),
+        (["+data.mine=x.jsonl"], "data.mine is str, not a mixture; give its fields"),
+        (["data.mine.sources.a.path=x"], "data.mine is not a key of the recipe; "),
+        (["+stages.more={kind:sft,lora:{rank:4}}"], "stages.more.lora.rank is not a key of the recipe; keys of"),
+        (["+stages.more={data:sft}"], "stages.more.kind=None is not a stage kind; give one of: tasks, init, sft"),
+        (["+stages.more={kind:sft}"], "stages.more.data has no value; give it as stages.more.data=VALUE"),
+        (["+evaluation.tasks.loss={kind:perplexity,date:sft}"], "evaluation.tasks.loss.date is not a key of the"),
+        (["+nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
+        (["+model.nonsense=1"], "model.nonsense is not a key of the recipe; keys of model: architecture,"),
+        (["+stages.sft.lora.nonsense=1"], "stages.sft.lora.nonsense is not a key of the recipe; keys of"),
+    ],
+)  # fmt: skip
+def test_what_is_added_is_checked_like_a_file(words, text):
+    assert refusal(TINY, *words).startswith(text)
+
+
+def test_the_remedy_for_an_unknown_mixture_works():
+    line = refusal(TINY, "data.mine.sources.a.path=x")
+    assert line.endswith("; +data.mine=VALUE adds one")
+    assert "mine" in recipe.load([TINY, "+data.mine={sources:{a:{path:x}}}"]).recipe.data

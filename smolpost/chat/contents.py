@@ -7,6 +7,7 @@ text again, the marks' places are exact, whatever the template trims, drops or a
 
 import json
 import re
+from bisect import bisect_left
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -374,11 +375,11 @@ def _marked_parts(content, marks):
     if isinstance(content, str):
         return _with_marks(content, marks, 0, last=True)
     parts, done = [], 0
-    texts = [i for i, part in enumerate(content) if part_text(part)]
+    last = max((i for i, part in enumerate(content) if part_text(part)), default=None)
     for i, part in enumerate(content):
         text = part_text(part)
-        if i in texts:
-            new = _with_marks(text, marks, done, last=i == texts[-1])
+        if text:
+            new = _with_marks(text, marks, done, last=i == last)
             part = {**part, "text": new} if isinstance(part, dict) else new
         done += len(text)
         parts.append(part)
@@ -386,10 +387,14 @@ def _marked_parts(content, marks):
 
 
 def _with_marks(text, marks, offset, last):
-    """The text, whose first character is number `offset` of the content, with the marks that fall into it."""
-    pieces, done = [], 0
-    for place, mark in marks:
-        if offset <= place < offset + len(text) or (last and place == offset + len(text)):
-            pieces += [text[done : place - offset], mark]
-            done = place - offset
+    """The text, whose first character is number `offset` of the content, with the marks that fall into it.
+
+    Args:
+        marks: [(place, mark)], ascending by place.
+        last: Whether marks at its end are its own.
+    """
+    pieces, done, end = [], 0, offset + len(text) + last
+    for place, mark in marks[bisect_left(marks, (offset,)) : bisect_left(marks, (end,))]:
+        pieces += [text[done : place - offset], mark]
+        done = place - offset
     return "".join([*pieces, text[done:]])

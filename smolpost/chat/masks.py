@@ -4,12 +4,13 @@ Text is cut at the edges of the replies and each piece is tokenized by itself. N
 are those of inference: a tokenized prompt, then the reply. What trains changes no id.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from smolpost.chat.contents import locate
 from smolpost.chat.fates import Fate
-from smolpost.chat.pieces import Piece, check_encodable, vocabulary_of
+from smolpost.chat.pieces import Piece, Ranges, check_encodable, vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, text_of
 from smolpost.chat.spans import check_prefix, generation_spans, prefix_spans, turn_end
@@ -237,11 +238,12 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     contents, neutral = locate(conversation, text, spans, vocabulary, exact=bool(others))
     ranges = [(c.start, c.end, c.fate) for c in contents or []]
     ranges += [(*_search_reply(conversation, text, i), Fate.REPLY) for i in unknown]
+    words, only_text, trained = neutral.copy(), Ranges(neutral), set(turns)
     for span in spans:
-        ranges.append((span.start, span.end, Fate.TRAINED if span.message in turns else Fate.REPLY))
-        if span.message in turns and not policy.reasoning:
-            ranges += [(a, b, Fate.REASONING) for a, b in _reasoning(text, span, vocabulary, neutral)]
-        neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, neutral)
+        ranges.append((span.start, span.end, Fate.TRAINED if span.message in trained else Fate.REPLY))
+        if span.message in trained and not policy.reasoning:
+            ranges += [(a, b, Fate.REASONING) for a, b in _reasoning(text, span, vocabulary, words)]
+        neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, only_text)
     ranges += [(*_turn(conversation, text, contents, i, vocabulary), Fate.TRAINED) for i in others]
     ranges.sort(key=lambda painted: painted[0])
     cut_at = [span for span in spans if not _left_out(flagged[span.message])]
@@ -280,25 +282,29 @@ def _search_reply(conversation, text, i):
     return (start, start + len(answer)) if once else (0, 0)
 
 
-def _inner_stops(text, span, vocabulary, eos, neutral):
+def _inner_stops(text, span, vocabulary, eos, only_text):
     """Stop tokens inside a reply that came about in rendering: only the last one ends it."""
     stop = eos if eos and text.endswith(eos, 0, span.end) else None
     stop = stop or next((s for s in vocabulary.stops if text.endswith(s, 0, span.end)), None)
     found, place = [], text.find(stop, span.start, span.end - len(stop)) if stop else -1
     while place >= 0:
-        if not any(start < place + len(stop) and end > place for start, end in neutral):
+        if not only_text.meet(place, place + len(stop)):
             found.append((place, place + len(stop)))
         place = text.find(stop, place + len(stop), span.end - len(stop))
     return found
 
 
-def _reasoning(text, span, vocabulary, neutral):
-    """Where the reasoning of a reply stands. What length cut takes the stop token with it."""
+def _reasoning(text, span, vocabulary, words):
+    """Where the reasoning of a reply stands. What length cut takes the stop token with it.
+
+    Args:
+        words: [(start, end)] of the control tokens that are only text, ascending.
+    """
     stop = next((stop for stop in vocabulary.stops if text.endswith(stop, 0, span.end)), "")
     end = max(span.start, span.end - len(stop))
     body, done = [], span.start
-    for a, b in sorted(word for word in neutral if word[0] >= span.start and word[1] <= end):
-        body += [text[done:a], "\0" * (b - a)]  # a word about the tags is none of them
+    for a, b in words[bisect_left(words, (span.start,)) : bisect_left(words, (end,))]:
+        body += [text[done:a], "\0" * (b - a)]  # a word about the tags is not one of them
         done = b
     ranges = reasoning_ranges("".join([*body, text[done:end]]))
     return [(span.start + a, span.end if span.start + b == end else span.start + b) for a, b in ranges]

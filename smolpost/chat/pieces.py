@@ -6,7 +6,7 @@ Two copies of a tokenizer's backend do it: one as it is, and one that matches no
 import re
 from bisect import bisect_left
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -42,6 +42,23 @@ def vocabulary_of(tokenizer):
         vocabulary = Vocabulary(tokenizer)
         _known[tokenizer] = len(tokenizer), vocabulary
     return vocabulary
+
+
+class Ranges:
+    """Ranges of a text, asked whether one of them is met, in time that grows with the logarithm of their number.
+
+    Args:
+        ranges: [(start, end)] ascending by start, none of them empty; they may overlap.
+    """
+
+    def __init__(self, ranges):
+        self._starts = [start for start, _ in ranges]
+        self._ends = [*accumulate((end for _, end in ranges), max)]  # of a range and all before it
+
+    def meet(self, start, end):
+        """Whether a range has a character in common with [start, end)."""
+        before = bisect_left(self._starts, end)  # ranges that begin before its end
+        return start < end and before > 0 and self._ends[before - 1] > start
 
 
 class Vocabulary:
@@ -109,8 +126,9 @@ class Vocabulary:
         if self._num_bytes is not None:
             ends = self._num_bytes[ids].cumsum()
             if ends[-1] == len(piece.text.encode()):
-                return partial(_num_before_bytes, piece, ends)
-        return partial(_num_before, piece, backend.encode(piece.text, add_special_tokens=False))
+                return _ByteCounter(piece, ends)
+        starts = [start for start, _ in backend.encode(piece.text, add_special_tokens=False).offsets]
+        return partial(_num_before, piece, starts)
 
     @cached_property
     def _num_bytes(self):
@@ -137,39 +155,43 @@ class Vocabulary:
             edges: Ascending places where a piece ends and the next begins.
             neutral: [(start, end)] of the strings, ascending.
         """
-        pieces = []
+        pieces, only_text = [], Ranges(neutral)
         for start, end in pairwise(sorted({0, *edges, len(text)})):
-            inside = [(a, b) for a, b in neutral if a < end and b > start]
-            if not inside:
+            if not only_text.meet(start, end):
                 pieces.append((start, end, False))
                 continue
-            real = [
-                match.span()
-                for match in self.added.finditer(text, start, end)
-                if not any(match.start() < b and match.end() > a for a, b in inside)
-            ]
             done = start
-            for a, b in [*real, (end, end)]:
-                if any(done < n_end and a > n_start for n_start, n_end in inside):
-                    pieces.append((done, a, True))
-                elif done < a:
-                    pieces.append((done, a, False))
-                if a < b:
-                    pieces.append((a, b, False))
-                done = b
+            for match in self.added.finditer(text, start, end):
+                a, b = match.span()
+                if not only_text.meet(a, b):
+                    pieces += [(done, a, only_text.meet(done, a)), (a, b, False)]
+                    done = b
+            pieces.append((done, end, only_text.meet(done, end)))
         return [piece for piece in pieces if piece[0] < piece[1]]
 
 
-def _num_before(piece, encoding, place):
+def _num_before(piece, starts, place):
     """Tokens of a piece that begin before a place in the rendering."""
-    return bisect_left([start for start, _ in encoding.offsets], place - piece.start)
+    return bisect_left(starts, place - piece.start)
 
 
-def _num_before_bytes(piece, ends, place):
-    """The same from where each token ends, in bytes: tracking offsets doubles the time of tokenizing."""
-    place = min(max(place - piece.start, 0), len(piece.text))
-    # A token begins where the one before it ends, the first one at 0.
-    return int(np.searchsorted(ends[:-1], len(piece.text[:place].encode()))) + 1 if place else 0
+class _ByteCounter:
+    """The same from where each token ends, in bytes: tracking offsets doubles the time of tokenizing.
+
+    Places are mostly asked in ascending order, so each count of bytes goes on from the one before.
+    """
+
+    def __init__(self, piece, ends):
+        self._piece, self._starts = piece, ends[:-1]  # a token begins where the one before it ends, the first one at 0
+        self._place = self._num_bytes = 0
+
+    def __call__(self, place):
+        place = min(max(place - self._piece.start, 0), len(self._piece.text))
+        if place < self._place:
+            self._place = self._num_bytes = 0
+        self._num_bytes += len(self._piece.text[self._place : place].encode())
+        self._place = place
+        return int(np.searchsorted(self._starts, self._num_bytes)) + 1 if place else 0
 
 
 def check_encodable(text, conversation):

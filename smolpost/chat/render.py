@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
+from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -59,7 +60,8 @@ def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_
         template_kwargs: SmolTalk2's `chat_template_kwargs` (custom_instructions, enable_thinking, python_tools,
             xml_tools) or other variables of the template; None, "" and [] mean "not given".
         tools: JSON schemas (dicts) or documented functions, as `apply_chat_template` takes them.
-        today: The date the header shows, a fixed text: the clock would make cached tokens change every day.
+        today: The date the header shows, a fixed text, also where the template asks for the clock's
+            (`smolpost.chat.clock`): cached tokens would change every day.
         add_generation_prompt: End with what precedes a reply at inference.
     Raises:
         UserError: The template refuses the messages, or an argument has the wrong type.
@@ -94,7 +96,8 @@ class Conversation:
         messages: Clean messages, tool calls as objects.
         variables: The row's own variables, checked, without None.
         tools: JSON schemas, or None.
-        fixed: Variables no row sets: today's date and the tokenizer's special tokens by name.
+        today: The date, wherever the template asks for it.
+        special: The tokenizer's special tokens by name.
         add_generation_prompt: As `render`.
     """
 
@@ -102,7 +105,8 @@ class Conversation:
     messages: list[dict]
     variables: dict
     tools: list[dict] | None
-    fixed: dict
+    today: str
+    special: dict
     add_generation_prompt: bool = False
 
     @property
@@ -128,11 +132,10 @@ class Conversation:
         texts, spans = render_jinja_template(
             conversations=[self.messages],
             tools=self.tools,
-            chat_template=self.template,
+            chat_template=frozen(self.template, self.today),
             return_assistant_tokens_mask=self.marks_spans,
             add_generation_prompt=self.add_generation_prompt,
-            **self.fixed,
-            **self.variables,
+            **{**self.special, **self.variables},
         )
         return texts[0], spans[0] if self.marks_spans else []
 
@@ -141,6 +144,11 @@ class Conversation:
         text = " ".join(str(error).split())
         if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
             return f"the chat template is no valid jinja: {text}; mend it or use smollm3"
+        if re.fullmatch(r"'\w+' is undefined", text):
+            return (
+                f"{text}: the chat template reads it, and neither the tokenizer nor the row has it; give it in "
+                "chat_template_kwargs, or use another template"
+            )
         if isinstance(error, jinja2.exceptions.TemplateError) and ("messages[" in text or len(self.messages) < 2):
             return text
         lengths = reversed(range(1, len(self.messages)))
@@ -173,8 +181,7 @@ def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_gene
     _check_order(messages)
     variables = _checked_variables(template_kwargs, template)
     special = {} if isinstance(tokenizer, str) else tokenizer.special_tokens_map
-    fixed = {"today": today, **{key: value for key, value in special.items() if key not in variables}}
-    return Conversation(template, messages, variables, _schemas(tools), fixed, add_generation_prompt)
+    return Conversation(template, messages, variables, _schemas(tools), today, special, add_generation_prompt)
 
 
 def _template_of(tokenizer):
@@ -266,7 +273,7 @@ def _checked_variables(template_kwargs, template):
     if not isinstance(thinking, bool):
         raise UserError(f"chat_template_kwargs.enable_thinking={thinking!r} is not a boolean; use true or false")
     for key in variables:
-        reserved = key in ("messages", "tools", "today", "add_generation_prompt")
+        reserved = key in ("messages", "tools", "today", "strftime_now", "add_generation_prompt")
         if reserved or (key not in _ROW_KWARGS and key not in template):
             raise UserError(f"chat_template_kwargs.{key} is not a variable a row can set; use {', '.join(_ROW_KWARGS)}")
     return variables

@@ -13,7 +13,7 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Policy, encode, trained_by_prefixes
 from smolpost.chat.reasoning import split_reasoning
-from smolpost.chat.render import clean_messages, render, text_of
+from smolpost.chat.render import clean_messages, text_of
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.prompts import mode_of
 from smolpost.data.tokenize import policy_of
@@ -180,7 +180,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
     for row in case.need("sample", "rows"):
         for messages in conversations(row):
             replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            texts = [render(case.template, messages[: i + 1], **case.options(row)) for i in replies]
+            texts = [case.render(row, messages[: i + 1]) for i in replies]
             ends += [text.rstrip("\n").endswith(stop) for text in texts]
     detail = f"{sum(ends)} of {len(ends)} replies end with {stop} (id {case.tokenizer.eos_token_id})"
     try:

@@ -11,9 +11,13 @@ import numpy as np
 
 from smolpost import schema
 from smolpost.chat.render import load_template, render
+from smolpost.data import mixtures
 from smolpost.data.columns import row_for
+from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
-from smolpost.data.sources import read_rows
+from smolpost.data.shards import SHARD_ROWS, nth
+from smolpost.data.sources import pieces, read_piece
+from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
@@ -37,7 +41,9 @@ class Case:
         folder: For temporary files.
     Attributes:
         failed: Names of the checks that failed so far.
-        refused: A line per row that is not valid.
+        refused: A line per row that `smolpost prepare` would not take.
+        num_scanned: Rows that were read.
+        num_taken: Rows that the mixture takes, repeats included.
     """
 
     def __init__(self, lineage: Lineage, stage: Located, num_rows: int, folder: Path):
@@ -52,7 +58,7 @@ class Case:
         self.tokenizer.chat_template = self.template
         self.failed: set[str] = set()
         self.refused: list[str] = []
-        self.num_scanned = 0
+        self.num_scanned = self.num_taken = 0
 
     def need(self, what: str, checked_by: str):
         """An attribute whose making another check judges."""
@@ -67,7 +73,7 @@ class Case:
     def sample(self) -> list[dict]:
         """Rows of each mode alike, from the shortest to the longest."""
         by_mode: dict[str, list] = {}
-        for row in self._valid_rows():
+        for row in self.scanned:
             by_mode.setdefault(mode_of(row), []).append(row)
         if not by_mode:
             raise UserError(f"none of {self.num_scanned} rows is valid; the first: {self.refused[0]}")
@@ -79,10 +85,13 @@ class Case:
             chosen += [found[place] for place in places]
         return chosen
 
-    def _valid_rows(self) -> Iterator[dict]:
-        for source in self.stage.data[self.config.data].sources.values():
+    @cached_property
+    def scanned(self) -> list[dict]:
+        """The first SCANNED rows of each source, of those that the mixture takes, without the refused ones."""
+        mixture, valid = self.stage.data[self.config.data], []
+        for name, source in mixture.sources.items():
             try:
-                for _, row in islice(read_rows(source, faults=True), SCANNED):
+                for row in islice(self._taken(name, source, mixture.seed), SCANNED):
                     self.num_scanned += 1
                     try:
                         row = row_for(row, source, self.config.kind)
@@ -90,9 +99,18 @@ class Case:
                     except UserError as error:
                         self.refused.append(str(error))
                         continue
-                    yield row
+                    valid.append(row)
             except UserError as error:  # the file breaks off here
                 self.refused.append(str(error))
+        return valid
+
+    def _taken(self, name: str, source: schema.Source, seed: int) -> Iterator[dict]:
+        """The rows of a source that `smolpost prepare` tokenizes."""
+        parts = pieces(source, SHARD_ROWS)
+        order = mixtures.choose(source, name, seed, sum(piece.num_rows for piece in parts))
+        self.num_taken += len(order)
+        for shard in shards_of(source, parts, np.unique(order), self.folder):
+            yield from nth(read_piece(source, shard.piece), iter(shard.rows.tolist()))
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
@@ -100,9 +118,39 @@ class Case:
             raise UserError(f"{row.where}: is a {shape} row in an {self.config.kind} stage")
         try:
             for messages in conversations(row):
-                render(self.template, messages, **self.options(row))
+                self.render(row, messages)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
+
+    @cached_property
+    def trainable(self) -> list[dict]:
+        """The sampled rows that `smolpost prepare` can tokenize and mask."""
+        tokenize, found = tokenize_pairs if self.config.kind == "apo" else tokenize_rows, []
+        for row in self.sample:
+            [tokens] = tokenize(self.config, [row], self.tokenizer)
+            if tokens.fault:
+                self.refused.append(tokens.fault)
+            else:
+                found.append(row)
+        return found
+
+    def render(self, row: dict, messages: list[dict], *, tokenizer=None, **options) -> str:
+        """The text of a row's messages as `smolpost prepare` renders them.
+
+        Args:
+            tokenizer: In place of the stage's; its chat template is used.
+            options: Of `smolpost.chat.render.render`.
+        """
+        return render(tokenizer or self.tokenizer, messages, **self.options(row), **options)
+
+    @cached_property
+    def probe(self) -> dict:
+        """What a made-up conversation says about its rendering: as the first sampled one, without tools."""
+        try:
+            row = next((row for row in self.sample if conversations(row)), {})
+        except UserError:  # see rows
+            row = {}
+        return self.options({"chat_template_kwargs": row.get("chat_template_kwargs")})
 
     def options(self, row: dict) -> dict:
         """What a row says about its rendering, as `render` takes it."""
@@ -125,7 +173,7 @@ class Case:
         """Ids of each sampled row's conversations, or of its text, as inference makes them of the rendered text."""
         found = []
         for row in self.sample:
-            texts = [render(self.template, messages, **self.options(row)) for messages in conversations(row)]
+            texts = [self.render(row, messages) for messages in conversations(row)]
             found.append([self.tokenizer.encode(text, add_special_tokens=False) for text in texts or [row["text"]]])
         return found
 
@@ -134,8 +182,8 @@ class Case:
         """The sampled rows as training reads them; their column `rows` counts the sampled rows that fit."""
         from datasets import load_from_disk
 
-        from smolpost.data.prepare import prepare
-
+        if not self.trainable:
+            raise NotChecked(f"none of {len(self.sample)} sampled rows can be tokenized, see rows")
         if not self.fitting:
             raise NotChecked(f"none of {len(self.sample)} sampled rows has at most {self.config.max_seq_len} tokens")
         file, out = self.folder / "sample.jsonl", self.folder / "rows"
@@ -150,8 +198,10 @@ class Case:
     def fitting(self) -> list[dict]:
         """The sampled rows that the stage takes whole; `truncate` and `split` take all conversations."""
         if self.config.kind == "sft" and self.config.overlong in ("truncate", "split"):
-            return self.sample
-        return [row for row, n in zip(self.sample, self.lengths, strict=True) if n <= self.config.max_seq_len]
+            return self.trainable
+        lengths = zip(self.sample, self.lengths, strict=True)
+        short = [row.where for row, length in lengths if length <= self.config.max_seq_len]
+        return [row for row in self.trainable if row.where in short]
 
     @property
     def arrays(self) -> list[dict]:
@@ -214,7 +264,8 @@ class Case:
             raise NotChecked(
                 f"{parameters:,} parameters on a CPU, above {HEAVY:,.0f}; use a GPU or at most {FEW_ROWS} rows"
             )
-        highest, size = max(i for row in self.ids for ids in row for i in ids), len(model.get_input_embeddings().weight)
+        sampled = self.need("ids", "rows")
+        highest, size = max(i for row in sampled for ids in row for i in ids), len(model.get_input_embeddings().weight)
         if highest >= size:
             raise NotChecked(f"token id {highest:,} has no embedding among {size:,}, see vocabulary")
         return model

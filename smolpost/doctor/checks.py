@@ -23,7 +23,7 @@ STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 SFT, APO = ("sft",), ("apo",)
 # Name -> kinds of stages it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
-    "rows": (SFT + APO, text.rows_are_valid, "correct or delete these rows of data={data}"),
+    "rows": (SFT + APO, text.rows_are_valid, "do what the line says, or delete these rows of data={data}"),
     "template": (
         SFT + APO,
         text.template_round_trip,

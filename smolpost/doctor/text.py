@@ -5,6 +5,7 @@ A check takes a Case and returns (passed, detail); it raises NotChecked where it
 
 import hashlib
 import json
+from copy import copy
 
 import numpy as np
 
@@ -19,7 +20,11 @@ from smolpost.errors import UserError
 def rows_are_valid(case: Case) -> tuple[bool, str]:
     modes = [mode_of(row) for row in case.sample]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in sorted(set(modes)))
-    detail = f"{len(case.refused)} of {case.num_scanned} rows refused; sample of {len(modes)}: {counts}"
+    _ = case.trainable  # what tokenizing refuses counts, too
+    rows = f"{case.num_scanned} rows"
+    if case.num_scanned < case.num_taken:
+        rows = f"the {case.num_scanned} rows looked at, of {case.num_taken:,} that the mixture takes,"
+    detail = f"{len(case.refused)} of {rows} refused; sample of {len(modes)}: {counts}"
     return not case.refused, detail + (f"; the first refused: {case.refused[0]}" if case.refused else "")
 
 
@@ -28,7 +33,7 @@ def template_round_trip(case: Case) -> tuple[bool, str]:
     unknown, texts, turns, faults = case.tokenizer.unk_token_id, 0, 0, []
     for row, sides in zip(case.need("sample", "rows"), case.ids, strict=True):
         for messages, ids in zip(conversations(row), sides, strict=False):
-            text = render(case.tokenizer, messages, **case.options(row))
+            text = case.render(row, messages)
             texts += 1
             if unknown not in ids and (decoded := case.decode(ids)) != text:  # unknown ones: see vocabulary
                 faults.append(f"{row.where}: {difference(text, decoded)}")
@@ -36,7 +41,7 @@ def template_round_trip(case: Case) -> tuple[bool, str]:
                 if messages[i - 1]["role"] == "system":
                     continue  # a template may refuse a conversation without a question
                 turns += 1
-                before = render(case.tokenizer, messages[:i], **case.options(row))
+                before = case.render(row, messages[:i])
                 if not text.startswith(before):
                     faults.append(f"{row.where}: messages[:{i}] alone render otherwise: {difference(before, text)}")
     detail = f"{texts} texts and {turns} shorter histories of them, {len(faults)} differ"
@@ -47,12 +52,11 @@ def users_write_no_control_tokens(case: Case) -> tuple[bool, str]:
     """A user who writes the tokenizer's control tokens writes text."""
     added = case.tokenizer.added_tokens_decoder
     control = {i: token.content for i, token in added.items() if token.special or i == case.tokenizer.eos_token_id}
-    options = {"today": case.config.today, "template_kwargs": {"enable_thinking": True}}
 
     def counts(question: str) -> np.ndarray:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "ok"}]
         try:
-            return np.bincount(encode(case.tokenizer, messages, **options).input_ids, minlength=max(added) + 1)
+            return np.bincount(encode(case.tokenizer, messages, **case.probe).input_ids, minlength=max(added) + 1)
         except UserError as error:
             raise NotChecked(f"the probe is refused, see mask: {error}") from error
 
@@ -78,11 +82,12 @@ def same_template(case: Case) -> tuple[bool, str]:
         return True, f"template {own} as stored in the checkpoint"
     detail = f"template {own}, the checkpoint stores {template_hash(stored)}"
     texts = [(row, messages) for row in case.need("sample", "rows") for messages in conversations(row)]
-    differing = []
+    before, differing = copy(case.tokenizer), []
+    before.chat_template = stored
     for row, messages in texts:
-        new = render(case.template, messages, **case.options(row))
+        new = case.render(row, messages)
         try:
-            old = render(stored, messages, **case.options(row))
+            old = case.render(row, messages, tokenizer=before)
         except UserError as error:
             old = f"[refused: {error}]"
         if old != new:
@@ -131,7 +136,8 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
     """What inference puts before a reply is what training put there, in both modes."""
     ask, faults, turns = {"role": "user", "content": "One or two?"}, [], 0
     for thinking, reply in ((True, "<think>\nOne.\n</think>\nOne."), (False, "One.")):
-        options = {"template_kwargs": {"enable_thinking": thinking}, "today": case.config.today}
+        kwargs = (case.probe["template_kwargs"] or {}) | {"enable_thinking": thinking}
+        options = case.probe | {"template_kwargs": kwargs}
         messages = [ask, {"role": "assistant", "content": reply}]
         prompt = render(case.tokenizer, [ask], **options, add_generation_prompt=True)
         text = render(case.tokenizer, messages, **options)
@@ -146,8 +152,8 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
                 if message["role"] != "assistant" or not i:
                     continue
                 turns += 1
-                prompt = render(case.tokenizer, messages[:i], **case.options(row), add_generation_prompt=True)
-                text = render(case.tokenizer, messages[: i + 1], **case.options(row))
+                prompt = case.render(row, messages[:i], add_generation_prompt=True)
+                text = case.render(row, messages[: i + 1])
                 if not text.startswith(prompt):
                     faults.append(f"{row.where}: {difference(prompt, text)}")
     detail = f"generation prompt before {turns - len(faults)} of {turns} replies"

@@ -156,7 +156,9 @@ def export_command(
         show=partial(show, console),
     )
     size = sum(entry["bytes"] for entry in manifest["files"].values())
-    console.print(f"{out}: {kind}, {manifest['dtype']}, {size / 1e6:,.1f} MB in {len(manifest['files'])} files")
+    console.print(
+        f"{out}: {kind}, {manifest['dtype']}, {size / 1e6:,.1f} MB in {len(manifest['files'])} files", soft_wrap=True
+    )
     return 0
 
 
@@ -170,4 +172,4 @@ def show(console: Console, report: dict[str, Any]) -> None:
         table.add_row(str(length), *numbers, f"{row['logit_limit']:.2g}")
     console.print(table)
     for note in report["notes"]:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)

@@ -15,6 +15,7 @@ from smolpost.pipeline.code import code_version
 from smolpost.pipeline.manifest import digest
 from smolpost.pipeline.plan import StagePlan, plan
 from smolpost.recipe import Request
+from smolpost.screen import command_line
 
 ROWS = ("data/mixtures.py",)
 MODEL = ("model/__init__.py",)
@@ -87,7 +88,7 @@ class Lineage:
     """
 
     def __init__(self, request: Request):
-        self.recipe = request.recipe
+        self.recipe, self.overrides = request.recipe, request.overrides
         self.root = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages: dict[str, Located] = {}
         self._fingerprints: dict[str, str] = {}
@@ -116,7 +117,7 @@ class Lineage:
         if name != "checkpoint" and not self.stages[name].finished():
             raise UserError(
                 f"stage {name} is not finished: {self.stages[name].folder} has no {manifest.FILE}; "
-                f"run `smolpost run pipeline={self.recipe.pipeline} stage={name}` with the same settings first"
+                f"run `{command_line(['smolpost', 'run', *self.overrides, f'stage={name}'])}` first"
             )
 
     def _locate(self, stage: StagePlan) -> Located:
@@ -177,7 +178,7 @@ class Lineage:
         if found is None:
             raise UserError(
                 f"model.checkpoint={checkpoint} has no {manifest.FILE}: it is unfinished, or comes from elsewhere; "
-                f"`smolpost adopt {checkpoint}` checks its files and writes one"
+                f"`{command_line(['smolpost', 'adopt', checkpoint])}` checks its files and writes one"
             )
         return found["key"]
 

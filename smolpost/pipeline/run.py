@@ -18,6 +18,7 @@ from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.plan import select
 from smolpost.recipe import Request
+from smolpost.screen import command_line
 
 PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
     "smolpost": [sys.executable, "-m", "smolpost.cli"],
@@ -116,7 +117,7 @@ def execute(command: tuple[str, ...], console: Console) -> int:
 
     On ctrl-C the command gets the signal from the terminal, too; it is waited for, so nothing runs on unseen.
     """
-    console.print(f"[dim]$ {' '.join(command)}[/dim]", soft_wrap=True, highlight=False)
+    console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
     process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
     try:
         return process.wait()
@@ -170,7 +171,7 @@ def describe(request: Request, console: Console) -> None:
     """
     lineage = Lineage(request)
     plans = select([s.plan for s in lineage.stages.values()], request.stage)
-    console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", highlight=False)
+    console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
     for number, plan in enumerate(plans, 1):
         stage = lineage.stages[plan.name]
         word, reason = status(stage)
@@ -178,9 +179,9 @@ def describe(request: Request, console: Console) -> None:
             Rule(f"{number}. {plan.name} ({plan.config.kind}): {word}{f', {reason}' if reason else ''}", align="left")
         )
         for line in _settings(stage, lineage.recipe):
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            console.print(f"  {line}", soft_wrap=True)
         for command in plan.commands:
-            console.print(f"  $ {' '.join(command)}", highlight=False, soft_wrap=True, style="bold")
+            console.print(f"  $ {command_line(command)}", soft_wrap=True, style="bold")
 
 
 def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from smolpost import schema
+from smolpost import schema, screen
 from smolpost.atomic import write_json
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix, rows_alone
+from smolpost.data.prompts import named
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
@@ -89,14 +90,15 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
     from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
     config = stage.plan.config
-    template = load_template(config.template)
+    options = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "template": config.template}
+    empty = build_tokenizer([], **options)  # has the special tokens that templates read
     texts, refused = [], []
     for mixture in stage.data.values():
         for _, row in mix(rows_alone(mixture), refused):
-            texts.extend(_texts(row, template))
+            texts.extend(_texts(row, empty))
     if refused:
         print(f"{len(refused):,} rows are refused and left out of the vocabulary; the first: {refused[0]}", flush=True)
-    tokenizer = build_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size, template=config.template)
+    tokenizer = build_tokenizer(texts, **options)
     torch.manual_seed(config.seed)
     model = SmolLM3ForCausalLM(
         SmolLM3Config(
@@ -116,17 +118,18 @@ def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dic
     return {"parameters": parameters, "vocab_size": len(tokenizer), "texts": len(texts)}
 
 
-def _texts(row: dict, template: str) -> list[str]:
+def _texts(row: dict, tokenizer) -> list[str]:
     conversations = [row[key] for key in ("messages", "chosen", "rejected") if key in row]
     if not conversations:
         return [row["text"]]
     kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    return [render(template, c, template_kwargs=kwargs, tools=tools, today=schema.RELEASE_DAY) for c in conversations]
+    options = {"template_kwargs": kwargs, "tools": tools, "today": schema.RELEASE_DAY}
+    with named(row):
+        return [render(tokenizer, messages, **options) for messages in conversations]
 
 
 def prepare(lineage: Lineage, stage: Located) -> Path:
     """Tokenize, mask and pack a training stage's rows, once for all its seeds."""
-    from rich.console import Console
     from transformers import AutoTokenizer
 
     from smolpost.data.prepare import prepare as prepare_rows
@@ -172,8 +175,9 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
                 report=report,
             )
     _show_refused(refused_rows(stage.prepared), stage.prepared / DROPPED)
-    Console().print(format_report(report))
-    print(f"{stage.prepared}; `smolpost inspect {stage.prepared}` shows its rows", flush=True)
+    screen.console().print(format_report(report))
+    look = screen.command_line(["smolpost", "inspect", stage.prepared])
+    print(f"{stage.prepared}; `{look}` shows its rows", flush=True)
     return stage.prepared
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 
 TEMPLATE = "chat_template.jinja"
@@ -33,9 +34,7 @@ def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> N
     ):
         (view / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     if template:
-        # The dashes keep what is added out of the rendered text.
-        fixed = "{%- set today = " + json.dumps(today) + " -%}\n" + _template(checkpoint)
-        (view / TEMPLATE).write_text(fixed, encoding="utf-8")
+        (view / TEMPLATE).write_text(frozen(_template(checkpoint), today), encoding="utf-8")
 
 
 def _config(config: dict[str, Any]) -> dict[str, Any]:

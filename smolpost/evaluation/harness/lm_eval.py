@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.store import (
     building,
@@ -169,6 +170,8 @@ class Asked:
         model, tokenizer = load_for_inference(self.checkpoint)
         if self.harness.apply_chat_template and not tokenizer.chat_template:
             raise UserError(f"{self.checkpoint} has no chat template; set harness.apply_chat_template=false")
+        if self.harness.apply_chat_template:
+            tokenizer.chat_template = frozen(tokenizer.get_chat_template(), self.harness.today)
         return model, tokenizer
 
     def unit(self, name: str, mode: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

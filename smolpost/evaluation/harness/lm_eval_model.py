@@ -35,11 +35,10 @@ class Checkpoint(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, harness: Harness, mode: str):
         """
         Args:
+            tokenizer: Its chat template holds the date (`smolpost.chat.clock.frozen`).
             mode: "think" or "no_think"; anything else: the bare text is asked, and all of a reply is its answer.
         """
-        arguments = {"today": harness.today}
-        if mode in MODES:
-            arguments["enable_thinking"] = MODES[mode]
+        arguments = {"enable_thinking": MODES[mode]} if mode in MODES else {}
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
