@@ -128,6 +128,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
 
     from smolpost.data.prepare import prepare as prepare_rows
     from smolpost.data.report import format_report
+    from smolpost.training.start import check_start
 
     config = stage.plan.config
     if stage.prepared is None:
@@ -136,11 +137,13 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         )
     for parent in stage.plan.parents:
         lineage.require(parent)
+    start = input_folders(stage, lineage.recipe)[config.init_from]
+    check_start(stage.plan.stage, config, start)
     with manifest.lock(stage.prepared):
         if manifest.read(stage.prepared):
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
-        tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
+        tokenizer = AutoTokenizer.from_pretrained(start)
         template = load_template(config.template)
         if config.init_from == "checkpoint":
             check_template(stage, tokenizer.chat_template, template)
@@ -335,9 +338,11 @@ def adopt(folder: Path) -> None:
     """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key.
 
     Raises:
-        UserError: The folder is no checkpoint of safetensors, or has a manifest already.
+        UserError: The folder is no checkpoint that loads whole, or has a manifest already.
     """
     import hashlib
+
+    from smolpost.model.loading import check_whole
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -348,8 +353,7 @@ def adopt(folder: Path) -> None:
     for needed in ("config.json", "tokenizer.json"):
         if needed not in names:
             raise UserError(f"{folder} has no {needed}; a checkpoint has config.json, tokenizer.json and *.safetensors")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder} has no *.safetensors; weights in other formats are not loaded")
+    check_whole(folder)
     hashes = {}
     for file in files:
         with open(file, "rb") as stream:

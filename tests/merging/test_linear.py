@@ -328,13 +328,15 @@ def test_refuses_folders_that_are_no_single_safetensors_checkpoint(trained, edit
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
     assert "holds both model.safetensors and model.safetensors.index.json" in refused_pair(trained, edited, tmp_path)
     model.unlink()
-    assert "merge input 'b' has no model-1.safetensors" in refused_pair(trained, edited, tmp_path)
+    assert "merge input 'b' lacks model-1.safetensors, which model.safetensors.index.json names" in refused_pair(
+        trained, edited, tmp_path
+    )
     save_file({"other": torch.ones(1)}, edited / "model-1.safetensors")
     message = refused_pair(trained, edited, tmp_path)
     assert "places tensor model.norm.weight in model-1.safetensors, which does not hold it" in message
     index.unlink()
     (edited / "pytorch_model.bin").touch()
-    assert "only safetensors are read: save it with save_pretrained" in refused_pair(trained, edited, tmp_path)
+    assert "has its weights in pytorch_model.bin" in refused_pair(trained, edited, tmp_path)
     model.write_bytes((trained["b"] / "model.safetensors").read_bytes()[:1000])
     assert f"merge input 'b': {model} cannot be read (" in refused_pair(trained, edited, tmp_path)
 
@@ -358,12 +360,13 @@ def test_refuses_missing_and_broken_json(trained, edited, tmp_path):
 
 def test_tensors_the_model_class_does_not_have_or_lacks_are_refused(trained, edited, tmp_path):
     edit_weights(edited, lambda tensors: tensors.update(extra=torch.ones(3)))
-    assert "hold tensor extra (1 such) that their model class does not have" in refused(
-        [("b", edited, 1.0)], tmp_path, base="b"
+    assert (
+        f"merge input 'b' would not load whole: {edited} holds tensor extra that SmolLM3ForCausalLM does not have"
+        in refused([("b", edited, 1.0)], tmp_path, base="b")
     )
     edit_weights(edited, lambda tensors: [tensors.pop(name) for name in ("extra", "model.norm.weight")])
     message = refused([("b", edited, 1.0)], tmp_path, base="b")
-    assert "merge inputs lack tensor model.norm.weight, which SmolLM3ForCausalLM needs" in message
+    assert f"merge input 'b' would not load whole: {edited} lacks tensor model.norm.weight; save it" in message
 
 
 def test_logits_that_are_not_finite_are_refused(trained, edited, tmp_path):
@@ -470,6 +473,6 @@ def test_refuses_adapters_of_models_that_are_not_here_and_pickled_ones(trained, 
     file.write_text(json.dumps({**config, "base_model_name_or_path": "org/model"}))
     inputs = [("lora", tmp_path / "adapter", 1.0)]
     message = refused(inputs, tmp_path, base="lora")
-    assert "is a LoRA adapter of base_model_name_or_path='org/model', which is not a checkpoint folder here" in message
+    assert "is a LoRA adapter of base_model_name_or_path='org/model', which is neither a checkpoint folder nor" in message
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
-    assert "is a LoRA adapter without adapter_model.safetensors" in refused(inputs, tmp_path, base="lora")
+    assert "is a LoRA adapter that has its weights in adapter_model.bin" in refused(inputs, tmp_path, base="lora")
