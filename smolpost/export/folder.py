@@ -21,7 +21,7 @@ from smolpost.errors import UserError
 from smolpost.merging.files import DONATED, copy_files, sync
 from smolpost.merging.shards import sha256, write_json
 from smolpost.model import SmolLM3Config
-from smolpost.model.loading import check_whole
+from smolpost.model.loading import check_plain
 from smolpost.model.stored import INDEX, read_config, weight_files
 
 MANIFEST = "export_manifest.json"
@@ -64,11 +64,7 @@ class Source:
             UserError: They are not there, or not all of the model.
         """
         files = weight_files(self.folder)
-        if renamed := check_whole(self.folder, self.config):
-            raise UserError(
-                f"checkpoint {self.folder}: converters do not know tensor {min(renamed)}; give it plain names first: "
-                f"smolpost merge OUT {self.folder}=1"
-            )
+        check_plain(self.folder, self.config)
         return files
 
     @property

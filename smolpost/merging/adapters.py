@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smolpost.errors import UserError
@@ -76,7 +77,7 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         raise unreadable(checkpoint.folder / ADAPTER_CONFIG, error, checkpoint.who) from error
     try:
         state = load_file(checkpoint.folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise unreadable(checkpoint.folder / ADAPTER_WEIGHTS, error, checkpoint.who) from error
     model = merge(attach(model, config, state, who), who)
     tied = model.all_tied_weights_keys

@@ -1,6 +1,7 @@
 """Adapters of peft: every tensor of theirs finds its place, and adding them to the weights moves no logit."""
 
 import re
+import warnings
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -70,7 +71,8 @@ def merge(adapted: PeftModel, who: str) -> PreTrainedModel:
     before = adapted(input_ids=tokens).logits
     _untie(adapted)
     try:
-        model = adapted.merge_and_unload()
+        with warnings.catch_warnings(action="ignore"):  # peft's, of heads that are or were tied
+            model = adapted.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise UserError(f"{who} cannot be merged: {one_line(error)}") from error
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

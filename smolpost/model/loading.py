@@ -126,6 +126,19 @@ def check_whole(folder: Path, config: PreTrainedConfig | None = None, who: str =
     return renamed
 
 
+def check_plain(folder: Path, config: PreTrainedConfig | None = None) -> None:
+    """As `check_whole`, for what other tools read: they do not know of names that a wrapper changed.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    if renamed := check_whole(folder, config):
+        raise UserError(
+            f"checkpoint {folder}: only smolpost knows tensor {min(renamed)} as {renamed[min(renamed)]}; give all "
+            f"plain names first: smolpost merge OUT {folder}=1"
+        )
+
+
 def is_quantized(config: PreTrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 

@@ -44,7 +44,7 @@ def read_config(file: Path, who: str = "checkpoint") -> PreTrainedConfig:
     Raises:
         UserError: The file is missing or broken, or says one thing in two ways that differ.
     """
-    _check_rope(read_json(file, who), file, who)
+    check_rope(read_json(file, who), file, who)
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -75,7 +75,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _check_rope(config: dict[str, Any], file: Path, who: str) -> None:
+def check_rope(config: dict[str, Any], file: Path, who: str) -> None:
     """Refuse a file whose spellings of RoPE differ: each library reads another one of them."""
     for part in (config, *(value for key, value in config.items() if key.endswith("_config"))):
         if not isinstance(part, dict):
@@ -173,6 +173,9 @@ def stored_tensors(folder: Path, who: str = "checkpoint") -> dict[str, Tensor]:
         try:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
+                    if name in found:
+                        twice = f"{found[name].file.name} and {file.name}"
+                        raise UserError(f"{who} holds tensor {name} twice, in {twice} ({folder}); copy it again")
                     entry = opened.get_slice(name)
                     found[name] = Tensor(file, tuple(entry.get_shape()), entry.get_dtype())
         except (OSError, SafetensorError) as error:

@@ -263,7 +263,7 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     from smolpost.evaluation.run import run_task
     from smolpost.evaluation.server import ServerEngine
     from smolpost.evaluation.tasks import build
-    from smolpost.model.loading import load_for_inference
+    from smolpost.model.loading import check_plain, load_for_inference
 
     spec = lineage.recipe.evaluation
     checkpoint = model_folder(lineage, stage)
@@ -271,6 +271,7 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     shared = context(lineage, folders)
     tasks = {name: build(name, spec.tasks[name], shared) for name in folders}
     if spec.server:
+        check_plain(checkpoint)
         engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)
     else:
         engine = LocalEngine(*load_for_inference(checkpoint))
