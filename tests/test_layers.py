@@ -15,7 +15,7 @@ FLOORS = {
     "cli": 5, "train": 5,
 }  # fmt: skip
 # The exceptions on one floor.
-NEIGHBOURS = {("atomic", "errors"), ("data", "chat"), ("doctor", "pipeline"), ("train", "cli")}
+NEIGHBOURS = {("atomic", "errors"), ("data", "chat"), ("merging", "model"), ("doctor", "pipeline"), ("train", "cli")}
 
 
 def imports(file: Path) -> set[str]:

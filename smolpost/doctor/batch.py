@@ -174,7 +174,9 @@ def words_of(case: Case, row: dict) -> list[str]:
 
 def replies_stop(case: Case) -> tuple[bool, str]:
     """Every reply ends with the tokenizer's stop token, which trains, and generation stops at it."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
+
+    from smolpost.model.stored import CONFIG, read_config
 
     stop, ends = case.tokenizer.eos_token, []
     for row in case.need("sample", "rows"):
@@ -190,7 +192,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
         detail += f", which trains in {sum(trains) - num_cut} of {len(last) - num_cut} ({num_cut} cut)"
     except (NotChecked, UserError):  # there are no labels to look at, see mask
         trains = []
-    config = AutoConfig.from_pretrained(case.start)
+    config = read_config(case.start / CONFIG)
     try:
         generation = GenerationConfig.from_pretrained(case.start)
     except OSError:  # the checkpoint has none; transformers makes it of the config

@@ -18,6 +18,7 @@ from smolpost.doctor import batch, text
 from smolpost.doctor.case import Case, NotChecked, one_line
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.steps import input_folders
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 SFT, APO = ("sft",), ("apo",)
@@ -119,8 +120,11 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     Returns:
         The checks in their order.
     Raises:
-        UserError: The stage trains nothing, its start or its data are not there, or rows is below 1.
+        UserError: The stage trains nothing, its start or its data are not there or cannot be trained, or rows is below
+            1.
     """
+    from smolpost.training.start import check_start
+
     config = stage.plan.config
     if not isinstance(config, schema.TrainStage):
         raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; doctor checks sft and apo stages")
@@ -128,6 +132,7 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
         raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
     for parent in stage.plan.parents:
         lineage.require(parent)
+    check_start(stage.plan.stage, config, input_folders(stage, lineage.recipe)[config.init_from])
     found = []
     with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
         case = Case(lineage, stage, rows, Path(folder))

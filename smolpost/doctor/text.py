@@ -170,11 +170,11 @@ def begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool
 
 
 def lengths(case: Case) -> tuple[bool, str]:
-    from transformers import AutoConfig
+    from smolpost.model.stored import CONFIG, read_config
 
     found, limit = case.need("lengths", "rows"), case.config.max_seq_len
     num_over = int((found > limit).sum())
-    context = case.config.max_position_embeddings or AutoConfig.from_pretrained(case.start).max_position_embeddings
+    context = case.config.max_position_embeddings or read_config(case.start / CONFIG).max_position_embeddings
     detail = (
         f"{num_over} of {len(found)} sampled rows ({num_over / len(found):.0%}) above max_seq_len={limit:,}, longest "
         f"{found.max():,} tokens; overlong={case.config.overlong}; the model's context is {context:,}"

@@ -5,6 +5,7 @@ prompt pass a wrong RoPE theta. Together, at several lengths, they do not.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from smolpost.evaluation.ruler import Ruler
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context, Item, Task
 from smolpost.export.session import CHUNK, GreedyEngine, Session, TorchSession
+from smolpost.model.loading import load_model
 from smolpost.schema import RecallTask, RulerTask
 
 # The last tokens of a prompt are fed one by one, as a reply's are: a broken cache shows.
@@ -102,7 +104,7 @@ def compare(
         one on the first prompt), `rounding` (the same of our own model in `dtype`) and `logit_limit`; "limits";
         "failures": a sentence for each limit that was passed; "notes": what the numbers do not show.
     """
-    rounded = None if dtype == "float32" else ours.__class__.from_pretrained(ours.name_or_path, dtype=dtype)
+    rounded = None if dtype == "float32" else load_model(Path(ours.name_or_path), dtype=dtype)
     engines = {"ours": LocalEngine(ours, tokenizer), "exported": GreedyEngine(exported, tokenizer)}
     lengths, failures = {}, []
     for length, (task, items) in asked.items():

@@ -15,7 +15,7 @@ from smolpost.errors import UserError
 from smolpost.export import check, folder, to_gguf, to_mlx, to_onnx, to_vllm
 from smolpost.export.folder import Source
 from smolpost.export.session import Session
-from smolpost.model import SmolLM3ForCausalLM
+from smolpost.model.loading import load_model
 
 LENGTHS = (256, 1024)
 NUM_PROMPTS = 8
@@ -111,7 +111,7 @@ def export(
         folder.carry(source, draft)
         session = chosen.session(draft, source.config, max_tokens)
         notes = to_gguf.check_file(source, session, _prompt(source)) if kind == "gguf" else []
-        ours = SmolLM3ForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+        ours = load_model(source.folder, dtype=torch.float32)
         report = check.compare(ours, session, source.tokenizer, asked, dtype=dtype, limits=limits)
         report["notes"] += notes
         show(report)

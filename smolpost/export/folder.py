@@ -14,15 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smolpost.atomic import workplace
 from smolpost.errors import UserError
-from smolpost.merging.checkpoint import INDEX, WEIGHTS
 from smolpost.merging.files import DONATED, copy_files, sync
 from smolpost.merging.shards import sha256, write_json
 from smolpost.model import SmolLM3Config
+from smolpost.model.loading import check_plain
+from smolpost.model.stored import INDEX, read_config, weight_files
 
 MANIFEST = "export_manifest.json"
 LIBRARIES = ("smolpost", "torch", "transformers")
@@ -41,13 +41,7 @@ class Source:
             UserError: There is no SmolLM3 configuration that can be read.
         """
         file = self.folder / "config.json"
-        if not file.is_file():
-            raise UserError(f"{self.folder} has no config.json; give a checkpoint folder written by save_pretrained")
-        try:
-            config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{file} cannot be read ({reason}); save the checkpoint anew") from None
+        config = read_config(file)
         if not isinstance(config, SmolLM3Config):
             raise UserError(f"{file}: model_type={config.model_type} is not exported; only smollm3 is")
         return config
@@ -64,21 +58,13 @@ class Source:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files.
+        """The safetensors files, from which the model loads whole and under its own names.
 
         Raises:
-            UserError: There are none, or one that the index names is missing.
+            UserError: They are not there, or not all of the model.
         """
-        if (self.folder / INDEX).is_file():
-            names = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [self.folder / name for name in sorted(set(names))]
-        else:
-            files = [self.folder / WEIGHTS]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(
-                f"{self.folder} has no {missing[0]}; only whole safetensors checkpoints are exported: merge adapters "
-                "first, and save with save_pretrained"
-            )
+        files = weight_files(self.folder)
+        check_plain(self.folder, self.config)
         return files
 
     @property

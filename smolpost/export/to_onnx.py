@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smolpost.errors import UserError
 from smolpost.export.folder import Source
-from smolpost.model import SmolLM3ForCausalLM
+from smolpost.model.loading import load_model
 from smolpost.model.modeling_smollm3 import head_size
 
 FILE = "model.onnx"
@@ -43,7 +43,7 @@ def check(source: Source) -> None:
 
 def convert(source: Source, out: Path) -> str:
     """Write the graph into the folder `out`; returns the dtype of its weights, fp32 whatever the checkpoint's."""
-    model = SmolLM3ForCausalLM.from_pretrained(source.folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_model(source.folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
     rows, new, past = 2, 3, 4  # any sizes but 0 and 1, which the exporter takes for constants
     caches = [

@@ -14,7 +14,7 @@ from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.export.folder import Source
 from smolpost.export.session import TorchSession
-from smolpost.merging.checkpoint import INDEX
+from smolpost.model.stored import INDEX
 
 TOOLS = ("safetensors", "tokenizers")
 

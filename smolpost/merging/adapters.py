@@ -1,77 +1,97 @@
 """LoRA adapters as inputs of a merge: peft merges each into its base model first, in fp32."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import AutoModelForCausalLM
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from smolpost.errors import UserError
-from smolpost.merging.checkpoint import HEAD, Checkpoint
+from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, copy_files
-from smolpost.merging.shards import PART
-
-CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+from smolpost.merging.shards import PART, write_json
+from smolpost.model.loading import load_model
+from smolpost.model.stored import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json, unreadable
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether the folder holds an adapter and no model of its own."""
     folder = checkpoint.folder
-    return (folder / CONFIG).exists() and not any(folder.glob("model*.safetensors*"))
+    return (folder / ADAPTER_CONFIG).exists() and not any(folder.glob("model*.safetensors*"))
 
 
 def base_of(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint that an adapter was trained on.
+    """The checkpoint that an adapter was trained on: a folder, or a Hub id that is in the Hub's cache.
 
     Raises:
-        UserError: It is not a folder here, or the adapter is not in a safetensors file.
+        UserError: It is not here, or the adapter is not in a safetensors file.
     """
-    file = checkpoint.folder / CONFIG
-    if not (checkpoint.folder / ADAPTER).exists():
+    file = checkpoint.folder / ADAPTER_CONFIG
+    if not (checkpoint.folder / ADAPTER_WEIGHTS).exists():
+        pickled = sorted(found.name for found in checkpoint.folder.glob("adapter_model*.bin"))
+        found = f"has its weights in {pickled[0]}" if pickled else f"has no {ADAPTER_WEIGHTS}"
         raise UserError(
-            f"merge input '{checkpoint.name}' is a LoRA adapter without {ADAPTER} ({checkpoint.folder}); "
-            "only safetensors are read: save it with save_pretrained"
+            f"{checkpoint.who} is a LoRA adapter that {found} ({checkpoint.folder}); only safetensors are read: "
+            "load it with peft where it is trusted, and save it with save_pretrained"
         )
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise UserError(f"merge input '{checkpoint.name}': {file} cannot be read ({error}); save it anew") from error
-    if not base or not (Path(base) / "config.json").exists():
+    stated = read_json(file, checkpoint.who)
+    base = stated.get("base_model_name_or_path")
+    folder = _folder_of(base, stated.get("revision")) if base else None
+    if folder is None:
         raise UserError(
-            f"merge input '{checkpoint.name}' is a LoRA adapter of base_model_name_or_path={base!r}, which is not a "
-            f"checkpoint folder here; download it and name its folder in {file}"
+            f"{checkpoint.who} is a LoRA adapter of base_model_name_or_path={base!r}, which is neither a checkpoint "
+            f"folder nor in the Hub's cache here; download it (`hf download ID --local-dir FOLDER`) and name its "
+            f"folder in {file}"
         )
-    return Checkpoint(f"base model of {checkpoint.name}", Path(base))
+    return Checkpoint(f"base model of {checkpoint.name}", folder)
+
+
+def _folder_of(base: str, revision: str | None) -> Path | None:
+    if (Path(base) / "config.json").exists():
+        return Path(base)
+    try:  # no network: nobody asked for a download
+        folder = Path(snapshot_download(base, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return folder if (folder / "config.json").exists() else None
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Write the adapter's model as a full fp32 checkpoint, so that the merge's rounding stays the only one."""
-    from peft import PeftModel
+    """Write the adapter's model as a full fp32 checkpoint, so that the merge's rounding stays the only one.
+
+    Raises:
+        UserError: The adapter is not its base model's, or logits move as it is merged.
+    """
+    from peft import PeftConfig
+
+    from smolpost.model.adapters import attach, merge
 
     base = base_of(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    model = load_model(base.folder, who=base.who, dtype=torch.float32)
+    who = f"{checkpoint.who} ({checkpoint.folder})"
     try:
-        model = PeftModel.from_pretrained(model, str(checkpoint.folder), local_files_only=True).merge_and_unload()
-    except (ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"merge input '{checkpoint.name}': peft cannot merge the adapter into {base.folder} ({reason}); "
-            "check that it was trained on this model"
-        ) from error
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop(HEAD, None)
+        config = PeftConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise unreadable(checkpoint.folder / ADAPTER_CONFIG, error, checkpoint.who) from error
+    try:
+        state = load_file(checkpoint.folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(checkpoint.folder / ADAPTER_WEIGHTS, error, checkpoint.who) from error
+    model = merge(attach(model, config, state, who), who)
+    tied = model.all_tied_weights_keys
     folder.mkdir(parents=True)
-    save_torch_state_dict(state, folder)
-    config = f"config.json{PART}"
-    shutil.copyfile(base.folder / base.config_file, folder / config)
+    save_torch_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, folder)
+    # The base's file but for what the adapter has changed.
+    stated = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
+    if bool(tied) != read_config(base.folder / base.config_file).tie_word_embeddings:
+        stated["tie_word_embeddings"] = bool(tied)
+    own = f"config.json{PART}"
+    write_json(folder / own, stated)
     # The tokenizer it was trained with, where it has one.
     tokenizer = checkpoint.folder if (checkpoint.folder / "tokenizer.json").exists() else base.folder
     copy_files(base.folder, folder, ("generation_config.json",))
     copy_files(tokenizer, folder, DONATED)
-    files = (checkpoint.folder / CONFIG, checkpoint.folder / ADAPTER, *base.weight_files)
-    return Checkpoint(checkpoint.name, folder, checkpoint.weight, files, config)
+    files = (checkpoint.folder / ADAPTER_CONFIG, checkpoint.folder / ADAPTER_WEIGHTS, *base.weight_files)
+    return Checkpoint(checkpoint.name, folder, checkpoint.weight, files, own)

@@ -1,7 +1,5 @@
 """A checkpoint folder as a merge reads it: tensors by their safetensors headers and in chunks, config, vocabulary."""
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,31 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
-from smolpost.errors import UserError
+from smolpost.model.stored import Tensor, read_config, read_json, renames, stored_tensors, weight_files
 
 # Elements read at a time: small enough for the fp64 temporaries of the verification to stay in the CPU's cache.
 CHUNK = 2**17
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What a safetensors header says of one tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name: F32, BF16, ...
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -49,13 +31,19 @@ class Checkpoint:
     sources: tuple[Path, ...] = ()  # the files it was made of, where it is a merged adapter
     config_file: str = "config.json"  # another name keeps loaders off a draft
 
+    @property
+    def who(self) -> str:
+        """In messages."""
+        return f"merge input '{self.name}'"
+
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Tensor name -> header entry, from the single file or from every shard of the index.
 
-        The head of a tied model, which some trainers write, is left out: `tied_copy`.
+        The head of a tied model, which some trainers write, is left out: `tied_copy`. Names are plain: what
+        torch.compile and the like put into them is removed, here and from the result.
         """
-        return {name: tensor for name, tensor in self._stored.items() if name != self.tied_copy}
+        return {name: tensor for name, (_, tensor) in self._stored.items() if name != self.tied_copy}
 
     @cached_property
     def tied_copy(self) -> str | None:
@@ -64,70 +52,33 @@ class Checkpoint:
             return HEAD
         return None
 
-    @cached_property
-    def _stored(self) -> dict[str, Tensor]:
-        found = {}
-        for file in self.weight_files:
-            try:
-                opened = self._open(file)
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    entry = opened.get_slice(name)
-                    found[name] = Tensor(file, tuple(entry.get_shape()), entry.get_dtype())
-            except (OSError, SafetensorError) as error:
-                raise self._unreadable(file, error) from error
-        if self._index:
-            wrong = sorted(n for n, f in self._index.items() if n not in found or found[n].file.name != f)
-            if wrong:
-                raise UserError(
-                    f"merge input '{self.name}': {INDEX} places tensor {wrong[0]} in {self._index[wrong[0]]}, which "
-                    f"does not hold it ({self.folder}); copy or save the checkpoint anew"
-                )
-        return found
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Name in the files -> tensor name, where they differ."""
+        return {name: plain for plain, (name, _) in self._stored.items() if plain != name}
 
     @cached_property
-    def _index(self) -> dict[str, str]:
-        """Tensor name -> shard's file name; empty where the weights are one file."""
-        single, index = self.folder / WEIGHTS, self.folder / INDEX
-        if single.exists() and index.exists():
-            # transformers reads the single file, mergekit the shards.
-            raise UserError(
-                f"merge input '{self.name}' holds both {WEIGHTS} and {INDEX} ({self.folder}), which may be different "
-                "weights; delete the stale one"
-            )
-        return self._json(index)["weight_map"] if index.exists() else {}
+    def _stored(self) -> dict[str, tuple[str, Tensor]]:
+        """Tensor name -> its name in the file, header entry."""
+        found = stored_tensors(self.folder, self.who)
+        plain = renames(found)
+        return {plain.get(name, name): (name, tensor) for name, tensor in found.items()}
 
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files that hold the weights."""
-        if self._index:
-            return sorted({self.folder / shard for shard in self._index.values()})
-        if (self.folder / WEIGHTS).exists():
-            return [self.folder / WEIGHTS]
-        if (self.folder / "adapter_config.json").exists():
-            raise UserError(
-                f"merge input '{self.name}' is a LoRA adapter ({self.folder}); "
-                "merge it into its model first (peft's merge_and_unload, then save_pretrained)"
-            )
-        raise UserError(
-            f"merge input '{self.name}' has neither {WEIGHTS} nor {INDEX} ({self.folder}); "
-            "only safetensors are read: save it with save_pretrained"
-        )
+        return weight_files(self.folder, self.who)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json with the model class's defaults filled in, so that two spellings of one model are equal."""
-        file = self.folder / self.config_file
-        self._json(file)
-        try:
-            return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False).to_dict()
-        except (OSError, ValueError, StrictDataclassError) as error:
-            raise self._unreadable(file, error) from error
+        return read_config(self.folder / self.config_file, self.who).to_dict()
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Token -> id of tokenizer.json, added tokens included."""
         file = self.folder / "tokenizer.json"
-        self._json(file)
+        read_json(file, self.who)
         return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
 
     @cached_property
@@ -135,7 +86,7 @@ class Checkpoint:
         """Name -> text of the chat templates; a single one is named "default"."""
         found = {}
         stored = self.folder / "tokenizer_config.json"
-        templates = self._json(stored).get("chat_template") if stored.exists() else None
+        templates = read_json(stored, self.who).get("chat_template") if stored.exists() else None
         if isinstance(templates, str):
             found["default"] = templates
         elif templates:
@@ -148,7 +99,8 @@ class Checkpoint:
 
     def values(self, tensor: str) -> torch.Tensor:
         """The flattened values of one tensor in the stored dtype, mapped: read from the disk where touched."""
-        return self._open(self._stored[tensor].file).get_tensor(tensor).view(-1)
+        name, entry = self._stored[tensor]
+        return self._open(entry.file).get_tensor(name).view(-1)
 
     def chunks(self, tensor: str) -> Iterator[torch.Tensor]:
         """The values of one tensor, at most CHUNK of them at a time."""
@@ -163,19 +115,3 @@ class Checkpoint:
     @cached_property
     def _mappings(self) -> dict[Path, safe_open]:
         return {}
-
-    def _json(self, file: Path) -> dict[str, Any]:
-        """A JSON file of this folder."""
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._unreadable(file, error) from error
-
-    def _unreadable(self, file: Path, error: Exception) -> UserError:
-        """The error for a file that is missing or broken."""
-        if not file.exists():
-            return UserError(
-                f"merge input '{self.name}' has no {file.name} ({self.folder}); save it with save_pretrained"
-            )
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return UserError(f"merge input '{self.name}': {file} cannot be read ({reason}); save the checkpoint anew")

@@ -20,6 +20,8 @@ from smolpost.merging.files import DONATED, MANIFEST, copy_files, sync, versions
 from smolpost.merging.preflight import check_disk, check_inputs
 from smolpost.merging.shards import PART, Pool, default_threads, sha256, write_json
 from smolpost.merging.verify import check_model, check_tensors
+from smolpost.model.loading import check_whole
+from smolpost.model.stored import read_config
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def build(
         full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(job.checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == job.base]
         check_inputs(full, donor, job.allow_template_change)
+        # The others have the same tensors.
+        check_whole(donor.folder, read_config(donor.folder / donor.config_file, donor.who), donor.who)
         draft.mkdir()
         merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:

@@ -18,6 +18,7 @@ import torch
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.shards import SHARD_BYTES, NotFinite, write_tensors
+from smolpost.model.stored import read_config
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def planned(config: dict[str, Any], checkpoints: list[Checkpoint], base: Checkpo
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
+    for checkpoint in (*checkpoints, base):
+        if checkpoint.renamed:
+            raise UserError(
+                f"{checkpoint.who}: mergekit does not know tensor {min(checkpoint.renamed)} ({checkpoint.folder}); "
+                f"give it plain names first: smolpost merge OUT {checkpoint.folder}=1"
+            )
     references = _references([*checkpoints, base])
     with _without_warnings(), _without_memory():
         options = MergeOptions()
@@ -146,14 +153,13 @@ def _references(checkpoints: list[Checkpoint]) -> dict[str, Any]:
     Not ModelReference.parse, which takes + and @ in a path for an adapter and a revision.
     """
     from mergekit.common import ModelPath, ModelReference
-    from transformers import AutoConfig
 
     class Folder(ModelReference, frozen=True):
         config_file: str
 
         def config(self, trust_remote_code: bool = False):
             # A model that an adapter was merged into keeps its config under a name that loaders do not see.
-            return AutoConfig.from_pretrained(Path(self.model.path) / self.config_file, local_files_only=True)
+            return read_config(Path(self.model.path) / self.config_file)
 
     return {
         checkpoint.name: Folder(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from smolpost.errors import UserError
+from smolpost.merging.architecture import architecture
 from smolpost.merging.average import is_finite
 from smolpost.merging.checkpoint import EMBEDDING, Checkpoint
 
@@ -19,22 +20,6 @@ INPUT_DTYPES = ("F32", "BF16", "F16")  # exact in fp32
 
 # A typed 0.3333 + 0.3333 + 0.3334 sums to 1 up to double rounding; a typed 0.333 three times is not meant as 0.999.
 WEIGHT_TOLERANCE = 1e-6
-
-# Fields that do not change what the weights mean; the result has the base's. A field not listed here must agree.
-FREE_FIELDS = {
-    "max_position_embeddings",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "initializer_range",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "no_rope_layer_interval",  # says nothing beside no_rope_layers, which is filled in where a file has only this
-}
 
 
 def check_request(checkpoints: list[Checkpoint], base: str, out: Path, dtype: str) -> None:
@@ -89,12 +74,14 @@ def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint, allow_template
 
 
 def _check_config(base: Checkpoint, other: Checkpoint) -> None:
-    for key in sorted((base.config.keys() | other.config.keys()) - FREE_FIELDS):
-        mine, theirs = base.config.get(key), other.config.get(key)
+    first, second = architecture(base.config), architecture(other.config)
+    for key in sorted(first.keys() | second.keys(), key=lambda key: (key == "head_dim", key)):  # derived: said last
+        mine, theirs = first.get(key), second.get(key)
         if mine != theirs:
             raise UserError(
                 f"merge inputs '{base.name}' and '{other.name}' differ in config.json: {key}={mine} and {theirs}; "
                 "merge checkpoints of one architecture only"
+                + ("" if key in first.keys() & second.keys() else f", or delete {key} if it is only a tool's note")
             )
 
 

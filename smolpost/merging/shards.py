@@ -18,7 +18,8 @@ from threading import local
 import torch
 
 from smolpost.merging.average import Mean, is_finite
-from smolpost.merging.checkpoint import CHUNK, INDEX, WEIGHTS, Checkpoint
+from smolpost.merging.checkpoint import CHUNK, Checkpoint
+from smolpost.model.stored import INDEX, WEIGHTS
 
 SHARD_BYTES = 5 * 10**9
 MAX_THREADS = 8  # more do not read faster from one disk

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from smolpost.errors import UserError
 from smolpost.merging.average import is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.merging.shards import SAFETENSORS_NAMES
+from smolpost.model.loading import load_model
+from smolpost.model.stored import read_config
 
 SAMPLE_SPAN = CHUNK // 16  # one element of each span is drawn
 SAMPLE_LEAST = 64  # of each tensor, or all it has
@@ -97,25 +99,9 @@ def check_model(merged: Checkpoint) -> None:
     Raises:
         UserError: Tensors are missing or left over, the head is not tied as the config says, or logits are not finite.
     """
-    config = AutoConfig.from_pretrained(
-        merged.folder / merged.config_file, local_files_only=True, trust_remote_code=False
-    )
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        merged.folder,
-        config=config,
-        generation_config=GenerationConfig(),
-        dtype="auto",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        raise UserError(
-            f"merge inputs lack tensor {min(loading['missing_keys'])}, which {type(model).__name__} needs; "
-            "save them with save_pretrained"
-        )
-    if loading["unexpected_keys"]:
-        raise UserError(_unknown(sorted(loading["unexpected_keys"])))
+    who = "merge result"
+    config = read_config(merged.folder / merged.config_file, who)
+    model = load_model(merged.folder, config=config, who=who, generation_config=GenerationConfig(), dtype="auto")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if (embedding is head) != bool(config.tie_word_embeddings):
         raise RuntimeError(

@@ -1,14 +1,19 @@
 """Configuration of SmolLM3: the fields of transformers' own, checked before a model is built from them."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 # The types that stretch the context by one number; the library only warns where it is unusable. Fields that single
 # types need besides are left to the library's check.
 _ROPE_TYPES_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -17,6 +22,9 @@ class SmolLM3Config(PreTrainedConfig):
 
     A saved `config.json` loads in stock transformers to the same configuration. It also carries `rope_theta` beside
     `rope_parameters`, because mlx-lm reads only that one and falls back to its own default in silence.
+
+    The defaults of the special tokens are SmolLM3-3B's. One that a smaller vocabulary does not hold becomes None, with
+    a warning.
 
     Args:
         vocab_size: Number of tokens the embedding and the head know.
@@ -95,6 +103,7 @@ class SmolLM3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what is derived, check it, and let the library take the legacy and common arguments in `kwargs`."""
+        self._drop_special_tokens()
         self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -146,6 +155,18 @@ class SmolLM3Config(PreTrainedConfig):
         self._check_sliding_window()
         self._check_layer_types()
 
+    def _drop_special_tokens(self) -> None:
+        """Defaults that this vocabulary does not hold: no token of it is meant by them."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _SPECIAL_TOKENS}
+        outside = [name for name, value in defaults.items() if getattr(self, name) == value >= self.vocab_size]
+        for name in outside:
+            setattr(self, name, None)
+        if outside:
+            logger.warning(
+                f"vocab_size={self.vocab_size} does not hold the default {', '.join(outside)}, which become None; set "
+                "them to the tokenizer's"
+            )
+
     def _every_nth_layer_without_rope(self) -> list[int]:
         interval = self.no_rope_layer_interval
         if interval < 1:
@@ -164,7 +185,8 @@ class SmolLM3Config(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+        # Other special tokens outside of it do no harm to the model; -1 would be the last row to torch.
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} has no row in the embedding, whose last is {self.vocab_size - 1} "
                 f"(vocab_size={self.vocab_size}); set pad_token_id to the tokenizer's, or to None"

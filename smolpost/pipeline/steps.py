@@ -135,6 +135,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     from smolpost.data.prepare import prepare as prepare_rows
     from smolpost.data.report import format_report
     from smolpost.data.taken import DROPPED, RefusedRows, refused_rows
+    from smolpost.training.start import check_start
 
     config = stage.plan.config
     if stage.prepared is None:
@@ -143,11 +144,13 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         )
     for parent in stage.plan.parents:
         lineage.require(parent)
+    start = input_folders(stage, lineage.recipe)[config.init_from]
+    check_start(stage.plan.stage, config, start)
     with manifest.lock(stage.prepared):
         if manifest.read(stage.prepared):
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
-        tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
+        tokenizer = AutoTokenizer.from_pretrained(start)
         template = load_template(config.template)
         if config.init_from == "checkpoint":
             check_template(stage, tokenizer.chat_template, template)
@@ -283,7 +286,7 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     from smolpost.evaluation.run import run_task
     from smolpost.evaluation.server import ServerEngine
     from smolpost.evaluation.tasks import build
-    from smolpost.model.loading import load_for_inference
+    from smolpost.model.loading import check_plain, load_for_inference
 
     spec = lineage.recipe.evaluation
     checkpoint = model_folder(lineage, stage)
@@ -291,6 +294,7 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     shared = context(lineage, folders)
     tasks = {name: build(name, spec.tasks[name], shared) for name in folders}
     if spec.server:
+        check_plain(checkpoint)
         engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)
     else:
         engine = LocalEngine(*load_for_inference(checkpoint))
@@ -358,9 +362,11 @@ def adopt(folder: Path) -> None:
     """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key.
 
     Raises:
-        UserError: The folder is no checkpoint of safetensors, or has a manifest already.
+        UserError: The folder is no checkpoint that loads whole, or has a manifest already.
     """
     import hashlib
+
+    from smolpost.model.loading import check_whole
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -371,8 +377,7 @@ def adopt(folder: Path) -> None:
     for needed in ("config.json", "tokenizer.json"):
         if needed not in names:
             raise UserError(f"{folder} has no {needed}; a checkpoint has config.json, tokenizer.json and *.safetensors")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder} has no *.safetensors; weights in other formats are not loaded")
+    check_whole(folder)
     hashes = {}
     for file in files:
         with open(file, "rb") as stream:

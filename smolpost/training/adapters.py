@@ -1,53 +1,98 @@
 """Low-rank adapters by peft: put on the model before training, merged into its weights after."""
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import PreTrainedModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from smolpost.errors import UserError
+from smolpost.model.adapters import attach, merge
+from smolpost.model.stored import one_line
 from smolpost.schema import LoRA
 
-ADAPTER = "lora_"  # what peft calls the adapters' parameters
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
 
-def add_adapters(name: str, model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
-    """Freeze the model and train adapters beside its linear layers; at the start they change nothing.
+def check_targets(name: str, config: PreTrainedConfig, lora: LoRA) -> None:
+    """Refuse targets that get no adapter, or one that could not be trained or merged; builds the model without weights.
 
     Args:
         name: The stage, for the message.
-        seed: Of the adapters' random half.
+        config: Of the start checkpoint.
     Raises:
-        UserError: A target module is no layer of the model.
+        UserError: With the target and what to name instead.
     """
-    for target in lora.target_modules:
-        if not any(module.rpartition(".")[2] == target for module, _ in model.named_modules()):
-            raise UserError(
-                f"stages.{name}.lora.target_modules names {target}, which {type(model).__name__} does not have; its "
-                f"linear layers: {', '.join(linear_layers(model))}"
-            )
-    torch.manual_seed(seed)
-    config = LoraConfig(
+    key = f"stages.{name}.lora.target_modules"
+    if not lora.target_modules:
+        raise UserError(f"{key} is empty; name linear layers, or [{ALL_LINEAR}]")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    targets = list(lora.target_modules)
+    if ALL_LINEAR in targets and targets != [ALL_LINEAR]:
+        raise UserError(f"{key}={targets}: {ALL_LINEAR} stands for all linear layers; give it alone")
+    for target in targets if targets != [ALL_LINEAR] else ():
+        _check_target(key, target, model)
+    try:
+        get_peft_model(model, lora_config(lora), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UserError(
+            f"{key}={targets}: peft refuses it ({one_line(error)}); name linear layers, or [{ALL_LINEAR}]"
+        ) from error
+
+
+def _check_target(key: str, target: str, model: PreTrainedModel) -> None:
+    layers = f"its linear layers: {', '.join(linear_layers(model))}"
+    found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+    if not found:
+        raise UserError(f"{key} names {target}, which {type(model).__name__} does not have; {layers}")
+    if model.get_output_embeddings() in found:
+        raise UserError(
+            f"{key} names {target}, the head of {type(model).__name__}, whose log-probabilities are made from its "
+            f"weight alone; leave it out, {layers}"
+        )
+    # An adapter of the embedding would have to be added to the head, too, or the two be saved apart: a checkpoint that
+    # no longer merges with those of its family.
+    if model.get_input_embeddings() in found and model.config.tie_word_embeddings:
+        raise UserError(
+            f"{key} names {target}, the embedding of {type(model).__name__}, whose matrix is its head's, too "
+            f"(tie_word_embeddings=true); leave it out, {layers}"
+        )
+
+
+def lora_config(lora: LoRA) -> LoraConfig:
+    targets = list(lora.target_modules)
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
 
 
-def merged(base: PreTrainedModel, trained: PeftModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
+    """Freeze the model and train adapters beside its linear layers; at the start they change nothing.
+
+    Args:
+        lora: Its targets are checked.
+        seed: Of the adapters' random half.
+    """
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora_config(lora))
+
+
+def merged(base: PreTrainedModel, trained: PeftModel, state: dict[str, torch.Tensor], who: str) -> PreTrainedModel:
     """The start checkpoint with the trained adapters added to its weights, in its precision.
 
     Args:
         base: The start checkpoint, loaded anew; it is changed.
         trained: For its adapters' configuration; its own parameters may be sharded.
         state: Its whole state, gathered.
+        who: The adapters in messages.
+    Raises:
+        UserError: The merged model is not the trained one.
     """
-    model = get_peft_model(base, trained.peft_config["default"])
-    adapters = {name.replace(".default.", "."): value for name, value in state.items() if ADAPTER in name}
-    set_peft_model_state_dict(model, adapters)
-    return model.merge_and_unload()
+    adapters = get_peft_model_state_dict(trained, state_dict=state, save_embedding_layers=False)
+    return merge(attach(base, trained.peft_config["default"], adapters, who), who)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:

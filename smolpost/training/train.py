@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import smolpost.model  # noqa: F401  registers our SmolLM3 with the Auto classes
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
+from smolpost.model.loading import load_model
+from smolpost.model.stored import CONFIG, read_config
 from smolpost.schema import APOStage, TrainStage
 from smolpost.training import apo, reference, sft
 from smolpost.training.adapters import add_adapters, merged
@@ -23,6 +24,8 @@ from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import MarkWhole, Snapshots, last_whole, remove_broken
 from smolpost.training.environment import Environment, check_ranks
 from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
+from smolpost.training.round_trip import check_written, loss_on, probe
+from smolpost.training.start import check_start
 
 
 def train(
@@ -51,13 +54,15 @@ def train(
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
-        UserError: The batch is too small for the ranks, they do not know of one another, the reference is not finite,
-            or the disk has no room for the checkpoints.
+        UserError: The batch is too small for the ranks, they do not know of one another, the start checkpoint cannot
+            be trained, the reference is not finite, the disk has no room for the checkpoints, or the written model is
+            not the trained one.
     """
     began = time.monotonic()
     check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
-    load_start = functools.partial(load, start, stage, attn_implementation)
+    renamed = check_start(name, stage, start)
+    load_start = functools.partial(load, start, stage, attn_implementation, renamed)
     cache, report = None, {}
     if stage.kind == "apo":
         # Before the arguments, under which ZeRO-3 would shard the reference, and before the policy takes memory.
@@ -72,7 +77,7 @@ def train(
     model = load_start()
     check_space(name, stage, model, len(rows), out)
     if stage.lora.r:
-        model = add_adapters(name, model, stage.lora, seed)
+        model = add_adapters(model, stage.lora, seed)
     if cache:
         arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the cache
         cache.open()
@@ -86,13 +91,16 @@ def train(
             flush=True,
         )
     write = functools.partial(
-        save, trainer, tokenizer, load_start, dtype=torch.bfloat16 if environment.bf16 else torch.float32
+        save, name, trainer, tokenizer, load_start, dtype=torch.bfloat16 if environment.bf16 else torch.float32
     )
     if stage.snapshot_steps:
         trainer.add_callback(Snapshots(stage.snapshot_steps, write))
     resume = _resume_point(trainer, out)
     trainer.train(resume_from_checkpoint=resume)
+    tokens = probe(rows).to(environment.device)
+    trained_loss = loss_on(trainer.model_wrapped, tokens)
     write(out)
+    report |= check_written(name, out, tokens, trained_loss, trainer, environment, attn_implementation)
     if not trainer.is_world_process_zero():
         return {}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -124,16 +132,18 @@ def reference_cache(
     return ReferenceCache(references / key, key, reference.scored_tokens(rows))
 
 
-def load(start: Path, stage: TrainStage, attn_implementation: str) -> PreTrainedModel:
-    """The start checkpoint in fp32 with the stage's context settings."""
-    config = AutoConfig.from_pretrained(start)
+def load(
+    start: Path, stage: TrainStage, attn_implementation: str, renamed: dict[str, str] | None = None
+) -> PreTrainedModel:
+    """The start checkpoint in fp32 with the stage's context settings; `renamed` as for `load_model`."""
+    config = read_config(start / CONFIG)
     if stage.rope_theta is not None:
         config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.rope_theta}
     if stage.max_position_embeddings is not None:
         config.max_position_embeddings = stage.max_position_embeddings
     # fp32 master weights whatever the compute precision: at APO's learning rate bf16 weights would not move.
-    return AutoModelForCausalLM.from_pretrained(
-        start, config=config, dtype=torch.float32, attn_implementation=attn_implementation
+    return load_model(
+        start, config=config, renamed=renamed, dtype=torch.float32, attn_implementation=attn_implementation
     )
 
 
@@ -159,14 +169,16 @@ def check_space(name: str, stage: TrainStage, model: PreTrainedModel, num_rows: 
         )
 
 
-def save(trainer: Trainer, tokenizer, load_start: Callable[[], PreTrainedModel], out: Path, dtype: torch.dtype) -> None:
+def save(
+    name: str, trainer: Trainer, tokenizer, load_start: Callable[[], PreTrainedModel], out: Path, dtype: torch.dtype
+) -> None:
     """The model as it is now, in `dtype`, alike under every backend, with its tokenizer and chat template."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(model, PeftModel):
             unset_hf_deepspeed_config()  # this rank alone loads: nothing to shard
-            model = merged(load_start(), model, state)
+            model = merged(load_start(), model, state, f"stages.{name}.lora")
             state = model.state_dict()
         # Gathering may copy a tied weight; on disk it stands once.
         state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}

@@ -3,10 +3,11 @@
 import json
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
 WORDS = ["<pad>", "<eos>", *"abcdefgh"]
 VOCAB_SIZE = 40
@@ -67,3 +68,20 @@ def mean(folders_and_weights, dtype=torch.float64):
     """The weighted mean, tensor by tensor, summed in `dtype`."""
     parts = [(weights(folder), weight) for folder, weight in folders_and_weights]
     return {name: sum(w * tensors[name].to(dtype) for tensors, w in parts) for name in parts[0][0]}
+
+
+def save_adapter(folder, base, seed=0):
+    """A LoRA adapter of rank 2 with both factors drawn from `seed`; returns the merged weights by hand."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    factors, expected = load_file(folder / "adapter_model.safetensors"), weights(base)
+    for name in factors:
+        if "lora_A" in name:
+            target = name.removeprefix("base_model.model.").replace(".lora_A", "")
+            expected[target] = expected[target] + 2 * factors[name.replace("lora_A", "lora_B")] @ factors[name]
+    return expected

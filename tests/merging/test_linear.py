@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import CHUNK
@@ -272,6 +270,36 @@ def test_refuses_configs_that_give_the_weights_another_meaning(fields, values, t
     assert message.endswith("; merge checkpoints of one architecture only")
 
 
+def test_refuses_rope_spelled_in_two_ways_that_differ(trained, edited, tmp_path):
+    edit_config(edited, rope_theta=1e4)
+    message = refused_pair(trained, edited, tmp_path)
+    assert message.startswith("merge input 'b': rope_theta=10000.0 and rope_parameters.rope_theta=2000000.0 in ")
+
+
+def test_an_unknown_field_is_refused_with_a_remedy_that_works(trained, edited, tmp_path):
+    edit_config(edited, unsloth_fixed=True, tuned_by="someone")
+    message = refused_pair(trained, edited, tmp_path)
+    assert message.endswith("tuned_by=None and someone; merge checkpoints of one architecture only, or delete tuned_by "
+                            "if it is only a tool's note")  # fmt: skip
+    file = edited / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "tuned_by"}))
+    merge([("a", trained["a"], 0.5), ("b", edited, 0.5)], "a", tmp_path / "out", "float32")
+
+
+def test_names_that_wrappers_changed_are_plain_in_the_result(trained, edited, tmp_path):
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(edited / "model.safetensors").items()}
+    save_file(tensors, edited / "model.safetensors", metadata={"format": "pt"})
+    inputs = [("a", trained["a"], 0.5), ("b", edited, 0.5)]
+    message = refused(inputs, tmp_path, engine="mergekit")
+    assert "mergekit does not know tensor _orig_mod.model." in message
+    merge(inputs, "b", tmp_path / "out", "float32")
+    merge([inputs[0], ("b", trained["b"], 0.5)], "b", tmp_path / "other", "float32")
+    torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "other"), rtol=0, atol=0)
+    # What the refusal tells to do.
+    merge([("b", edited, 1.0)], "b", tmp_path / "plain", "float32")
+    merge([inputs[0], ("b", tmp_path / "plain", 0.5)], "b", tmp_path / "again", "float32", engine="mergekit")
+
+
 def test_refuses_tensors_missing_on_either_side_or_of_another_shape(trained, edited, tmp_path):
     edit_weights(edited, lambda tensors: tensors.pop("model.norm.weight"))
     assert refused_pair(trained, edited, tmp_path) == (
@@ -328,13 +356,15 @@ def test_refuses_folders_that_are_no_single_safetensors_checkpoint(trained, edit
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
     assert "holds both model.safetensors and model.safetensors.index.json" in refused_pair(trained, edited, tmp_path)
     model.unlink()
-    assert "merge input 'b' has no model-1.safetensors" in refused_pair(trained, edited, tmp_path)
+    assert "merge input 'b' lacks model-1.safetensors, which model.safetensors.index.json names" in refused_pair(
+        trained, edited, tmp_path
+    )
     save_file({"other": torch.ones(1)}, edited / "model-1.safetensors")
     message = refused_pair(trained, edited, tmp_path)
     assert "places tensor model.norm.weight in model-1.safetensors, which does not hold it" in message
     index.unlink()
     (edited / "pytorch_model.bin").touch()
-    assert "only safetensors are read: save it with save_pretrained" in refused_pair(trained, edited, tmp_path)
+    assert "has its weights in pytorch_model.bin" in refused_pair(trained, edited, tmp_path)
     model.write_bytes((trained["b"] / "model.safetensors").read_bytes()[:1000])
     assert f"merge input 'b': {model} cannot be read (" in refused_pair(trained, edited, tmp_path)
 
@@ -358,12 +388,13 @@ def test_refuses_missing_and_broken_json(trained, edited, tmp_path):
 
 def test_tensors_the_model_class_does_not_have_or_lacks_are_refused(trained, edited, tmp_path):
     edit_weights(edited, lambda tensors: tensors.update(extra=torch.ones(3)))
-    assert "hold tensor extra (1 such) that their model class does not have" in refused(
-        [("b", edited, 1.0)], tmp_path, base="b"
+    assert (
+        f"merge input 'b' would not load whole: {edited} holds tensor extra that SmolLM3ForCausalLM does not have"
+        in refused([("b", edited, 1.0)], tmp_path, base="b")
     )
     edit_weights(edited, lambda tensors: [tensors.pop(name) for name in ("extra", "model.norm.weight")])
     message = refused([("b", edited, 1.0)], tmp_path, base="b")
-    assert "merge inputs lack tensor model.norm.weight, which SmolLM3ForCausalLM needs" in message
+    assert f"merge input 'b' would not load whole: {edited} lacks tensor model.norm.weight; save it" in message
 
 
 def test_logits_that_are_not_finite_are_refused(trained, edited, tmp_path):
@@ -395,7 +426,7 @@ def test_a_finite_mean_that_the_dtype_cannot_hold_is_refused(trained, edited, tm
     )
 
 
-# ---------------------------------------------------------------- templates, tied heads, adapters
+# ---------------------------------------------------------------- templates and tied heads
 
 
 def test_refuses_differing_chat_templates_naming_both(trained, tmp_path):
@@ -429,47 +460,3 @@ def test_a_tied_head_that_stands_twice_is_written_once(trained, edited, tmp_path
     edit_weights(edited, head(0))
     merge(inputs, "b", tmp_path / "out", "float32")
     assert weights(tmp_path / "out").keys() == weights(trained["a"]).keys()
-
-
-def save_adapter(folder, base, seed=0):
-    """A LoRA adapter of rank 2 with both factors drawn from `seed`; returns the merged weights by hand."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_()
-    model.save_pretrained(folder)
-    factors, expected = load_file(folder / "adapter_model.safetensors"), weights(base)
-    for name in factors:
-        if "lora_A" in name:
-            target = name.removeprefix("base_model.model.").replace(".lora_A", "")
-            expected[target] = expected[target] + 2 * factors[name.replace("lora_A", "lora_B")] @ factors[name]
-    return expected
-
-
-def test_adapters_are_merged_into_their_models_first(trained, tmp_path):
-    expected = save_adapter(tmp_path / "adapter", trained["a"])
-    inputs = [("lora", tmp_path / "adapter", 0.25), ("b", trained["b"], 0.75)]
-    merge(inputs, "lora", tmp_path / "out", "float32")
-    merged, other = weights(tmp_path / "out"), weights(trained["b"])
-    assert merged.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(merged[name], 0.25 * expected[name] + 0.75 * other[name], rtol=1e-6, atol=1e-6)
-    assert not list(tmp_path.glob(".*"))
-    manifest = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
-    assert manifest["inputs"][0]["files"].keys() == {
-        "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
-    }  # fmt: skip
-
-
-def test_refuses_adapters_of_models_that_are_not_here_and_pickled_ones(trained, tmp_path):
-    save_adapter(tmp_path / "adapter", trained["a"])
-    file = tmp_path / "adapter" / "adapter_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "base_model_name_or_path": "org/model"}))
-    inputs = [("lora", tmp_path / "adapter", 1.0)]
-    message = refused(inputs, tmp_path, base="lora")
-    assert "is a LoRA adapter of base_model_name_or_path='org/model', which is not a checkpoint folder here" in message
-    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
-    assert "is a LoRA adapter without adapter_model.safetensors" in refused(inputs, tmp_path, base="lora")

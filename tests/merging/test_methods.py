@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 from smolpost.errors import UserError
 from smolpost.merging.methods import merge_method, merge_yaml
 from smolpost.merging.shards import sha256
-from tests.merging.checkpoints import TEMPLATE, edit_config, edit_weights, mean, save_checkpoint, weights
-from tests.merging.test_linear import save_adapter
+from tests.merging.checkpoints import TEMPLATE, edit_config, edit_weights, mean, save_adapter, save_checkpoint, weights
 
 ROOT = Path(__file__).parent.parent.parent
 QUERY = "model.layers.1.self_attn.q_proj.weight"

@@ -6,6 +6,7 @@ from typing import Any
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
+from smolpost.model.loading import check_plain
 
 TEMPLATE = "chat_template.jinja"
 
@@ -21,8 +22,9 @@ def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> N
         view: Does not exist.
         template: Whether a chat template is needed.
     Raises:
-        UserError: A template is needed, and the checkpoint has none or several.
+        UserError: A template is needed, and the checkpoint has none or several; or it would not load whole.
     """
+    check_plain(checkpoint)
     view.mkdir()
     rewritten = {"config.json", "tokenizer_config.json", TEMPLATE}
     for file in checkpoint.iterdir():
