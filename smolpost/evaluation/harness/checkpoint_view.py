@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from smolpost.errors import UserError
+from smolpost.merging.placed import place_weights
 
 TEMPLATE = "chat_template.jinja"
 
 
 def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> None:
-    """Link a checkpoint's files into a new folder, but for three that are written anew.
+    """Link a checkpoint's files into a new folder, but for three that are written anew and a head stored alone.
 
     transformers 4 reads `rope_theta`, where 5 writes `rope_parameters` alone, and takes a default base where it is
     missing; nor does it know the tokenizer class that 5 writes. The chat template gets a fixed date: a harness that
@@ -20,13 +21,14 @@ def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> N
         view: Does not exist.
         template: Whether a chat template is needed.
     Raises:
-        UserError: A template is needed, and the checkpoint has none or several.
+        UserError: A template is needed, and the checkpoint has none or several; or its weights cannot be read.
     """
     view.mkdir()
     rewritten = {"config.json", "tokenizer_config.json", TEMPLATE}
     for file in checkpoint.iterdir():
-        if file.is_file() and file.name not in rewritten:
+        if file.is_file() and file.name not in rewritten and not file.match("*.safetensors*"):
             (view / file.name).symlink_to(file.resolve())
+    place_weights(checkpoint, view, link=True)
     for name, content in (
         ("config.json", _config(_json(checkpoint / "config.json"))),
         ("tokenizer_config.json", _tokenizer_config(_json(checkpoint / "tokenizer_config.json"))),
