@@ -12,6 +12,7 @@ from smolpost.errors import UserError
 from smolpost.merging.checkpoint import HEAD, Checkpoint
 from smolpost.merging.files import DONATED, copy_files
 from smolpost.merging.shards import PART
+from smolpost.merging.stop_tokens import take_eos_token
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
@@ -74,4 +75,5 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     copy_files(base.folder, folder, ("generation_config.json",))
     copy_files(tokenizer, folder, DONATED)
     files = (checkpoint.folder / CONFIG, checkpoint.folder / ADAPTER, *base.weight_files)
+    take_eos_token(checkpoint, Checkpoint(checkpoint.name, folder, config_file=config))
     return Checkpoint(checkpoint.name, folder, checkpoint.weight, files, config)

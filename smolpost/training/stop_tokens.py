@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.turn_end import is_blank
-from smolpost.data.dataset_folder import list_lengths
 from smolpost.errors import UserError
 from smolpost.model.generation import REPLY_TOKENS, stored_stop_token_ids
 from smolpost.schema import TrainStage
+
+FATES = np.array(sorted(Fate))
+GOES_ON = (Fate.TRAINED, Fate.TEMPLATE, Fate.REASONING)  # of the tokens inside a turn
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def change(name: str, stops: StopTokens) -> str:
     if tokens["before"] == tokens["after"] and set(ids["before"]) == set(ids["after"]):
         return ""
     return (
-        f"stages.{name}: what it trains ends with {', '.join(found)}; its model stops at the tokens {ids['after']}, "
-        f"before at {ids['before']}, and eos_token is {tokens['after']}, before {tokens['before']}"
+        f"stages.{name}: its rows train {', '.join(found)} as the end; the written model's generation config has "
+        f"eos_token_id={ids['after']} (start checkpoint: {ids['before']}), its tokenizer eos_token={tokens['after']} "
+        f"(start checkpoint: {tokens['before']})"
     )
 
 
@@ -134,26 +137,41 @@ def trained_ends(
 
 
 def _ends(stage: TrainStage, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
-    """Chunks of rows, of T tokens: ids [T], whether they train [T], places of the last token of each turn [E], [E]
-    whether it is a plain text's."""
-    side = "chosen_" if stage.kind == "apo" else ""
-    ids_of, fates_of = rows.data.column(f"{side}ids" if side else "input_ids"), rows.data.column(f"{side}fates")
-    before = list_lengths(rows, "prompt_ids") if side else np.zeros(len(rows), np.int64)
-    first = 0
-    for ids_chunk, fates_chunk in zip(ids_of.chunks, fates_of.chunks, strict=True):
-        ids, fates = ids_chunk.flatten().to_numpy(), fates_chunk.flatten().to_numpy()
-        lengths = fates_chunk.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        is_full = before[first : first + len(lengths)] + lengths == stage.max_seq_len
-        first += len(lengths)
-        trained, stops = fates == Fate.TRAINED, np.cumsum(lengths)
-        opens, closes = np.zeros(len(ids), bool), np.zeros(len(ids), bool)  # first and last tokens of documents
-        opens[(stops - lengths)[lengths > 0]] = True
-        opens |= fates == Fate.FIRST
-        closes[:-1], closes[-1:] = opens[1:], True
-        starts = np.flatnonzero(trained & (opens | ~np.append(False, trained[:-1])))
-        ends = np.flatnonzero(trained & (closes | ~np.append(trained[1:], False)))
-        is_text = closes[ends] & (fates[starts - 1] == Fate.FIRST) & (not side) & ("all" not in stage.train_roles)
-        is_turn = closes[ends] | (fates[np.minimum(ends + 1, len(ids) - 1)] != Fate.REASONING)
+    """Where turns end, in chunks of rows with T tokens.
+
+    Yields:
+        [T] ids, [T] whether they train, [E] places of the last token of each turn, [E] whether it is a plain text's.
+    """
+    is_pair = stage.kind == "apo"
+    names = ("chosen_ids", "chosen_fates", "prompt_ids") if is_pair else ("input_ids", "fates")
+    for columns in zip(*(rows.data.column(name).chunks for name in names), strict=True):
+        ids, fates = (column.flatten().to_numpy() for column in columns[:2])
+        own, *before = (column.value_lengths().to_numpy(zero_copy_only=False) for column in columns[1:])
+        stops, is_full = np.cumsum(own, dtype=np.int64), sum(before, own) == stage.max_seq_len
+        starts, ends, is_turn = _runs(fates, stops)
         if may_be_cut(stage):
             is_turn &= ~np.isin(ends, stops[is_full] - 1)
-        yield ids, trained, ends[is_turn], is_text[is_turn]
+        # Of a text all tokens train but the first; a chat begins with a header.
+        is_text = (fates[starts - 1] == Fate.FIRST) & (np.append(fates, Fate.FIRST)[ends + 1] == Fate.FIRST)
+        is_text &= not is_pair and "all" not in stage.train_roles
+        yield ids, fates == Fate.TRAINED, ends[is_turn], is_text[is_turn]
+
+
+def _runs(fates: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[R] first and last places of the stretches that train, and [R] whether a turn ends there.
+
+    A turn goes on where only the template's own text, or reasoning that does not train, stands before the next stretch:
+    formats that close their reasoning with a token of its own.
+
+    Args:
+        fates: [T]
+        stops: Ends of the rows in it.
+    """
+    trained = fates == Fate.TRAINED
+    begins = fates == Fate.FIRST  # of documents
+    begins[stops[:-1][stops[:-1] < len(fates)]] = True
+    before, after = np.append(False, trained[:-1] & ~begins[1:]), np.append(trained[1:] & ~begins[1:], False)
+    starts, ends = np.flatnonzero(trained & ~before), np.flatnonzero(trained & ~after)
+    others = np.cumsum(np.isin(FATES, GOES_ON, invert=True)[fates] | begins, dtype=np.int32)
+    is_turn = np.append(others[starts[1:]] > others[ends[:-1]], True)[: len(ends)]
+    return starts, ends, is_turn

@@ -32,6 +32,12 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Closes its reasoning with a token of its own and opens the answer with the template's text, as harmony does.
+CHANNELS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.reasoning }}<|eom|>"
+    "{% endgeneration %}<final>{% generation %}{{ m.content }}<|eot|>{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 BREAK_MARKED = MARKED.replace("END", "<|im_end|>\n")  # the line break after the stop token trains, too
 
 
@@ -120,6 +126,15 @@ def mkdir(folder):
 def test_reasoning_that_does_not_train_ends_nothing(tokenizer, tmp_path):
     row = {"messages": chat("<think>\na\n</think>\nb")["messages"]}
     assert ends(tokenizer, tmp_path, SFTStage(**settings(train_reasoning=False)), [row]) == [{TURN_END: 1}, {}]
+
+
+def test_the_end_of_reasoning_inside_a_turn_is_no_end(tokenizer, tmp_path):
+    stage = SFTStage(**settings(template=template(tmp_path, CHANNELS)))
+    rows = [chat("a", "b")]
+    for message in rows[0]["messages"][1::2]:
+        message["reasoning"] = "because"
+    found = ends(tokenizer, tmp_path, stage, rows)
+    assert found == [{OTHER_END: 2}, {}]
 
 
 def test_all_tokens_train_up_to_the_end_of_the_last_turn(tokenizer, tmp_path):
@@ -246,7 +261,7 @@ def test_stock_generate_stops_where_the_trained_turns_end(tokenizer, start, tmp_
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["top_p"] == 0.9 and generation["pad_token_id"] == tokenizer.pad_token_id
     assert report["stop_tokens"]["trained"] == {TURN_END: 4}
-    line = f"its model stops at the tokens [{end}, {text_end}], before at [{text_end}], and eos_token is {TURN_END}, "
+    line = f"eos_token_id=[{end}, {text_end}] (start checkpoint: [{text_end}]), its tokenizer eos_token={TURN_END} "
     assert line in capsys.readouterr().out
 
 
@@ -258,7 +273,7 @@ def test_pairs_and_a_stage_after_another_keep_what_is_right(tokenizer, tmp_path,
     after = AutoTokenizer.from_pretrained(out)
     apo, _ = trained("apo", APOStage(**settings()), [pair("a", "b"), pair("c", "a")], after, out, tmp_path / "apo")
     assert said(apo) == said(out)
-    assert "stops at" not in capsys.readouterr().out
+    assert "eos_token" not in capsys.readouterr().out
     assert after.pad_token is None and json.loads((apo / "config.json").read_text())["pad_token_id"] is None
     texts, _ = trained("texts", stage, [{"text": "abc"}] * 3, after, apo, tmp_path / "texts")
     assert said(texts) == said(out)
