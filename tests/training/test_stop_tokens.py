@@ -146,6 +146,15 @@ def test_the_chosen_side_of_a_pair_counts(tokenizer, tmp_path):
     assert ends(tokenizer, tmp_path, APOStage(**settings()), rows) == [{TURN_END: 2}, {}]
 
 
+def test_a_pair_that_is_cut_says_nothing(tokenizer, tmp_path):
+    tokenizer.chat_template = load_template("smollm3")
+    rows = [pair("abc", "b")]
+    row = prepared(APOStage(**settings()), rows, tokenizer, mkdir(tmp_path / "whole"))[0][0]
+    length = len(row["prompt_ids"]) + len(row["chosen_ids"])
+    stage = APOStage(**settings(max_seq_len=length - 1, overlong="truncate"))
+    assert ends(tokenizer, tmp_path, stage, rows) == [{}, {}]
+
+
 def test_a_marked_line_break_after_the_stop_token_is_passed_over(tokenizer, tmp_path):
     stage = SFTStage(**settings(template=template(tmp_path, BREAK_MARKED)))
     assert ends(tokenizer, tmp_path, stage, [chat("a"), chat("b", "c")]) == [{TURN_END: 3}, {}]
