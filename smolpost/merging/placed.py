@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from smolpost.merging.checkpoint import EMBEDDING, HEAD, INDEX, Checkpoint
+from smolpost.merging.checkpoint import EMBEDDING, HEAD, Checkpoint
 from smolpost.merging.shards import write_json
 
 
@@ -32,11 +32,11 @@ def place_weights(source: Path, folder: Path, *, link: bool) -> None:
             (folder / file.name).symlink_to(file.resolve())
         else:
             shutil.copyfile(file, folder / file.name)
-    if (source / INDEX).is_file():
-        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    for file in source.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
         if alone:
             index["weight_map"][EMBEDDING] = index["weight_map"].pop(HEAD)
-        write_json(folder / INDEX, index)
+        write_json(folder / file.name, index)
 
 
 def head_alone(checkpoint: Checkpoint) -> Path | None:
