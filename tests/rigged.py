@@ -15,7 +15,8 @@ class Rigged(torch.nn.Module):
         super().__init__()
         self.tokenizer, self.reply, self.prompts = tokenizer, reply, []
         self.config = SmolLM3Config(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=None)
-        self.generation_config = GenerationConfig()
+        self.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+        self.name_or_path = "rigged"
 
     def generate(self, input_ids, *, attention_mask, generation_config):
         replies = []

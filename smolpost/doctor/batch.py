@@ -12,6 +12,7 @@ import numpy as np
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Policy, encode, trained_by_prefixes
+from smolpost.chat.pieces import vocabulary_of
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import clean_messages, text_of
 from smolpost.data.collate import IGNORE_INDEX
@@ -19,6 +20,7 @@ from smolpost.data.prompts import mode_of
 from smolpost.data.tokenize import policy_of
 from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
+from smolpost.model.generation import REPLY_TOKENS
 
 
 class Derived(NamedTuple):
@@ -173,37 +175,28 @@ def words_of(case: Case, row: dict) -> list[str]:
 
 
 def replies_stop(case: Case) -> tuple[bool, str]:
-    """Every reply ends with the tokenizer's stop token, which trains, and generation stops at it."""
-    from transformers import GenerationConfig
+    """Every reply ends with a control token, which trains, and the trained model will stop there."""
+    from smolpost.training.stop_tokens import stop_tokens
 
-    from smolpost.model.stored import CONFIG, read_config
-
-    stop, ends = case.tokenizer.eos_token, []
+    known, ends = [token for token in vocabulary_of(case.tokenizer).stops if token not in REPLY_TOKENS], []
     for row in case.need("sample", "rows"):
         for messages in conversations(row):
             replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            texts = [case.render(row, messages[: i + 1]) for i in replies]
-            ends += [text.rstrip("\n").endswith(stop) for text in texts]
-    detail = f"{sum(ends)} of {len(ends)} replies end with {stop} (id {case.tokenizer.eos_token_id})"
+            texts = [case.render(row, messages[: i + 1]).rstrip("\n") for i in replies]
+            ends += [next((token for token in known if text.endswith(token)), None) for text in texts]
+    found = {token: case.tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(ends) if token}
+    detail = f"{len(ends) - ends.count(None)} of {len(ends)} replies end with {', '.join(found) or 'a control token'}"
     try:
         last = list(last_tokens(case))
-        trains = [is_cut or token == case.tokenizer.eos_token_id for token, is_cut in last]
-        num_cut = sum(is_cut for _, is_cut in last)
-        detail += f", which trains in {sum(trains) - num_cut} of {len(last) - num_cut} ({num_cut} cut)"
-    except (NotChecked, UserError):  # there are no labels to look at, see mask
-        trains = []
-    config = read_config(case.start / CONFIG)
-    try:
-        generation = GenerationConfig.from_pretrained(case.start)
-    except OSError:  # the checkpoint has none; transformers makes it of the config
-        generation = GenerationConfig.from_model_config(config)
-    found = {"config": ids_of(config.eos_token_id), "generation config": ids_of(generation.eos_token_id)}
-    detail += "; eos_token_id is " + ", ".join(f"{ids} in the {name}" for name, ids in found.items())
-    return all(ends) and all(trains) and all(case.tokenizer.eos_token_id in ids for ids in found.values()), detail
-
-
-def ids_of(eos_token_id: int | list[int] | None) -> list[int]:
-    return eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+        stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
+    except NotChecked:  # there are no labels to look at, see mask
+        return None not in ends, detail
+    trains = [is_cut or token in found.values() for token, is_cut in last]
+    num_cut = sum(is_cut for _, is_cut in last)
+    before, after = stops.report["generation"]["before"], stops.generation
+    detail += f", which trains in {sum(trains) - num_cut} of {len(last) - num_cut} ({num_cut} cut); the start "
+    detail += f"checkpoint stops at the ids {before}, the trained model at {after}"
+    return None not in ends and all(trains) and set(found.values()) <= {*after}, detail
 
 
 def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:

@@ -33,8 +33,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "stop token": (
         SFT + APO,
         batch.replies_stop,
-        "end each reply with the tokenizer's eos_token inside its generation span, and set eos_token_id to it in the "
-        "checkpoint's config.json and generation_config.json",
+        "end each reply with a control token of the tokenizer inside its generation span; stages.{stage}.template",
     ),
     "mask": (
         SFT,

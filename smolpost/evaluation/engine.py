@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
 from smolpost.objectives.head import head_of
@@ -56,12 +57,18 @@ class Engine(Protocol):
 class LocalEngine:
     """A causal LM of transformers with a decoder `model` and a head, on the device where it lies.
 
+    Replies end where its own generation config says, as they do for its users; a line is printed where that is not the
+    end of a turn in its chat template.
+
     Raises:
         UserError: A weight is NaN or infinite: the model would reply with nonsense and be scored for it.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
+        self.stop_tokens = stop_token_ids(model.generation_config)
+        if line := endless_replies(tokenizer, self.stop_tokens, model.name_or_path or "the evaluated model"):
+            print(line, flush=True)
         for name, weight in model.named_parameters():
             if not weight.isfinite().all():
                 raise UserError(
@@ -71,7 +78,6 @@ class LocalEngine:
 
     def generate(self, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, num_samples=1, seed=0):
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-        stop_tokens = stop_token_ids(self.tokenizer)
         replies = generate(
             self.model,
             repeated,
@@ -79,11 +85,12 @@ class LocalEngine:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            eos_token_ids=stop_tokens,
+            eos_token_ids=self.stop_tokens,
             pad_token_id=padding_token_id(self.tokenizer),
             batch_size=len(repeated),
         )
-        made = [Reply(reply_text(self.tokenizer, r), len(r), r[-1] not in stop_tokens) for r in replies]
+        texts = [reply_text(self.tokenizer, reply, self.stop_tokens) for reply in replies]
+        made = [Reply(text, len(r), r[-1] not in self.stop_tokens) for text, r in zip(texts, replies, strict=True)]
         return [made[i : i + num_samples] for i in range(0, len(made), num_samples)]
 
     def logps(self, sequences):

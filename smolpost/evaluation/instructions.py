@@ -88,9 +88,10 @@ def _sample(item: Item, reply: Reply) -> Sample:
     record = {
         "key": asked.prompt.key,
         "mode": asked.mode,
-        "prompt": asked.prompt.text,
+        "question": asked.prompt.text,
         "instructions": judged,
         "reply": reply.text,
+        "answer": parts.answer,
         "tokens": reply.num_tokens,
         "cut": reply.cut,
     }

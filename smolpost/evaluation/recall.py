@@ -109,9 +109,10 @@ def _sample(item: Item, reply: Reply) -> Sample:
     metrics |= {name: sum(found[name]) / len(found[name]) for name in sorted(found)}
     weights = {name: float(len(found[name])) for name in found}
     record = {
-        "prompt": asked.user,
+        "question": asked.user,
         "expected": asked.answer,
         "reply": reply.text,
+        "answer": answer,
         "prompt_tokens": len(item.ids),
         "cut": reply.cut,
     }

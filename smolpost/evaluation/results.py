@@ -15,6 +15,6 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    """Every sample that a finished task measured."""
+    """Every sample that a finished task measured, without its record: prompts may be long."""
     with open(folder / SAMPLES, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [{key: value for key, value in json.loads(line).items() if key != "record"} for line in file]

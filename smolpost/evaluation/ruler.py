@@ -224,6 +224,7 @@ def _sample(item: Item, reply: Reply) -> Sample:
         "question": asked.question,
         "references": asked.references,
         "reply": reply.text,
+        "answer": answer,
         "score": score,
         "depth": asked.depth,
         "prompt_tokens": len(item.ids),

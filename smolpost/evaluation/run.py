@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from smolpost.atomic import write_json
 from smolpost.errors import UserError
@@ -53,8 +54,9 @@ def run_task(name: str, task: Task, engine: Engine, folder: Path, *, batch_token
             measured = task.measure(engine, batch)
             spent = time.perf_counter() - began
             seconds += spent
-            lines = [json.dumps(asdict(s) | {"batch_seconds": spent}, ensure_ascii=False) for s in measured]
-            file.write("".join(line + "\n" for line in lines))
+            for item, sample in zip(batch, measured, strict=True):
+                line = asdict(sample) | {"record": _record(item, sample, engine.tokenizer), "batch_seconds": spent}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             samples |= {sample.id: sample for sample in measured}
@@ -89,20 +91,30 @@ def batched(items: list[Item], batch_tokens: int) -> list[list[Item]]:
     return batches
 
 
-def _kept(file: Path, batches: list[list[Item]]) -> tuple[list[Sample], float]:
-    """Samples of the whole batches that a cut run left, and the seconds they took; the file is cut back to them."""
-    if not file.is_file():
+def _record(item: Item, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The sample's record and, where replies were asked for, the prompt as the model was given it."""
+    if not item.max_new_tokens:
+        return sample.record
+    prompt = tokenizer.decode(item.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return {"prompt": prompt, **sample.record}
+
+
+def _kept(path: Path, batches: list[list[Item]]) -> tuple[list[Sample], float]:
+    """Samples of the whole batches that a cut run left, and the seconds they took; the file is cut back to them.
+
+    Without their records: those hold the prompts, which may be long, and stay in the file.
+    """
+    if not path.is_file():
         return [], 0.0
-    lines = file.read_bytes().splitlines(keepends=True)
-    kept, seconds, size, done = [], 0.0, 0, 0
-    for batch in batches:
-        chunk = lines[done : done + len(batch)]
-        if len(chunk) < len(batch) or not chunk[-1].endswith(b"\n"):
-            break
-        read = [json.loads(line) for line in chunk]
-        seconds += read[0].pop("batch_seconds")
-        kept += [Sample(**{key: entry[key] for key in Sample.__dataclass_fields__}) for entry in read]
-        size += sum(map(len, chunk))
-        done += len(batch)
-    os.truncate(file, size)
+    kept, seconds, size = [], 0.0, 0
+    with open(path, "rb") as file:
+        for batch in batches:
+            lines = [file.readline() for _ in batch]
+            if not lines[-1].endswith(b"\n"):
+                break
+            read = [json.loads(line) for line in lines]
+            seconds += read[0]["batch_seconds"]
+            kept += [Sample(e["id"], e["metrics"], e["weights"], e["cluster"]) for e in read]
+            size += sum(map(len, lines))
+    os.truncate(path, size)
     return kept, seconds

@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx2
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import stop_token_ids
+from smolpost.model.generation import stored_stop_token_ids
 
 TIMEOUT = 3600.0  # seconds; a reply of 32k tokens takes minutes
 RETRIES = 5  # of a request that the server refused for now
@@ -36,6 +37,9 @@ class ServerEngine:
         limits = httpx2.Limits(max_connections=CONCURRENCY)
         self._client = httpx2.Client(timeout=TIMEOUT, limits=limits, trust_env=False)
         self._model = self._served(checkpoint)
+        self.stop_tokens = stored_stop_token_ids(checkpoint)
+        if line := endless_replies(tokenizer, self.stop_tokens, checkpoint):
+            print(line, flush=True)
 
     def _served(self, checkpoint: Path) -> str:
         """The server's name of the checkpoint. Another checkpoint's scores must never be kept under this one's key."""
@@ -56,7 +60,7 @@ class ServerEngine:
             "temperature": temperature,
             "top_p": top_p,
             "n": num_samples,
-            "stop_token_ids": stop_token_ids(self.tokenizer),
+            "stop_token_ids": self.stop_tokens,
             "skip_special_tokens": False,  # think and tool tags are special tokens to some tokenizers
             "spaces_between_special_tokens": False,
         }
@@ -73,7 +77,7 @@ class ServerEngine:
 
     def _reply(self, choice: dict) -> Reply:
         text, cut = choice["text"], choice["finish_reason"] == "length"
-        for token in self.tokenizer.convert_ids_to_tokens(stop_token_ids(self.tokenizer)):
+        for token in self.tokenizer.convert_ids_to_tokens(self.stop_tokens):
             text = text.removesuffix(token)
         return Reply(text, len(self.tokenizer.encode(text, add_special_tokens=False)) + (not cut), cut)
 

@@ -63,7 +63,8 @@ class Sample:
         metrics: Metric name -> value.
         weights: Weight of a metric's value in its mean, 1 where it is not named: tokens behind a loss.
         cluster: Samples of one cluster are resampled together, as they are not independent; "" for the id.
-        record: For a reader: what was asked and what came back. Fit for JSON.
+        record: For a reader: what was asked and what came back. Fit for JSON. Where replies are asked for, the runner
+            adds the prompt.
     """
 
     id: str

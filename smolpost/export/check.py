@@ -102,11 +102,17 @@ def compare(
     Returns:
         "lengths": for each length `ours` and `exported` (recall), `num_prompts`, `logit_difference` (largest absolute
         one on the first prompt), `rounding` (the same of our own model in `dtype`) and `logit_limit`; "limits";
+        "stop_tokens": ids at which replies of `ours` end, and of `exported` as its runtime reads the folder;
         "failures": a sentence for each limit that was passed; "notes": what the numbers do not show.
     """
     rounded = None if dtype == "float32" else load_model(Path(ours.name_or_path), dtype=dtype)
-    engines = {"ours": LocalEngine(ours, tokenizer), "exported": GreedyEngine(exported, tokenizer)}
+    local = LocalEngine(ours, tokenizer)
+    stops = local.stop_tokens if exported.stop_tokens is None else exported.stop_tokens
+    engines = {"ours": local, "exported": GreedyEngine(exported, tokenizer, stops)}
     lengths, failures = {}, []
+    if unknown := [token for token in local.stop_tokens if token not in stops]:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(unknown)))
+        failures.append(f"it does not stop at {names} (ids {unknown}), as the checkpoint does")
     for length, (task, items) in asked.items():
         found = {side: _recall(task, engine, items) for side, engine in engines.items()}
         ids = items[0].ids
@@ -135,7 +141,8 @@ def compare(
             "logits were compared"
         )
     limit = {"recall": limits.recall, "logits": limits.logits, "rounding": limits.rounding}
-    return {"lengths": lengths, "limits": limit, "failures": failures, "notes": notes}
+    stop_tokens = {"ours": local.stop_tokens, "exported": exported.stop_tokens and sorted(exported.stop_tokens)}
+    return {"lengths": lengths, "limits": limit, "stop_tokens": stop_tokens, "failures": failures, "notes": notes}
 
 
 def _recall(task: Task, engine: Engine, items: list[Item]) -> float:

@@ -27,14 +27,14 @@ class Format(NamedTuple):
     Attributes:
         convert: (source, out folder) to the dtype of the written weights.
         session: (out folder, config, most tokens of a sequence) to the exported model in its runtime.
-        check: Refuses what the format cannot hold, before anything is written.
+        obstacle: Why the format cannot hold a model, or "".
         tools: Packages whose versions the manifest keeps.
         modules: Modules that must be there, and the extra of this package that brings them.
     """
 
     convert: Callable[[Source, Path], str]
     session: Callable[[Path, Any, int], Session]
-    check: Callable[[Source], None]
+    obstacle: Callable[[Source], str]
     tools: tuple[str, ...]
     modules: tuple[str, ...] = ()
     extra: str = "export"
@@ -46,20 +46,20 @@ def formats(llama_cpp: Path | None = None) -> dict[str, Format]:
         "onnx": Format(
             to_onnx.convert,
             to_onnx.OnnxSession,
-            to_onnx.check,
+            to_onnx.obstacle,
             to_onnx.TOOLS,
             ("onnx", "onnxscript", "onnxruntime"),
         ),
-        "mlx": Format(to_mlx.convert, to_mlx.MlxSession, lambda source: None, to_mlx.TOOLS, ("mlx", "mlx_lm")),
+        "mlx": Format(to_mlx.convert, to_mlx.MlxSession, to_mlx.obstacle, to_mlx.TOOLS, ("mlx", "mlx_lm")),
         "gguf": Format(
             partial(to_gguf.convert, llama_cpp=llama_cpp),
             to_gguf.GgufSession,
-            partial(to_gguf.check, llama_cpp=llama_cpp),
+            to_gguf.obstacle,
             to_gguf.TOOLS,
             ("gguf", "llama_cpp"),
             "gguf",
         ),
-        "vllm-config": Format(to_vllm.convert, to_vllm.VllmSession, lambda source: None, to_vllm.TOOLS),
+        "vllm-config": Format(to_vllm.convert, to_vllm.VllmSession, to_vllm.obstacle, to_vllm.TOOLS),
     }
 
 
@@ -99,7 +99,9 @@ def export(
     for module in chosen.modules:
         if find_spec(module) is None:
             raise UserError(f"{kind} needs the package {module}; pip install 'smolpost[{chosen.extra}]'")
-    chosen.check(source)
+    check_format(kind, source)
+    if kind == "gguf":
+        to_gguf.converter_folder(llama_cpp)
     _ = source.weight_files
     longest = source.config.max_position_embeddings
     lengths = lengths or [n for n in LENGTHS if n <= longest] or [longest]
@@ -117,6 +119,17 @@ def export(
         show(report)
         check.refuse_failed(report, kind)
         return folder.write_manifest(source, draft, kind, chosen.tools, dtype=dtype, check=report)
+
+
+def check_format(kind: str, source: Source) -> None:
+    """
+    Raises:
+        UserError: The format cannot hold the model; it names those that can.
+    """
+    if reason := formats()[kind].obstacle(source):
+        others = [name for name, other in formats().items() if not other.obstacle(source)]
+        remedy = f"export it as {' or '.join(others)}" if others else "no other format carries it"
+        raise UserError(f"{source.folder}: {reason}; {remedy}")
 
 
 def _prompt(source: Source) -> str:

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from smolpost.atomic import workplace
 from smolpost.errors import UserError
 from smolpost.merging.files import DONATED, copy_files, sync
+from smolpost.merging.placed import place_weights
 from smolpost.merging.shards import sha256, write_json
 from smolpost.model import SmolLM3Config
 from smolpost.model.loading import check_plain
-from smolpost.model.stored import INDEX, read_config, weight_files
+from smolpost.model.stored import read_config, weight_files
 
 MANIFEST = "export_manifest.json"
 LIBRARIES = ("smolpost", "torch", "transformers")
@@ -83,7 +84,8 @@ def portable_config(source: Source) -> dict[str, Any]:
 
     transformers 5 writes `rope_parameters` alone. Older versions, mlx-lm and others read `rope_theta` and
     `rope_scaling`; where those are missing, mlx-lm takes 10000 and no scaling without a word. So both spellings are
-    written, `dtype` too in both, and one `no_rope_layers` entry per layer, as mlx-lm wants.
+    written, `dtype` too in both, and one `no_rope_layers` entry per layer, as mlx-lm wants. It and vLLM take a sliding
+    window from `layer_types` alone.
     """
     config = source.config
     rope = dict(config.rope_parameters)
@@ -93,6 +95,7 @@ def portable_config(source: Source) -> dict[str, Any]:
         "dtype": source.dtype,
         "torch_dtype": source.dtype,
         "no_rope_layers": config.no_rope_layers[: config.num_hidden_layers],
+        "layer_types": config.layer_types,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
@@ -128,12 +131,10 @@ def carry(source: Source, out: Path) -> None:
 
 
 def stage(source: Source, folder: Path) -> Path:
-    """The checkpoint under `folder` as a converter shall read it: our config and tokenizer, links to the weights."""
+    """The checkpoint under `folder` as a converter shall read it: our config and tokenizer, the weights."""
     folder.mkdir()
     carry(source, folder)
-    index = [source.folder / INDEX] if (source.folder / INDEX).is_file() else []
-    for file in [*source.weight_files, *index]:
-        (folder / file.name).symlink_to(file.resolve())
+    place_weights(source.folder, folder, link=True)
     return folder
 
 

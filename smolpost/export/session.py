@@ -3,6 +3,7 @@
 Shapes: L tokens, V vocabulary.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -11,14 +12,21 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import inference, reply_text, stop_token_ids
+from smolpost.model.generation import inference, reply_text
 
 # Tokens fed at once: logits of a whole long prompt would not fit, [L, V] being gigabytes.
 CHUNK = 256
 
 
 class Session(Protocol):
-    """One sequence in a model that remembers what it was fed."""
+    """One sequence in a model that remembers what it was fed.
+
+    Attributes:
+        stop_tokens: Ids at which the runtime, or what is built on it, ends a reply, as it reads the exported folder;
+            None where the folder cannot say.
+    """
+
+    stop_tokens: set[int] | None
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -30,8 +38,8 @@ class Session(Protocol):
 class TorchSession:
     """A causal LM of transformers."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, stop_tokens: set[int] | None = None):
+        self.model, self.stop_tokens = model, stop_tokens
         self.reset()
 
     def reset(self) -> None:
@@ -45,11 +53,14 @@ class TorchSession:
 
 
 class GreedyEngine:
-    """An `evaluation.engine.Engine` for greedy replies of any session, one prompt at a time."""
+    """An `evaluation.engine.Engine` for greedy replies of any session, one prompt at a time.
 
-    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase):
-        self.session, self.tokenizer = session, tokenizer
-        self._stop_tokens = stop_token_ids(tokenizer)
+    Args:
+        stop_tokens: Ids that end a reply.
+    """
+
+    def __init__(self, session: Session, tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int]):
+        self.session, self.tokenizer, self._stop_tokens = session, tokenizer, stop_tokens
 
     def generate(self, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, num_samples=1, seed=0):
         """
@@ -67,4 +78,6 @@ class GreedyEngine:
         reply = [int(logits[-1].argmax())]
         while reply[-1] not in self._stop_tokens and len(reply) < max_new_tokens:
             reply.append(int(self.session.feed(reply[-1:])[-1].argmax()))
-        return Reply(reply_text(self.tokenizer, reply), len(reply), reply[-1] not in self._stop_tokens)
+        return Reply(
+            reply_text(self.tokenizer, reply, self._stop_tokens), len(reply), reply[-1] not in self._stop_tokens
+        )

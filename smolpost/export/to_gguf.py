@@ -17,6 +17,7 @@ from smolpost.errors import UserError
 from smolpost.export.folder import Source, portable_tokenizer_config, stage
 from smolpost.export.session import CHUNK
 from smolpost.merging.shards import write_json
+from smolpost.model.generation import stored_stop_token_ids
 
 FILE = "model.gguf"
 TOOLS = ("gguf", "llama-cpp-python")
@@ -31,26 +32,23 @@ LLAMA3_PATTERN = (
 )
 
 
-def check(source: Source, llama_cpp: Path | None) -> None:
-    """
-    Raises:
-        UserError: llama.cpp would run another model than this one, or its converter is not there.
-    """
+def obstacle(source: Source) -> str:
+    """What llama.cpp would run in another way, whatever its file says; "" for nothing."""
     config = source.config
     expected = [i for i in range(config.num_hidden_layers) if (i + 1) % NOPE_INTERVAL == 0]
     if source.nope_layers != expected:
-        raise UserError(
-            f"{source.folder}: no_rope_layers has NoPE in layers {source.nope_layers} (from 0), and llama.cpp "
-            f"always in {expected}, every fourth; export it as onnx, mlx or vllm-config"
+        return (
+            f"no_rope_layers has NoPE in layers {source.nope_layers} (from 0), and llama.cpp always in {expected}, "
+            "every fourth"
         )
     for key, right in {"use_sliding_window": False, "attention_bias": False, "mlp_bias": False}.items():
         if getattr(config, key) != right:
-            raise UserError(
-                f"{source.folder}: {key}={getattr(config, key)} is not in llama.cpp's SmolLM3; export it as mlx"
-            )
+            return f"{key}={getattr(config, key)} is not in llama.cpp's SmolLM3"
+    if (rope := config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+        return f"rope_type={rope} is not in llama.cpp's SmolLM3 (yarn, linear and llama3 work)"
     if source.dtype not in TYPES:
-        raise UserError(f"{source.folder}: dtype={source.dtype} has no GGUF type; use one of {', '.join(TYPES)}")
-    converter_folder(llama_cpp)
+        return f"dtype={source.dtype} has no GGUF type, which {', '.join(TYPES)} have"
+    return ""
 
 
 def converter_folder(llama_cpp: Path | None) -> Path:
@@ -111,7 +109,7 @@ def check_file(source: Source, session: "GgufSession", text: str) -> list[str]:
     Returns:
         Sentences for the report: what the file could not carry.
     Raises:
-        UserError: RoPE's theta, the chat template or the tokenizer is another.
+        UserError: RoPE's theta, the chat template, the tokenizer or the token that ends a reply is another.
     """
     from gguf import GGUFReader
 
@@ -130,11 +128,18 @@ def check_file(source: Source, session: "GgufSession", text: str) -> list[str]:
         raise UserError(
             f"{FILE}: llama.cpp cuts a prompt into other tokens than {source.folder}'s tokenizer, from token {place} on"
         )
-    return []
+    # A file names one such token; of others llama.cpp knows many by their text.
+    unknown = [token for token in stored_stop_token_ids(source.folder) if not session.stops_at(token)]
+    names = ", ".join(map(str, source.tokenizer.convert_ids_to_tokens(unknown)))
+    if source.tokenizer.eos_token_id in unknown:
+        raise UserError(f"{FILE}: llama.cpp does not stop at {names}, where {source.folder} does")
+    return [f"{FILE}: llama.cpp does not stop at {names}; name it as a stop string"] if unknown else []
 
 
 class GgufSession:
     """The file in llama.cpp on a CPU, its cache in fp32."""
+
+    stop_tokens = None  # a file without a tokenizer has none; `check_file` compares the others
 
     def __init__(self, folder: Path, config: Any, max_tokens: int):
         import llama_cpp
@@ -173,6 +178,10 @@ class GgufSession:
         size = self._api.llama_vocab_n_tokens(self._vocabulary)
         logits = self._api.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(len(ids), size)).copy()
+
+    def stops_at(self, token: int) -> bool:
+        """Whether generation ends with this token."""
+        return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the special tokens that llama.cpp adds by itself."""

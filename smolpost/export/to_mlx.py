@@ -12,6 +12,15 @@ from smolpost.export.folder import Source, stage
 TOOLS = ("mlx", "mlx-lm")
 
 
+def obstacle(source: Source) -> str:
+    """What mlx-lm would run in another way, whatever its folder says; "" for nothing."""
+    if source.config.rope_parameters["rope_type"] == "longrope":
+        return "rope_type=longrope has mlx-lm stretch short contexts, too (yarn, linear and llama3 work)"
+    if "full_attention" not in source.config.layer_types:
+        return "layer_types has no layer with full attention, without which mlx-lm does not start"
+    return ""
+
+
 def convert(source: Source, out: Path) -> str:
     """Write weights in mlx-lm's layout into `out`, which it makes; returns their dtype, the checkpoint's."""
     from mlx_lm.convert import convert as mlx_convert
@@ -30,7 +39,8 @@ class MlxSession:
     def __init__(self, folder: Path, config: Any, max_tokens: int):
         from mlx_lm.utils import load
 
-        self._model, _ = load(str(folder))
+        self._model, tokenizer = load(str(folder))
+        self.stop_tokens = set(tokenizer.eos_token_ids)
         self.reset()
 
     def reset(self) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from smolpost.errors import UserError
 from smolpost.export.folder import Source
+from smolpost.model.generation import stored_stop_token_ids
 from smolpost.model.loading import load_model
 from smolpost.model.modeling_smollm3 import head_size
 
@@ -27,18 +27,13 @@ TOOLS = ("onnx", "onnxscript", "onnxruntime")
 INLINE_BYTES = 2**30
 
 
-def check(source: Source) -> None:
-    """
-    Raises:
-        UserError: The model has what the exported graph would leave out.
-    """
+def obstacle(source: Source) -> str:
+    """What the exported graph would leave out of the model; "" for nothing."""
     if source.config.use_sliding_window:
-        raise UserError(f"{source.folder}: use_sliding_window=true is not carried to ONNX; export it as mlx")
-    if source.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        raise UserError(
-            f"{source.folder}: rope_type={source.config.rope_parameters['rope_type']} changes with the length, which "
-            "an ONNX graph cannot; use yarn, linear or llama3, or export it as mlx"
-        )
+        return "use_sliding_window=true is not carried to ONNX"
+    if (rope := source.config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
+        return f"rope_type={rope} changes with the length, which an ONNX graph cannot (yarn, linear and llama3 work)"
+    return ""
 
 
 def convert(source: Source, out: Path) -> str:
@@ -120,6 +115,7 @@ class OnnxSession:
     def __init__(self, folder: Path, config: Any, max_tokens: int):
         import onnxruntime
 
+        self.stop_tokens = set(stored_stop_token_ids(folder))
         self._run = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"]).run
         self._names = cache_names(config.num_hidden_layers, "past_key_values")
         self._empty = np.zeros((1, config.num_key_value_heads, 0, head_size(config)), np.float32)

@@ -12,6 +12,7 @@ from smolpost.errors import UserError
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, copy_files
 from smolpost.merging.shards import PART, write_json
+from smolpost.merging.stop_tokens import take_eos_token
 from smolpost.model.loading import load_model
 from smolpost.model.stored import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json, unreadable
 
@@ -94,4 +95,5 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     copy_files(base.folder, folder, ("generation_config.json",))
     copy_files(tokenizer, folder, DONATED)
     files = (checkpoint.folder / ADAPTER_CONFIG, checkpoint.folder / ADAPTER_WEIGHTS, *base.weight_files)
+    take_eos_token(checkpoint, Checkpoint(checkpoint.name, folder, config_file=own))
     return Checkpoint(checkpoint.name, folder, checkpoint.weight, files, own)

@@ -19,6 +19,7 @@ from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, MANIFEST, copy_files, sync, versions, write_card, write_config
 from smolpost.merging.preflight import check_disk, check_inputs
 from smolpost.merging.shards import PART, Pool, default_threads, sha256, write_json
+from smolpost.merging.stop_tokens import differing, stop_token_ids
 from smolpost.merging.verify import check_model, check_tensors
 from smolpost.model.loading import check_whole
 from smolpost.model.stored import read_config
@@ -97,8 +98,8 @@ def build(
         verify: Checks the written weights, given the inputs and the result; returns what the report says of it.
         report: What the report says from the start.
     Returns:
-        The report: also `max_position_embeddings` (input -> tokens), `num_tensors`, `num_parameters`, `read_bytes` and
-        `written_bytes` of weight files, and `seconds`.
+        The report: also `stop_tokens` (input -> ids), `max_position_embeddings` (input -> tokens), `num_tensors`,
+        `num_parameters`, `read_bytes` and `written_bytes` of weight files, and `seconds`.
     Raises:
         UserError: The inputs cannot be merged, or make no working model; nothing is written.
         OSError: The disk became full, among others; nothing is left behind.
@@ -114,6 +115,8 @@ def build(
         check_inputs(full, donor, job.allow_template_change)
         # The others have the same tensors.
         check_whole(donor.folder, read_config(donor.folder / donor.config_file, donor.who), donor.who)
+        if line := differing(full, donor):
+            print(line, flush=True)
         draft.mkdir()
         merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:
@@ -138,6 +141,7 @@ def build(
 def _counts(checkpoints: list[Checkpoint], merged: Checkpoint) -> dict[str, Any]:
     read = {file for checkpoint in checkpoints for file in checkpoint.weight_files}
     return {
+        "stop_tokens": {c.name: stop_token_ids(c) for c in checkpoints},
         "max_position_embeddings": {c.name: c.config.get("max_position_embeddings") for c in checkpoints},
         "num_tensors": len(merged.tensors),
         "num_parameters": sum(tensor.num_elements for tensor in merged.tensors.values()),

@@ -46,9 +46,10 @@ def merge(
         shard_bytes: Of weights per written file.
     Returns:
         `method`, `inputs` (name -> weight), `base`, `dtype`, `engine`, `num_tensors`, `num_parameters`,
-        `max_position_embeddings` (name -> tokens; the one field of meaning that may differ), `num_compared` (elements
-        recomputed), `max_abs_diff` (largest distance of those from the exact mean), `correctly_rounded` (share of
-        those that are the exact mean rounded to `dtype`, in [0, 1]), `read_bytes`, `written_bytes`, `seconds`.
+        `stop_tokens` (name -> ids) and `max_position_embeddings` (name -> tokens), which may differ, `num_compared`
+        (elements recomputed), `max_abs_diff` (largest distance of those from the exact mean), `correctly_rounded`
+        (share of those that are the exact mean rounded to `dtype`, in [0, 1]), `read_bytes`, `written_bytes`,
+        `seconds`.
     Raises:
         UserError: The inputs cannot be merged, or make no working model; nothing is written.
         RuntimeError: The engine wrote something else than the mean; nothing is left behind.

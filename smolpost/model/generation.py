@@ -7,7 +7,7 @@ import random
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 # Part of a reply that a reader or a parser needs, even where a tokenizer calls them special.
 REPLY_TOKENS = frozenset(
@@ -39,7 +39,7 @@ def generate(
         temperature: Divisor of the logits; 0 takes the likeliest token each time.
         top_p: Share of the probability mass sampled from, in (0, 1]; of no effect at temperature 0.
         seed: With a batch's index, decides that batch's random numbers.
-        eos_token_ids: Tokens that end a reply.
+        eos_token_ids: Tokens that end a reply; none: every reply is as long as it may be.
         pad_token_id: Fills prompts on the left up to their batch's longest; may be a stop token too.
         batch_size: Prompts per call of the model, longest prompts first: what needs too much memory fails at once.
         progress: Called with the number of prompts done since the last call.
@@ -55,7 +55,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        eos_token_id=list(eos_token_ids),
+        eos_token_id=list(eos_token_ids) or None,
         pad_token_id=pad_token_id,
         use_cache=True,
         **sampling,
@@ -90,24 +90,34 @@ def derive_seed(*parts):
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
-def stop_token_ids(tokenizer):
-    """Tokens that end a reply: the end of a ChatML turn where there is one, and the tokenizer's end of text."""
-    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # the unknown token's id, if any, where it has none
-    if turn_end is not None and tokenizer.convert_ids_to_tokens(turn_end) != "<|im_end|>":
-        turn_end = None
-    return sorted({turn_end, tokenizer.eos_token_id} - {None})
+def stop_token_ids(settings):
+    """Tokens at which stock `generate` stops under a `GenerationConfig`: what a checkpoint's folder says, in its order.
+
+    Never what a chat template says: a model is measured as its users will run it.
+    """
+    ids = settings.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def stored_stop_token_ids(folder):
+    """`stop_token_ids` of a checkpoint's folder: of generation_config.json, or of config.json where there is none."""
+    try:
+        settings = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    return stop_token_ids(settings)
 
 
 def padding_token_id(tokenizer):
-    """The padding token, else a stop token: what it is never matters, only that there is one."""
-    return stop_token_ids(tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """The padding token, else any token: what it is never matters, only that there is one."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def reply_text(tokenizer, reply):
+def reply_text(tokenizer, reply, stop_tokens):
     """Text of a reply (token ids) without its stop token and other special ones; think and tool tags stay."""
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in REPLY_TOKENS}
-    dropped.update(stop_token_ids(tokenizer))
+    dropped.update(stop_tokens)
     return tokenizer.decode([i for i in reply if i not in dropped], clean_up_tokenization_spaces=False)
 
 
@@ -128,7 +138,7 @@ def _generate_batch(model, prompts, config, seed):
             attention_mask=torch.tensor(attention_mask, device=device),
             generation_config=config,
         )
-    return [_until_stop(row, config.eos_token_id) for row in output[:, longest:].tolist()]
+    return [_until_stop(row, config.eos_token_id or ()) for row in output[:, longest:].tolist()]
 
 
 @contextmanager

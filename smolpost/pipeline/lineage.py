@@ -259,7 +259,8 @@ class Lineage:
         )
 
     def _tokenizer_key(self, name: str) -> str:
-        """Key of the checkpoint whose tokenizer `name` passes on: training and merging leave it as it is."""
+        """Key of the checkpoint whose tokenizer `name` passes on: training changes at most its eos_token, and that only
+        where the template does not write it; merging changes nothing."""
         while name != "checkpoint" and self.stages[name].plan.base:
             name = self.stages[name].plan.base
         return self._checkpoint_key(name)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import load_template, render
+from smolpost.chat.turn_end import endless_replies
 from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
 from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
@@ -65,6 +66,9 @@ def sample_pairs(stage, rows, chosen, rejected, folder):
         for side, (_, tokenizer) in checkpoints.items()
     }
     partial = folder / "replies.partial.jsonl"
+    for side, stops in _stop_tokens(checkpoints).items():
+        if line := endless_replies(checkpoints[side][1], stops, getattr(stage, f"{side}_from")):
+            print(line, flush=True)
     replies = _all_replies(stage, prompts, checkpoints, partial)
     lines, report = _paired(stage, rows, conversations, checkpoints, replies)
     _write_atomically(folder / "pairs.jsonl", "".join(lines))
@@ -82,11 +86,11 @@ def _with_template(tokenizer, template):
 def _paired(stage, rows, conversations, checkpoints, replies):
     """The lines of `pairs.jsonl` and the report of `sample_pairs`."""
     chosen_tokenizer = checkpoints["chosen"][1]
-    stop_tokens = {side: stop_token_ids(checkpoints[side][1]) for side in SIDES}
+    stop_tokens = _stop_tokens(checkpoints)
     report = {"rows": len(rows), "pairs": 0, "dropped": {}, "cut": dict.fromkeys(SIDES, 0), "mean_tokens": {}}
     lines = []
     for i, (row, (messages, reference)) in enumerate(zip(rows, conversations, strict=True)):
-        texts = {side: reply_text(checkpoints[side][1], replies[side][i]) for side in SIDES}
+        texts = {side: reply_text(checkpoints[side][1], replies[side][i], stop_tokens[side]) for side in SIDES}
         pair = {side: [*messages, {"role": "assistant", "content": texts[side]}] for side in SIDES}
         cut = {side: replies[side][i][-1] not in stop_tokens[side] for side in SIDES}
         if cut["chosen"]:
@@ -119,7 +123,7 @@ def _all_replies(stage, prompts, checkpoints, path):
     by_length = sorted(range(num_rows), key=lambda i: len(prompts["chosen"][i]), reverse=True)
     batches = [by_length[start : start + stage.batch_size] for start in range(0, num_rows, stage.batch_size)]
     replies = {side: [None] * num_rows for side in SIDES}
-    done = _recovered(path, _fingerprint(stage, prompts))
+    done = _recovered(path, _fingerprint(stage, prompts, _stop_tokens(checkpoints)))
     with (
         path.open("a", encoding="utf-8") as file,
         tqdm(total=num_rows, desc="preference pairs", unit="row", disable=None) as bar,
@@ -147,15 +151,20 @@ def _sample(stage, checkpoint, prompts, side, index, batch):
         temperature=stage.temperature,
         top_p=stage.top_p,
         seed=derive_seed(stage.seed, side, index),
-        eos_token_ids=stop_token_ids(tokenizer),
+        eos_token_ids=stop_token_ids(model.generation_config),
         pad_token_id=padding_token_id(tokenizer),
         batch_size=len(batch),
     )
 
 
-def _fingerprint(stage, prompts):
-    """A name for what decides the replies, the weights apart: prompts and sampling settings."""
-    settings = [stage.max_new_tokens, stage.temperature, stage.top_p, stage.seed, stage.batch_size]
+def _stop_tokens(checkpoints):
+    """Side -> ids at which its checkpoint's own generation stops."""
+    return {side: stop_token_ids(model.generation_config) for side, (model, _) in checkpoints.items()}
+
+
+def _fingerprint(stage, prompts, stop_tokens):
+    """A name for what decides the replies, the weights apart: prompts, sampling settings and stop tokens."""
+    settings = [stage.max_new_tokens, stage.temperature, stage.top_p, stage.seed, stage.batch_size, stop_tokens]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for side in SIDES:
         for prompt in prompts[side]:

@@ -26,6 +26,7 @@ from smolpost.training.environment import Environment, check_ranks
 from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
 from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.start import check_start
+from smolpost.training.stop_tokens import StopTokens, change, stop_tokens
 
 
 def train(
@@ -55,13 +56,18 @@ def train(
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
         UserError: The batch is too small for the ranks, they do not know of one another, the start checkpoint cannot
-            be trained, the reference is not finite, the disk has no room for the checkpoints, or the written model is
-            not the trained one.
+            be trained, the reference is not finite, nothing could stop the trained model, the disk has no room for the
+            checkpoints, or the written model is not the trained one.
     """
     began = time.monotonic()
     check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
     renamed = check_start(name, stage, start)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.chat_template = load_template(stage.template)
+    stops = stop_tokens(name, stage, rows, start, tokenizer)
+    if environment.rank == 0 and (line := change(name, stops)):
+        print(line, flush=True)
     load_start = functools.partial(load, start, stage, attn_implementation, renamed)
     cache, report = None, {}
     if stage.kind == "apo":
@@ -72,8 +78,6 @@ def train(
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = training_arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    tokenizer.chat_template = load_template(stage.template)
     model = load_start()
     check_space(name, stage, model, len(rows), out)
     if stage.lora.r:
@@ -91,7 +95,7 @@ def train(
             flush=True,
         )
     write = functools.partial(
-        save, name, trainer, tokenizer, load_start, dtype=torch.bfloat16 if environment.bf16 else torch.float32
+        save, name, trainer, tokenizer, stops, load_start, dtype=torch.bfloat16 if environment.bf16 else torch.float32
     )
     if stage.snapshot_steps:
         trainer.add_callback(Snapshots(stage.snapshot_steps, write))
@@ -105,6 +109,7 @@ def train(
         return {}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return report | {
+        "stop_tokens": stops.report,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 4),
         "loss_first": losses[0],
@@ -170,7 +175,13 @@ def check_space(name: str, stage: TrainStage, model: PreTrainedModel, num_rows: 
 
 
 def save(
-    name: str, trainer: Trainer, tokenizer, load_start: Callable[[], PreTrainedModel], out: Path, dtype: torch.dtype
+    name: str,
+    trainer: Trainer,
+    tokenizer,
+    stops: StopTokens,
+    load_start: Callable[[], PreTrainedModel],
+    out: Path,
+    dtype: torch.dtype,
 ) -> None:
     """The model as it is now, in `dtype`, alike under every backend, with its tokenizer and chat template."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -182,6 +193,7 @@ def save(
             state = model.state_dict()
         # Gathering may copy a tied weight; on disk it stands once.
         state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+        stops.give(model, tokenizer)
         model.config.dtype, training_dtype = dtype, model.config.dtype
         model.config.use_cache, training_cache = True, model.config.use_cache  # training turns it off
         model.save_pretrained(out, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})

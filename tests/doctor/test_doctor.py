@@ -144,26 +144,36 @@ def test_a_collate_that_trains_user_turns_is_found(clinic, monkeypatch):
 REPLY = '{%- generation -%}\n        {{- reply ~ "<|im_end|>" -}}'
 
 
-def test_a_template_with_another_stop_token_is_found(clinic):
-    spoilt = clinic.template((REPLY, REPLY.replace("im_end", "end_of_text")))
+def test_a_template_with_another_stop_token_makes_the_model_stop_there(clinic):
+    other = clinic.template((REPLY, REPLY.replace("im_end", "end_of_text")))
+    found = clinic.diagnose("sft", f"stages.sft.{other}")
+    assert failed(found) == set()
+    expected = "12 of 12 replies end with <|end_of_text|>, which trains in 12 of 12 (0 cut); the start checkpoint "
+    assert found["stop token"].detail == f"{expected}stops at the ids [393], the trained model at [388, 393]"
+
+
+def test_a_stop_token_that_does_not_train_is_found(clinic):
+    close, end = "\n      {%- endgeneration -%}", '{{- "<|im_end|>" -}}'
+    spoilt = clinic.template((REPLY + close, REPLY.replace(' ~ "<|im_end|>"', "") + close + end))
     found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
-    assert failed(found) == {"stop token"}
-    assert "0 of 12 replies end with <|im_end|> (id 393), which trains in 0 of 12" in found["stop token"].detail
+    assert failed(found) == {"stop token", "mask"}
+    assert "12 of 12 replies end with <|im_end|>, which trains in 0 of 12 (0 cut)" in found["stop token"].detail
 
 
 def test_a_template_without_stop_token_is_found(clinic):
     spoilt = clinic.template((REPLY, REPLY.replace(' ~ "<|im_end|>"', "")))
     found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
     assert failed(found) == {"stop token"}
-    assert "0 of 12 replies end with <|im_end|>" in found["stop token"].detail
+    assert "0 of 12 replies end with a control token" in found["stop token"].detail
 
 
-def test_generation_that_would_not_stop_is_found(clinic):
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_a_start_that_stops_elsewhere_is_no_fault_of_the_stage(clinic, stage):
     file = clinic.start / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
-    found = clinic.diagnose("sft")
-    assert failed(found) == {"stop token"}
-    assert "[393] in the config, [7] in the generation config" in found["stop token"].detail
+    found = clinic.diagnose(stage)
+    assert failed(found) == set()
+    assert "stops at the ids [7], the trained model at [393, 7]" in found["stop token"].detail
 
 
 def test_control_tokens_that_users_may_write_are_found(clinic, monkeypatch):

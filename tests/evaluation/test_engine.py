@@ -1,5 +1,8 @@
 """The engine in this process: replies and log-probabilities are the model's own, one by one or in a batch."""
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation.engine import LocalEngine
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.model.generation import stop_token_ids
+from smolpost.model.loading import load_for_inference
 
 TEXTS = ["ab", "a longer prompt, with words", "c?"]
 
@@ -25,13 +29,12 @@ def prompts(tokenizer):
 
 def reference(engine, prompt, most):
     """(token ids of the reply, whether it stopped) by transformers' generate on the prompt alone."""
-    stops = stop_token_ids(engine.tokenizer)
+    stops = stop_token_ids(engine.model.generation_config)
     output = engine.model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=most,
         do_sample=False,
-        eos_token_id=stops,
         pad_token_id=stops[0],
     )
     reply = output[0, len(prompt) :].tolist()
@@ -44,11 +47,50 @@ def test_greedy_replies_are_transformers_replies_to_each_prompt_alone(engine, pr
     for prompt, [reply] in zip(prompts, replies, strict=True):
         ids, ended = reference(engine, prompt, 40)
         assert reply.num_tokens == len(ids) and reply.cut is not ended
-        shown = engine.tokenizer.decode([i for i in ids if i not in stop_token_ids(engine.tokenizer)])
+        shown = engine.tokenizer.decode([i for i in ids if i not in engine.stop_tokens])
         assert reply.text == shown
         assert engine.generate([prompt], max_new_tokens=40) == [[reply]]
         stopped.append(ended)
     assert set(stopped) == {True, False}  # else one of the two ends was not seen
+
+
+@pytest.fixture
+def endless(model, tokenizer, tmp_path):
+    """Folder of a checkpoint that stops at the end of a text only, while its template ends turns with another token."""
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    return tmp_path
+
+
+def test_a_checkpoint_that_does_not_stop_is_scored_as_it_is_and_told_of(endless, prompts, capsys):
+    """What stock `generate` runs past ends no reply here; the remedy that the line names makes both stop."""
+    model, tokenizer = load_for_inference(endless)
+    likeliest = model(torch.tensor([prompts[0]])).logits[0, -1].argmax()
+    with torch.no_grad():  # the model says nothing but the end of a turn
+        model.lm_head.weight[tokenizer.eos_token_id] = 2 * model.lm_head.weight[likeliest]
+    [[reply]] = LocalEngine(model, tokenizer).generate(prompts[:1], max_new_tokens=9)
+    assert reply.num_tokens == 9 and reply.cut
+    [line] = capsys.readouterr().out.splitlines()
+    text_end, turn_end = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|im_end|>"])
+    assert line.startswith(f"{endless} stops at <|end_of_text|> and not at <|im_end|>, which ends a reply in its chat ")
+    remedy = re.search(r"set eos_token_id to (\[.*\]) in its generation_config.json", line).group(1)
+    assert json.loads(remedy) == [turn_end, text_end]
+    (endless / "generation_config.json").write_text(f'{{"eos_token_id": {remedy}}}')
+    model.generation_config = load_for_inference(endless)[0].generation_config
+    [[reply]] = LocalEngine(model, tokenizer).generate(prompts[:1], max_new_tokens=9)
+    assert reply.num_tokens == 1 and not reply.cut
+    assert capsys.readouterr().out == ""
+
+
+def test_a_tokenizer_without_a_template_is_told_nothing(endless, capsys):
+    model, tokenizer = load_for_inference(endless)
+    tokenizer.chat_template = None
+    LocalEngine(model, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}.{% endfor %}"  # ends a turn with plain text
+    LocalEngine(model, tokenizer)
+    assert capsys.readouterr().out == ""
 
 
 def test_samples_differ_and_come_back_with_the_seed(engine, prompts):

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from smolpost.errors import UserError
+from smolpost.evaluation import results
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.run import batched, run_task
 from smolpost.evaluation.table import results_table, scores_table
@@ -37,8 +38,16 @@ class Counting:
         return [Sample(i.id, {"length": len(i.ids), "long": len(i.ids) > 5}, record={"text": "é\u2028"}) for i in items]
 
 
+class Letters:
+    """As many letters as ids."""
+
+    def decode(self, ids, **options):
+        assert options == {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return "é" * len(ids)
+
+
 class Engine:
-    tokenizer = None
+    tokenizer = Letters()
 
 
 def test_batches_hold_like_lengths_within_the_budget():
@@ -59,7 +68,9 @@ def test_scores_notes_and_every_sample_are_kept(tmp_path):
     assert (result["num_items"], result["notes"], result["kind"]) == (4, {"rows_passed_over": 2}, "recall")
     samples = [json.loads(line) for line in (tmp_path / SAMPLES).read_text().split("\n")[:-1]]
     assert sorted(s["id"] for s in samples) == [f"item-{i}" for i in range(4)]
-    assert samples[0]["record"] == {"text": "é\u2028"}
+    # The prompt as it was asked, whatever the task keeps.
+    assert samples[0]["record"] == {"prompt": "é" * 9, "text": "é\u2028"}
+    assert results.samples(tmp_path) == [{k: v for k, v in s.items() if k != "record"} for s in samples]
     again = Counting([3, 8, 5, 9])
     assert run_task("t", again, Engine(), tmp_path, batch_tokens=22, seed=0) == result
     assert again.asked == []

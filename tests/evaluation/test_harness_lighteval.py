@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from smolpost.errors import UserError
@@ -31,7 +32,9 @@ if task.startswith("broken"):
 cache = checkpoint / "83c220d792aa7c53" / task / "GENERATIVE.json"
 if not cache.exists():
     cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps((checkpoint / "model.safetensors").read_text()))
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    cache.write_text(json.dumps(header["__metadata__"]["reply"]))
 reply = json.loads(cache.read_text())
 texts = ["<think>why</think>" + reply, "<think>" + reply]
 rows = [
@@ -81,7 +84,9 @@ def calls(tmp_path):
 
 
 def set_weights(checkpoint, text):
-    (checkpoint / "model.safetensors").write_text(text)
+    """The stand-in's reply is in the metadata."""
+    file = checkpoint / "model.safetensors"
+    save_file(load_file(file), file, metadata={"reply": text})
 
 
 def test_results_are_joined_and_an_unclosed_block_is_counted(tmp_path, environment, checkpoint):
@@ -166,6 +171,16 @@ def test_the_view_is_readable_by_transformers_4_and_dated(tmp_path, checkpoint):
         ask, tokenize=False, add_generation_prompt=True, today="01 May 2031"
     )
     assert tokenizer.encode(rendered) == original.encode(rendered)
+
+
+def test_a_head_that_is_stored_alone_is_the_embedding_in_the_view(tmp_path, checkpoint):
+    """transformers 4 and vLLM look for a tied matrix under the embedding's name alone."""
+    whole = load_file(checkpoint / "model.safetensors")
+    head = {"lm_head.weight": whole["model.embed_tokens.weight"]}
+    rest = {name: tensor for name, tensor in whole.items() if name != "model.embed_tokens.weight"}
+    save_file(rest | head, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    write_view(checkpoint, tmp_path / "view", today="01 May 2031", template=True)
+    assert load_file(tmp_path / "view/model.safetensors").keys() == whole.keys()
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path, environment, checkpoint):

@@ -195,8 +195,8 @@ def test_a_sample_keeps_what_was_asked_and_what_came_back(tmp_path, tokenizer):
     [sample], _ = measured(made(tmp_path, ROWS[:1], modes=["think"]), tokenizer, lambda text: Reply("so, yes", 4, True))
     no_comma = {"instruction": "punctuation:no_comma", "kwargs": {}, "strict": False, "loose": False}
     assert json.loads(json.dumps(sample.record)) == {
-        "key": "1000", "mode": "think", "prompt": "Name it. No commas.", "instructions": [no_comma],
-        "reply": "so, yes", "tokens": 4, "cut": True,
+        "key": "1000", "mode": "think", "question": "Name it. No commas.", "instructions": [no_comma],
+        "reply": "so, yes", "answer": "so, yes", "tokens": 4, "cut": True,
     }  # fmt: skip
     assert sample.metrics["think/cut"] == 1
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import LocalEngine
+from smolpost.evaluation.results import SAMPLES
 from smolpost.evaluation.ruler import Ruler, depth_of, string_match_all, string_match_part
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, placed
+from smolpost.evaluation.run import run_task
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import RulerTask
@@ -250,6 +252,20 @@ def test_scores_are_means_over_tasks_and_depths(bpe):
         }.items()
     }  # fmt: skip
     assert json.loads(json.dumps([sample.record for sample in measured]))
+
+
+def test_samples_keep_prompt_reply_answer_and_verdict(bpe, tmp_path):
+    """As docs/evaluation.md says, the prompt with its header and its control tokens."""
+    task = build(tasks=["niah_single_1", "vt"], lengths=[800], num_prompts=2)
+    engine = Canned(bpe, lambda prompt: "<think>\nwhere?\n</think>\n" + solve(prompt))
+    run_task("ruler", task, engine, tmp_path, batch_tokens=4000, seed=0)
+    kept = [json.loads(line)["record"] for line in (tmp_path / SAMPLES).read_text().splitlines()]
+    assert sorted(record["prompt"] for record in kept) == sorted(prompt for prompt, _ in engine.asked)
+    for record in kept:
+        assert record["prompt"].startswith("<|im_start|>system") and record["question"] in record["prompt"]
+        assert len(bpe.encode(record["prompt"])) == record["prompt_tokens"]
+        assert record["answer"] == record["reply"].removeprefix("<think>\nwhere?\n</think>\n")
+        assert record["score"] == 1.0
 
 
 def test_string_matches_by_hand():

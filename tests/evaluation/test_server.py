@@ -43,6 +43,7 @@ class Completions(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     httpd.engine, httpd.root, httpd.failures, httpd.bodies = LocalEngine(model, tokenizer), str(tmp_path), [], []
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/v1"
@@ -61,8 +62,17 @@ def test_replies_are_those_of_the_model_here(server, tokenizer, tmp_path):
         server.engine.generate([prompt], max_new_tokens=6)[0] for prompt in PROMPTS
     ]
     assert {body["skip_special_tokens"] for body in server.bodies} == {False}
+    assert all(body["stop_token_ids"] == [tokenizer.eos_token_id] for body in server.bodies)
     sampled = engine.generate(PROMPTS[:1], max_new_tokens=6, temperature=1.0, num_samples=3, seed=4)
     assert sampled == [server.engine.generate(PROMPTS[:1], max_new_tokens=6, temperature=1.0, num_samples=3, seed=4)[0]]
+
+
+def test_the_folder_says_where_replies_end(server, tokenizer, tmp_path, capsys):
+    capsys.readouterr()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    ServerEngine(server.url, tokenizer, tmp_path).generate(PROMPTS[:1], max_new_tokens=2)
+    assert server.bodies[-1]["stop_token_ids"] == [7, 8]
+    assert f"{tmp_path} stops at " in capsys.readouterr().out
 
 
 def test_a_busy_server_is_asked_again_and_a_broken_one_is_an_error(server, tokenizer, tmp_path):

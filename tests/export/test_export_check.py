@@ -67,7 +67,12 @@ def test_greedy_engine_replies_as_the_local_one(source):
     model = load(source)
     prompts = [[i % 100 for i in range(CHUNK + 40)], [5, 9, 2]]  # one is fed in two chunks
     local = LocalEngine(model, source.tokenizer).generate(prompts, max_new_tokens=12)
-    assert GreedyEngine(TorchSession(model), source.tokenizer).generate(prompts, max_new_tokens=12) == local
+    assert (
+        GreedyEngine(TorchSession(model), source.tokenizer, [source.tokenizer.eos_token_id]).generate(
+            prompts, max_new_tokens=12
+        )
+        == local
+    )
 
 
 def test_greedy_engine_ends_with_the_stop_token(source):
@@ -81,14 +86,16 @@ def test_greedy_engine_ends_with_the_stop_token(source):
             logits[-1, source.tokenizer.eos_token_id if self.fed == 3 else 20] = 1
             return logits
 
-    [[reply]] = GreedyEngine(Stops(), source.tokenizer).generate([[1, 2]], max_new_tokens=9)
+    [[reply]] = GreedyEngine(Stops(), source.tokenizer, [source.tokenizer.eos_token_id]).generate(
+        [[1, 2]], max_new_tokens=9
+    )
     assert (reply.num_tokens, reply.cut) == (3, False)
     assert reply.text == source.tokenizer.decode([20, 20])
 
 
 def test_sampling_is_refused(source):
     with pytest.raises(UserError, match="scored greedily"):
-        GreedyEngine(None, source.tokenizer).generate([[1]], max_new_tokens=1, temperature=0.6)
+        GreedyEngine(None, source.tokenizer, []).generate([[1]], max_new_tokens=1, temperature=0.6)
 
 
 @pytest.mark.parametrize("position", [0, CHUNK - 1, CHUNK, 299])  # first, chunk's ends, fed one by one

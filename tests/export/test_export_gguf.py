@@ -10,7 +10,7 @@ from export_models import THETA, YARN, letters, save_checkpoint
 
 from smolpost.errors import UserError
 from smolpost.export import to_gguf
-from smolpost.export.command import export
+from smolpost.export.command import check_format, export
 from smolpost.export.folder import Source
 
 ASKED = letters(64, 600)
@@ -28,15 +28,20 @@ def test_other_nope_patterns_are_refused(tmp_path, layers):
     source = Source(save_checkpoint(tmp_path / "model", no_rope_layers=layers))
     found = [i for i, uses_rope in enumerate(layers) if not uses_rope]
     with pytest.raises(UserError) as error:
-        to_gguf.check(source, None)
+        check_format("gguf", source)
     assert f"NoPE in layers {found} (from 0), and llama.cpp always in [3], every fourth" in str(error.value)
+    assert str(error.value).endswith("; export it as onnx or mlx or vllm-config")
 
 
 def test_what_llama_cpp_leaves_out_is_refused(tmp_path):
     for field in ("attention_bias", "mlp_bias"):
         source = Source(save_checkpoint(tmp_path / field, **{field: True}))
         with pytest.raises(UserError, match=f"{field}=True is not in llama.cpp"):
-            to_gguf.check(source, None)
+            check_format("gguf", source)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}
+    source = Source(save_checkpoint(tmp_path / "dynamic", rope_parameters=dynamic))
+    with pytest.raises(UserError, match=r"rope_type=dynamic is not in llama.cpp's .*; export it as mlx or vllm"):
+        check_format("gguf", source)
 
 
 def test_converter_is_asked_for_in_one_line(tmp_path, monkeypatch):

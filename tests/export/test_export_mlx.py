@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from export_models import THETA, YARN, letters, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 from smolpost.errors import UserError
 from smolpost.export import folder
@@ -39,6 +40,17 @@ def test_export_is_the_checkpoint(tmp_path, fields):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_head_that_is_stored_alone_and_stop_tokens_arrive(tmp_path):
+    model = save_checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    manifest = export("mlx", model, tmp_path / "out", asked=letters(64))
+    assert manifest["check"]["stop_tokens"]["ours"] == [7, 8]
+    assert {7, 8} <= set(manifest["check"]["stop_tokens"]["exported"])
 
 
 def without(key):

@@ -77,11 +77,32 @@ def test_padding_on_the_left_is_not_seen(exported):
     np.testing.assert_allclose(logits[:, 10:], ours(model, ids), atol=1e-4, rtol=0)
 
 
-def test_what_a_graph_cannot_hold_is_refused(tmp_path):
-    window = save_checkpoint(tmp_path / "window", use_sliding_window=True, sliding_window=8)
-    with pytest.raises(UserError, match="use_sliding_window=true is not carried to ONNX"):
-        export("onnx", window, tmp_path / "out", asked=letters(64))
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}
-    with pytest.raises(UserError, match="rope_type=dynamic changes with the length"):
-        export("onnx", save_checkpoint(tmp_path / "d", rope_parameters=dynamic), tmp_path / "out")
+WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}}
+LONG = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 128, "rope_theta": THETA}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "others"),
+    [
+        (WINDOW, "use_sliding_window=true is not carried to ONNX", ["mlx", "vllm-config"]),
+        # mlx-lm looks for a layer without a window.
+        (WINDOW | {"no_rope_layers": [0] * 4}, "use_sliding_window=true is not carried to ONNX", ["vllm-config"]),
+        (DYNAMIC, "rope_type=dynamic changes with the length", ["mlx", "vllm-config"]),
+        ({"rope_parameters": LONG}, "rope_type=longrope changes with the length", []),
+    ],
+    ids=["window", "all windows", "dynamic", "longrope"],
+)
+def test_what_a_graph_cannot_hold_is_refused_and_goes_where_the_line_says(tmp_path, fields, reason, others):
+    model = save_checkpoint(tmp_path / "model", **fields)
+    with pytest.raises(UserError, match=reason) as error:
+        export("onnx", model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    remedy = f"export it as {' or '.join(others)}" if others else "no other format carries it"
+    assert str(error.value).endswith(f"; {remedy}") and "\n" not in str(error.value)
+    for other in others:
+        if other == "mlx":
+            pytest.importorskip("mlx.core", reason="mlx has no build for this machine")
+        manifest = export(other, model, tmp_path / other, asked=letters(64, 600))
+        assert manifest["check"]["failures"] == []

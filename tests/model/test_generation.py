@@ -1,12 +1,21 @@
 """Batched replies equal one-by-one replies of transformers' own model; the caller's state is left alone."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
-from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.model.generation import (
+    derive_seed,
+    generate,
+    padding_token_id,
+    reply_text,
+    stop_token_ids,
+    stored_stop_token_ids,
+)
 
 EOS, PAD, VOCAB = 2, 0, 64  # more tokens than the library's default top_k of 50
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20, 21], [22] * 12, [23, 5]]
@@ -152,18 +161,37 @@ def make_tokenizer(**special):
 
 def test_reply_text_keeps_think_and_tool_tags_and_nothing_else_special():
     tokenizer = make_tokenizer(eos_token="<|end|>")
-    assert stop_token_ids(tokenizer) == [2, 3]
-    assert reply_text(tokenizer, [4, 0, 5, 1, 6, 7, 3]) == "<think> hello </think> world <tool_call>"
+    assert reply_text(tokenizer, [4, 0, 5, 1, 6, 7, 3], [3]) == "<think> hello </think> world <tool_call>"
+    assert reply_text(tokenizer, [0, 1], [1]) == "hello"  # a stop token that is not special
 
 
-def test_a_tokenizer_without_chatml_stops_at_its_end_of_text():
-    words = {"<unk>": 0, "hello": 1, "<|end|>": 2}
-    for unknown in ("<unk>", None):
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", unk_token=unknown)
-        assert stop_token_ids(tokenizer) == [2]
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [3, 4]}, [3, 4]),
+        ({"eos_token_id": 5}, {"eos_token_id": 3}, [3]),
+        ({"eos_token_id": 5}, {"max_new_tokens": 9}, []),
+        ({"eos_token_id": [5, 6]}, None, [5, 6]),
+        ({"eos_token_id": None}, None, []),
+    ],
+)
+def test_stop_tokens_are_those_that_stock_generate_takes_from_the_folder(tmp_path, model, config, settings, expected):
+    model.save_pretrained(tmp_path)
+    (file := tmp_path / "config.json").write_text(json.dumps(json.loads(file.read_text()) | config))
+    (tmp_path / "generation_config.json").unlink()
+    if settings is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stored_stop_token_ids(tmp_path) == stop_token_ids(loaded.generation_config) == expected
+    loaded.lm_head = model.lm_head
+    stock = loaded.generate(torch.tensor([[8]]), max_new_tokens=16, do_sample=False)[0, 1:].tolist()
+    assert stock == one_by_one(loaded, [8], 16, expected)
 
 
-def test_padding_falls_back_to_a_stop_token():
-    assert padding_token_id(make_tokenizer()) == 3
+def test_without_a_stop_token_replies_are_as_long_as_they_may_be(model):
+    assert {len(reply) for reply in sampled(model, eos_token_ids=[])} == {16}
+
+
+def test_padding_falls_back_to_any_token():
+    assert padding_token_id(make_tokenizer()) == 0
     assert padding_token_id(make_tokenizer(pad_token="<|reserved|>")) == 7

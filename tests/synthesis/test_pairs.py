@@ -75,6 +75,20 @@ def test_rows_have_smoltalk2s_preference_shape(rig, tokenizer, tmp_path):
         assert validate_row(row, "pairs.jsonl") == "preference"
 
 
+def test_replies_end_where_each_checkpoint_says_and_the_line_says_what_to_change(rig, tokenizer, tmp_path, capsys):
+    """A chosen checkpoint that stock `generate` runs past the end of a turn has no whole reply."""
+    chosen, rejected = rig(solve), rig(fail)
+    chosen[0].generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    chosen[0].reply = lambda prompt: solve(prompt) + "<|im_end|>\n<|im_start|>user\nAnd more?" + "x" * 32
+    with pytest.raises(UserError, match=r"no pair is left of 3 rows \(chosen_cut 3\)"):
+        sample_pairs(stage(), make_rows(3), chosen, rejected, tmp_path)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("sft stops at <|end_of_text|> and not at <|im_end|>, which ends a reply in its chat ")
+    chosen[0].generation_config.eos_token_id = tokenizer.eos_token_id  # as the line says
+    assert sample_pairs(stage(), make_rows(3), chosen, rejected, tmp_path)["pairs"] == 3  # replies are sampled again
+    assert capsys.readouterr().out == ""
+
+
 def test_training_reads_the_prompt_that_was_asked_and_the_reply_that_was_given(rig, tokenizer, tmp_path):
     chosen, rejected = rig(solve), rig(fail)
     sample_pairs(stage(), make_rows(4), chosen, rejected, tmp_path)

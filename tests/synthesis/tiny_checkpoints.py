@@ -18,7 +18,7 @@ def make_models(tokenizer):
 def make_model(seed, tokenizer):
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     model = SmolLM3ForCausalLM(SmolLM3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes, **ids))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,13 +6,14 @@ from typing import Any
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
+from smolpost.merging.placed import place_weights
 from smolpost.model.loading import check_plain
 
 TEMPLATE = "chat_template.jinja"
 
 
 def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> None:
-    """Link a checkpoint's files into a new folder, but for three that are written anew.
+    """Link a checkpoint's files into a new folder, but for three that are written anew and a head stored alone.
 
     transformers 4 reads `rope_theta`, where 5 writes `rope_parameters` alone, and takes a default base where it is
     missing; nor does it know the tokenizer class that 5 writes. The chat template gets a fixed date: a harness that
@@ -28,8 +29,9 @@ def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> N
     view.mkdir()
     rewritten = {"config.json", "tokenizer_config.json", TEMPLATE}
     for file in checkpoint.iterdir():
-        if file.is_file() and file.name not in rewritten:
+        if file.is_file() and file.name not in rewritten and not file.match("*.safetensors*"):
             (view / file.name).symlink_to(file.resolve())
+    place_weights(checkpoint, view, link=True)
     for name, content in (
         ("config.json", _config(_json(checkpoint / "config.json"))),
         ("tokenizer_config.json", _tokenizer_config(_json(checkpoint / "tokenizer_config.json"))),

@@ -10,6 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.replies import answer_of, is_unclosed
 from smolpost.evaluation.task import MODES
@@ -47,6 +48,9 @@ class Checkpoint(HFLM):
             chat_template_args=arguments,
         )
         self.thinks, self.seed = mode in MODES, harness.seed
+        self.stop_tokens = stop_token_ids(model.generation_config)
+        if self.thinks and (line := endless_replies(tokenizer, self.stop_tokens, model.name_or_path)):
+            print(line, flush=True)
         self.replies: dict[tuple[str, int], list[Made]] = defaultdict(list)  # (task name, row) -> its replies
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -75,7 +79,6 @@ class Checkpoint(HFLM):
             )
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         self._check_room(requests[0].task_name, max(map(len, prompts)), longest)
-        stop_tokens = stop_token_ids(self.tokenizer)
         replies = generate(
             self.model,
             prompts,
@@ -83,12 +86,15 @@ class Checkpoint(HFLM):
             temperature=temperature if sampled else 0.0,
             top_p=top_p,
             seed=self.seed,
-            eos_token_ids=stop_tokens,
+            eos_token_ids=self.stop_tokens,
             pad_token_id=padding_token_id(self.tokenizer),
             batch_size=self.batch_size,
             progress=bar.update,
         )
-        made = [Made(reply_text(self.tokenizer, reply), reply[-1] not in stop_tokens) for reply in replies]
+        made = [
+            Made(reply_text(self.tokenizer, reply, self.stop_tokens), reply[-1] not in self.stop_tokens)
+            for reply in replies
+        ]
         for request, reply in zip(requests, made, strict=True):
             self.replies[request.task_name, request.doc_id].append(reply)
         return [answer_of(reply.text, stops, thinks=self.thinks) for reply in made]
