@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.masks import Encoded, Policy, encode, encode_batch, encode_pair
+from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair
+from smolpost.chat.render import has_foreign_tags
+from smolpost.data.prompts import mode_of
 from smolpost.data.rows import Row
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -48,8 +50,41 @@ def token_batches(
         UserError: A row is refused.
     """
     tokenize = tokenize_pairs if stage.kind == "apo" else tokenize_rows
+    checked: set = set()
     for batch in batched(rows):
-        yield record_batch(batch, tokenize(stage, batch, tokenizer), tokenizer, features)
+        tokenized = tokenize(stage, batch, tokenizer)
+        check_tags(stage, batch, tokenizer, checked)
+        yield record_batch(batch, tokenized, tokenizer, features)
+
+
+def check_tags(stage: TrainStage, rows: Iterable[Row], tokenizer, checked: set) -> None:
+    """Refuse a template whose {% generation %} tags mark other things than replies.
+
+    Rendering every row several times would take long, so the first one of each shape is asked.
+
+    Args:
+        checked: Shapes that were asked; the new ones are added.
+    Raises:
+        UserError: Names the row, and what the tags mark.
+    """
+    if "all" in stage.train_roles or not has_foreign_tags(tokenizer):
+        return
+    for row in rows:
+        for messages in filter(None, map(row.get, ("chosen", "rejected") if stage.kind == "apo" else ("messages",))):
+            if (shape := shape_of(row, messages)) in checked:
+                continue
+            checked.add(shape)
+            options = {"template_kwargs": row.get("chat_template_kwargs"), "tools": row.get("tools")}
+            try:
+                check_spans(tokenizer, messages, **options, today=stage.today)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
+
+
+def shape_of(row: Row, messages: list[dict]) -> tuple:
+    """What decides which branches of a template a conversation goes through."""
+    keys = frozenset((message["role"], key) for message in messages for key, value in message.items() if value)
+    return keys, mode_of(row), bool(row.get("tools")), len(messages) > 3, THINK in str(messages[-1].get("content"))
 
 
 def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
