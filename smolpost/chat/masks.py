@@ -13,7 +13,7 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.pieces import Piece, Ranges, check_encodable, vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, text_of
-from smolpost.chat.spans import check_prefix, generation_spans, prefix_spans, turn_end
+from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans, turn_end
 from smolpost.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -185,27 +185,28 @@ def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None
 def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today):
     """Refuse a template whose {% generation %} tags mark something else than the replies after their prompts.
 
+    Replies whose prompts do not tell where they stand, as the template rewrites earlier turns, are left to the tags.
+
     Raises:
-        UserError: Names the first reply that differs; or as `encode`.
+        UserError: Names the first reply that differs by more than white space; or as `encode`.
     """
     conversation = _without_flags(conversation_of(tokenizer, messages, template_kwargs, tools, today))
     text, marked = conversation.render()
-    told, unknown = prefix_spans(conversation, text, vocabulary_of(tokenizer).stops)
-    if unknown:
-        raise UserError(next(iter(unknown.values())))
-    tagged = generation_spans(conversation, marked)
-    for ours, theirs in zip(told, tagged, strict=False):
-        if ours != theirs:
-            tagged_ends, ends = (f"{text[s.start :][:24]!r} ... {text[: s.end][-12:]!r}" for s in (theirs, ours))
-            raise UserError(
-                f"messages[{ours.message}]: the template's generation span is {tagged_ends}, but the reply after its "
-                f"prompt is {ends}; put the tags around the reply and its stop token"
+    stops = vocabulary_of(tokenizer).stops
+    tagged = generation_spans(conversation, text, marked, stops)
+    if not _one_each(tagged, conversation):
+        return  # nobody goes by the tags
+    tags = {span.message: span for span in tagged}
+    for told in prefix_spans(conversation, text, stops)[0]:
+        if differ(text, told, tags[told.message]):
+            tagged_ends, ends = (
+                f"{text[s.start :][:24]!r} ... {text[: s.end][-12:]!r}" for s in (tags[told.message], told)
             )
-    if len(told) != len(tagged):
-        raise UserError(
-            f"the template marks {len(tagged)} generation spans for {len(told)} assistant messages; put the tags "
-            "around each reply and its stop token"
-        )
+            raise UserError(
+                f"messages[{told.message}]: the template's generation span is {tagged_ends}, but the reply after its "
+                f"prompt is {ends}; put the tags around the reply and its stop token, or take all of them out of the "
+                "template, and replies are found by their prompts"
+            )
 
 
 # ───── layout: where a rendering is cut, and the fate of its characters ─────
@@ -227,7 +228,7 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     vocabulary = vocabulary_of(tokenizer)
     text, marked = conversation.render()
     check_encodable(text, conversation)
-    spans, unknown = generation_spans(conversation, marked), {}
+    spans, unknown = generation_spans(conversation, text, marked, vocabulary.stops), {}
     if by_prefixes or not _one_each(spans, conversation):
         spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
     turns = [i for i in policy.turns(flagged) if i >= first]

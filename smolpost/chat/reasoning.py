@@ -79,6 +79,13 @@ def split_reasoning(text, *, opened_in_prompt=False):
     return ("\n".join(part for part in inner if part) if inner else None), answer.lstrip("\r\n")
 
 
+def ends_thinking(text, *, opened_in_prompt=False):
+    """Whether a reply ended inside a think block, so that there is no answer; the arguments are those of
+    `think_blocks`."""
+    blocks = think_blocks(text, opened_in_prompt=opened_in_prompt)
+    return bool(blocks) and blocks[-1].inner_end == blocks[-1].end
+
+
 def reasoning_ranges(text):
     """Where a reply's reasoning stands, as `think_blocks` finds it, with its tags.
 

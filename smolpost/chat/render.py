@@ -29,6 +29,11 @@ RESULT_ROLES = ("tool", "function", "ipython")
 TEMPLATE_ERRORS = (jinja2.exceptions.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
+def _names():
+    """This package's templates: name -> file."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.jinja"))}
+
+
 def load_template(name):
     """The text of a chat template.
 
@@ -37,13 +42,19 @@ def load_template(name):
     Raises:
         UserError: There is no such template.
     """
-    known = {path.stem: path for path in sorted(_FOLDER.glob("*.jinja"))}
+    known = _names()
     path = known.get(str(name), Path(name))
     if path.suffix != ".jinja" or not path.is_file():
         raise UserError(
             f"chat template {str(name)!r} does not exist; use one of {', '.join(known)} or the path of a .jinja file"
         )
     return path.read_text(encoding="utf-8")
+
+
+def has_foreign_tags(tokenizer):
+    """Whether the chat template has {% generation %} tags and is none of this package's, whose tags are right."""
+    template = _template_of(tokenizer)
+    return _has_generation_tags(template) and template not in map(load_template, _names())
 
 
 def template_hash(text):

@@ -25,16 +25,42 @@ class Span(NamedTuple):
     message: int | None
 
 
-def generation_spans(conversation, spans):
+def generation_spans(conversation, text, spans, stops):
     """The template's own spans as [Span], ascending.
+
+    Tags often stand around the line breaks beside a reply, too. These belong to its header, or follow its stop token.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
-        spans: [(start, end)], as its `render` gave them.
+        text, spans: As its `render` gave them.
+        stops: Tokens of which one ends each reply.
     """
     replies = assistant_turns(conversation.messages)
-    indices = replies if len(replies) == len(spans) else [None] * len(spans)
-    return [Span(start, end, i) for (start, end), i in zip(spans, indices, strict=True)]
+    if len(replies) != len(spans):
+        return [Span(start, end, None) for start, end in spans]
+    found = [Span(start, end, i) for (start, end), i in zip(spans, replies, strict=True)]
+    return [_without_line_breaks(conversation, text, span, stops) for span in found]
+
+
+def _without_line_breaks(conversation, text, span, stops):
+    inner = text[span.start : span.end]
+    end = span.start + len(inner.rstrip())
+    if end < span.end and text.endswith(tuple(stops), 0, end):
+        span = span._replace(end=end)
+    if not inner[:1].isspace():
+        return span
+    try:
+        start, end = _reply(conversation, text, span.message, stops)
+    except UserError:  # the template rewrites earlier turns
+        return span
+    told = Span(start, end, span.message)
+    return span if differ(text, told, span) else told
+
+
+def differ(text, one, other):
+    """Whether two spans of a reply differ by more than white space."""
+    edges = ((one.start, other.start), (one.end, other.end))
+    return any(text[min(pair) : max(pair)].strip() for pair in edges)
 
 
 def prefix_spans(conversation, text, stops):

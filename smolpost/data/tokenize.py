@@ -7,9 +7,12 @@ import numpy as np
 import pyarrow as pa
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.masks import Encoded, Policy, encode, encode_batch, encode_pair
+from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair
+from smolpost.chat.reasoning import OPEN, think_blocks
+from smolpost.chat.render import has_foreign_tags
 from smolpost.data.collate import PARTS
 from smolpost.data.columns import row_for
+from smolpost.data.prompts import mode_of
 from smolpost.data.rows import Row
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -18,7 +21,7 @@ from smolpost.schema import SFTStage, Source, TrainStage
 BATCH_ROWS = 256  # of one tokenizer call, at most
 BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
 END_OF_TEXT = "<|end_of_text|>"
-THINK = "<think>"
+NUM_OPENING = 8  # tokens of a reply in which a think block begins, where the tags are no tokens of their own
 
 SCHEMA = pa.schema(
     [
@@ -49,10 +52,46 @@ def token_batches(
         rows: As `admitted` gives them.
         tokenizer: Its chat template is the stage's.
         features: Row -> what hygiene compares rows by.
+    Raises:
+        UserError: As `check_tags`.
     """
     tokenize = tokenize_pairs if stage.kind == "apo" else tokenize_rows
+    checked: set = set()
     for batch in batched(rows):
-        yield record_batch(batch, tokenize(stage, batch, tokenizer), tokenizer, features)
+        tokenized = tokenize(stage, batch, tokenizer)
+        good = [row for row, found in zip(batch, tokenized, strict=True) if found.fault is None]
+        check_tags(stage, good, tokenizer, checked)
+        yield record_batch(batch, tokenized, tokenizer, features)
+
+
+def check_tags(stage: TrainStage, rows: Iterable[Row], tokenizer, checked: set) -> None:
+    """Refuse a template whose {% generation %} tags mark other things than replies.
+
+    Rendering every row several times would take long, so the first one of each shape is asked.
+
+    Args:
+        checked: Shapes that were asked; the new ones are added.
+    Raises:
+        UserError: Names the row, and what the tags mark.
+    """
+    if "all" in stage.train_roles or not has_foreign_tags(tokenizer):
+        return
+    for row in rows:
+        for messages in filter(None, map(row.get, ("chosen", "rejected") if stage.kind == "apo" else ("messages",))):
+            if (shape := shape_of(row, messages)) in checked:
+                continue
+            checked.add(shape)
+            options = {"template_kwargs": row.get("chat_template_kwargs"), "tools": row.get("tools")}
+            try:
+                check_spans(tokenizer, messages, **options, today=stage.today)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
+
+
+def shape_of(row: Row, messages: list[dict]) -> tuple:
+    """What decides which branches of a template a conversation goes through."""
+    keys = frozenset((message["role"], key) for message in messages for key, value in message.items() if value)
+    return keys, mode_of(row), bool(row.get("tools")), len(messages) > 3, OPEN in str(messages[-1].get("content"))
 
 
 def admitted(row: Row, source: Source, kind: str) -> Row:
@@ -108,7 +147,6 @@ def refused(fault: str, num_parts: int) -> Tokenized:
 
 
 def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
-    think_id = tokenizer.convert_tokens_to_ids(THINK)
     ids = [np.concatenate(row.ids) for row in tokenized]
     fates = [np.concatenate(row.fates) for row in tokenized]
     for row_fates in fates:
@@ -116,7 +154,7 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
     parts = [np.array([len(part) for part in row.ids], np.int32) for row in tokenized]
     # A pair thinks where its chosen side does.
     think = [
-        bool(((row_ids == think_id) & (row_fates == Fate.TRAINED))[: sum(sizes[:2])].any())
+        thinks(row_ids[: sum(sizes[:2])], row_fates[: sum(sizes[:2])], tokenizer)
         for row_ids, row_fates, sizes in zip(ids, fates, parts, strict=True)
     ]
     columns = {
@@ -143,6 +181,16 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         for name, column in columns.items()
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def thinks(ids: np.ndarray, fates: np.ndarray, tokenizer) -> bool:
+    """Whether a think block trains."""
+    trained = fates == Fate.TRAINED
+    think_id = tokenizer.convert_tokens_to_ids(OPEN)
+    if think_id is not None and think_id != tokenizer.unk_token_id:
+        return bool(((ids == think_id) & trained).any())
+    begins = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
+    return any(think_blocks(tokenizer.decode(ids[place : place + NUM_OPENING])) for place in begins.tolist())
 
 
 def lists(arrays: list[np.ndarray], dtype) -> pa.ListArray:

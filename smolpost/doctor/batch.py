@@ -17,7 +17,7 @@ from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import clean_messages, text_of
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.prompts import mode_of
-from smolpost.data.tokenize import policy_of
+from smolpost.data.tokenize import check_tags, policy_of
 from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 from smolpost.model.generation import REPLY_TOKENS
@@ -132,6 +132,7 @@ def mask_is_policy(case: Case) -> tuple[bool, str]:
     """The text under the labels of the collated batch is what the policy names, and holds the messages' own text."""
     check_policy(case)
     check_earlier(case)
+    check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_labelled, num_named, num_checked, num_left = [], 0, 0, 0, 0
     for document in documents(case):
         row, ids, labels, flags, is_whole = document
@@ -167,7 +168,8 @@ def words_of(case: Case, row: dict) -> list[str]:
             continue
         content = text_of(message.get("content"))
         thinks = mode_of(row) == "think" and case.config.train_reasoning
-        found.append(content if thinks else split_reasoning(content)[1])
+        reasoning, answer = split_reasoning(content)  # a template may set other line breaks between them
+        found += [answer, (reasoning or "") if thinks else ""]
         found.append((message.get("reasoning_content") or message.get("reasoning") or "") if thinks else "")
         calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
         found += [(call.get("function") or call).get("name") or "" for call in calls]
@@ -231,7 +233,7 @@ def prompt_is_shared(case: Case) -> tuple[bool, str]:
     """Prompt and completion are, token by token, the beginning of the side's own conversation, and nearly all of it."""
     check_earlier(case)
     faults, num_shared, num_tokens = [], 0, 0
-    pairs = case.arrays
+    pairs = case.need("arrays", "pair mask")
     for pair in pairs:
         row = case.fitting[pair["rows"][0]]
         num_shared += len(pair["prompt_ids"])
@@ -248,6 +250,7 @@ def prompt_is_shared(case: Case) -> tuple[bool, str]:
 def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
     """The scored text of the collated batch is the replies that come after the messages both sides share."""
     check_policy(case)
+    check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_scored, num_checked, num_left = [], 0, 0, 0
     for row, side, ids, _ in pair_sides(case):
         whole = derived(case, row, row[side])

@@ -77,7 +77,8 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         SFT + APO,
         text.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
-        "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same",
+        "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same, and a "
+        "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (
         SFT + APO,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.chat.reasoning import OPEN, split_reasoning, think_blocks
+from smolpost.chat.reasoning import OPEN, ends_thinking, split_reasoning
 from smolpost.errors import UserError
 
 PROMPT_END = 8  # tokens: the opening of a think block and what may follow it
@@ -28,8 +28,7 @@ class Parts(NamedTuple):
 def parts_of(reply: str, *, opened_in_prompt: bool = False) -> Parts:
     """A reply's reasoning and answer, as `split_reasoning` finds them, and whether the reasoning ever ended."""
     reasoning, answer = split_reasoning(reply, opened_in_prompt=opened_in_prompt)
-    blocks = think_blocks(reply, opened_in_prompt=opened_in_prompt)
-    unclosed = bool(blocks) and blocks[-1].inner_end == blocks[-1].end
+    unclosed = ends_thinking(reply, opened_in_prompt=opened_in_prompt)
     return Parts(reasoning or "", "" if unclosed else answer, unclosed)
 
 

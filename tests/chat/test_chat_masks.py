@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from smolpost.chat.masks import (
     encode_prompt,
     trained_by_prefixes,
 )
-from smolpost.chat.render import load_template, render
+from smolpost.chat.render import load_template, render, render_spans
 from smolpost.errors import UserError
 
 DAY = "01 July 2025"
@@ -210,6 +211,34 @@ def test_prefixes_find_a_template_whose_spans_are_wrong(bpe):
     with pytest.raises(UserError, match=r"^messages\[2\]: the template's generation span is '<\|im_start\|>assistant"):
         check_spans(broken, DIALOG, today=DAY)
     check_spans(bpe, DIALOG, today=DAY)
+
+
+THINKING = [*DIALOG[:2], {"role": "assistant", "content": "yo", "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "qwen3_vl"])
+def test_line_breaks_inside_a_public_templates_spans_do_not_train(bpe, name):
+    """TRL's training templates have the header's line break, or the one after the stop token, inside their tags."""
+    trl = pytest.importorskip("trl")
+    public = copy.deepcopy(bpe)
+    public.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}_training.jinja").read_text()
+    text, spans = render_spans(public, THINKING, today=DAY)
+    assert any(text[a:b] != text[a:b].strip() for a, b in spans)
+    encoded = encode(public, THINKING, today=DAY)
+    assert encoded == trained_by_prefixes(public, THINKING, today=DAY)
+    assert all(run == run.strip() for run in trained_runs(bpe, encoded)) and len(trained_runs(bpe, encoded)) == 1
+    check_spans(public, THINKING, today=DAY)
+
+
+def test_spans_of_a_template_that_rewrites_history_lose_the_line_break_after_the_stop_token(bpe):
+    rewriting = copy.deepcopy(bpe)
+    rewriting.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content if loop.last else '-' }}<|im_end|>{{ '\n' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+    )
+    dialog = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
+    assert trained_runs(bpe, encode(rewriting, dialog, today=DAY)) == ["-<|im_end|>", "b<|im_end|>"]
 
 
 def test_template_that_rewrites_history_is_refused(bpe):

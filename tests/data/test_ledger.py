@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from smolpost.chat.fates import Fate
+from smolpost.chat.render import load_template
 from smolpost.data.mixtures import within_shares
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
@@ -173,3 +176,18 @@ def test_roles_are_checked(tokenizer, tmp_path):
     pair = {"prompt": "u", "chosen": chat("u", "a")["messages"], "rejected": chat("u", "b")["messages"]}
     with pytest.raises(UserError, match=r"all is not a choice"):
         prepared(APOStage(**SHARED, train_roles=["all"]), [pair], tokenizer, tmp_path / "two")
+
+
+def test_think_rows_are_counted_without_tokens_for_the_tags(tmp_path):
+    """Most tokenizers spell <think> out."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    spelled = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=load_template("smollm3")
+    )
+    rows = [chat("u", "<think>\nx\n</think>\ny"), chat("u", "y", think=False), chat("u", "Write <think> first.")]
+    _, report = prepared(sft(max_seq_len=256), rows, spelled, tmp_path)
+    assert (report["totals"]["think_rows"], report["totals"]["no_think_rows"]) == (1, 2)

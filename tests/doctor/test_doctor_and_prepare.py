@@ -140,3 +140,47 @@ def test_another_template_helps_against_one_that_rewrites_earlier_turns(clinic):
     last = clinic.diagnose("sft", own_template(clinic, rewriting), "stages.sft.last_turn_only=true")
     assert "rows" not in failed(last)  # the line's other remedy
     assert failed(clinic.diagnose("sft", "stages.sft.template=smollm3")) == set()
+
+
+# ---------------------------------------------------------------- {% generation %} tags of other templates
+
+TAGGED = (
+    "{%%- for m in messages %%}{{ '<|im_start|>' + m.role }}"
+    "{%%- if m.role == 'assistant' %%}%s{{ '\n' + m.content + '<|im_end|>\n' }}%s"
+    "{%%- else %%}{{ '\n' + m.content + '<|im_end|>\n' }}{%%- endif %%}{%%- endfor %%}"
+    "{%%- if add_generation_prompt %%}{{ '<|im_start|>assistant\n' }}{%%- endif %%}"
+)
+ANSWER_ONLY = TAGGED.replace("m.content + '<|im_end|>\n' }}%s", "m.content }}%s{{ '<|im_end|>\n' }}")
+TAGS = "{%- generation %}", "{%- endgeneration %}"
+
+
+def test_line_breaks_inside_tags_do_not_train(clinic):
+    """As in the templates that TRL trains Qwen models with."""
+    clinic.write("sft", PLAIN_ROWS)
+    template = own_template(clinic, TAGGED % TAGS)
+    found = clinic.diagnose("sft", template)
+    assert failed(found) == set() and found["mask"].status == "pass"
+    report = prepared(clinic, template)
+    untagged = prepared(clinic, own_template(clinic, TAGGED % ("", "")))
+    assert report["totals"]["tokens_trained"] == untagged["totals"]["tokens_trained"] > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_prepare_refuses_tags_around_something_else_as_the_doctor_does(clinic, stage):
+    clinic.write("sft", PLAIN_ROWS)
+    wrong = [ASK, {"role": "assistant", "content": "41."}]
+    clinic.write("preference", [{"chosen": [ASK, REPLY], "rejected": wrong}] * 2)
+    words = [own_template(clinic, ANSWER_ONLY % TAGS).replace("sft", stage)]
+    found = clinic.diagnose(stage, *words)
+    mask = "mask" if stage == "sft" else "pair mask"
+    assert failed(found) == {mask}
+    lineage = clinic.lineage(*words)
+    with pytest.raises(UserError, match=re.escape(found[mask].detail[:200])) as refused:
+        steps.prepare(lineage, lineage.stages[stage])
+    assert "take all of them out of the template" in str(refused.value)
+    assert not lineage.stages[stage].prepared.exists()
+    for remedy in (TAGGED % TAGS, ANSWER_ONLY % ("", "")):
+        words = [own_template(clinic, remedy).replace("sft", stage)]
+        assert failed(clinic.diagnose(stage, *words)) == set()
+        lineage = clinic.lineage(*words)
+        assert manifest.read(steps.prepare(lineage, lineage.stages[stage]))

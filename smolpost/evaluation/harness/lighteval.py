@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from smolpost.chat.reasoning import ends_thinking
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.checkpoint_view import write_view
-from smolpost.evaluation.harness.replies import is_unclosed
 from smolpost.evaluation.harness.store import (
     building,
     finished,
@@ -230,7 +230,7 @@ def sample_records(details: dict[str, list[dict[str, Any]]], *, thinks: bool) ->
     for task, rows in details.items():
         for row in rows:
             reply = row["model_response"]
-            unclosed = {"unclosed": mean(map(is_unclosed, reply["text"]))} if thinks and reply["text"] else {}
+            unclosed = {"unclosed": mean(map(ends_thinking, reply["text"]))} if thinks and reply["text"] else {}
             record = {
                 "prompt": reply["input"] or row["doc"]["query"],
                 "replies": reply["text"],

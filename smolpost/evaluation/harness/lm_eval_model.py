@@ -10,9 +10,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.reasoning import ends_thinking
 from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
-from smolpost.evaluation.harness.replies import answer_of, is_unclosed
+from smolpost.evaluation.harness.replies import answer_of
 from smolpost.evaluation.task import MODES
 from smolpost.model.generation import generate, padding_token_id, reply_text, stop_token_ids
 from smolpost.schema import Harness
@@ -137,7 +138,7 @@ def _record(name: str, row: dict[str, Any], replies: list[Made] | None, thinks: 
     if replies:
         metrics["cut"] = fmean(reply.cut for reply in replies)
         if thinks:
-            metrics["unclosed"] = fmean(is_unclosed(reply.text) for reply in replies)
+            metrics["unclosed"] = fmean(ends_thinking(reply.text) for reply in replies)
     record = {
         "prompt": row["arguments"][0][0],
         "replies": [reply.text for reply in replies] if replies else row["resps"],

@@ -3,11 +3,6 @@
 from smolpost.chat.reasoning import split_reasoning
 
 
-def is_unclosed(text: str) -> bool:
-    """Whether a reply ended inside its think block, so that there is no answer."""
-    return text.rpartition("</think>")[2].lstrip().startswith("<think>")
-
-
 def answer_of(text: str, stops: list[str], *, thinks: bool) -> str:
     """The text after the thoughts, up to the first stop string.
 
