@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 from smolpost import recipe
 from smolpost.cli import one_line_errors
@@ -9,6 +10,8 @@ from smolpost.errors import UserError
 from smolpost.pipeline import steps
 from smolpost.pipeline.lineage import Lineage
 from smolpost.pipeline.plan import select_one
+
+GRACE = 30  # seconds
 
 
 def main() -> None:
@@ -18,8 +21,10 @@ def main() -> None:
             stage = select_one([s.plan for s in lineage.stages.values()], request.stage)
             steps.train(lineage, lineage.stages[stage.name])
         except UserError:
-            if int(os.environ.get("RANK", 0)):  # rank 0 says it for all
-                sys.exit(2)
+            if int(os.environ.get("RANK", 0)):
+                # Rank 0 says it for all. The launcher ends this rank with rank 0; were this one first, rank 0 would end
+                # before it has said anything. A fault of this rank alone is said after all.
+                time.sleep(GRACE)
             raise
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Not through Python's own end: a gloo thread that still frees its last tensors would meet it and abort.

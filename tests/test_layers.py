@@ -12,7 +12,7 @@ FLOORS = {
     "training": 2, "synthesis": 2, "evaluation": 2,
     "recipe": 3,
     "pipeline": 4, "report": 4, "doctor": 4, "export": 4,
-    "cli": 5, "train": 5,
+    "cli": 5, "train": 5, "launch": 5,
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {("atomic", "errors"), ("data", "chat"), ("merging", "model"), ("doctor", "pipeline"), ("train", "cli")}

@@ -23,7 +23,7 @@ from smolpost.screen import command_line
 PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
     "smolpost": [sys.executable, "-m", "smolpost.cli"],
     "python": [sys.executable],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    "accelerate": [sys.executable, "-m", "smolpost.launch"],
 }
 
 ENVIRONMENT = {  # unless the user has set them
