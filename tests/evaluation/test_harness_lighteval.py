@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -20,6 +21,7 @@ from smolpost.schema import Harness
 STAND_IN = """#!{python}
 import json, pathlib, sys
 import pyarrow as pa, pyarrow.parquet as pq, yaml
+from safetensors import safe_open
 backend, settings, task = sys.argv[1:4]
 options = dict(zip(sys.argv[4:], sys.argv[5:]))
 model = yaml.safe_load(open(settings))["model_parameters"]
@@ -32,9 +34,7 @@ if task.startswith("broken"):
 cache = checkpoint / "83c220d792aa7c53" / task / "GENERATIVE.json"
 if not cache.exists():
     cache.parent.mkdir(parents=True)
-    weights = (checkpoint / "model.safetensors").read_bytes()
-    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    cache.write_text(json.dumps(header["__metadata__"]["reply"]))
+    cache.write_text(json.dumps(safe_open(checkpoint / "model.safetensors", "np").metadata()["reply"]))
 reply = json.loads(cache.read_text())
 texts = ["<think>why</think>" + reply, "<think>" + reply]
 rows = [
@@ -84,9 +84,11 @@ def calls(tmp_path):
 
 
 def set_weights(checkpoint, text):
-    """The stand-in's reply is in the metadata."""
     file = checkpoint / "model.safetensors"
-    save_file(load_file(file), file, metadata={"reply": text})
+    with safe_open(file, "pt") as opened:
+        is_set = opened.metadata().get("reply") == text
+    if not is_set:  # the order of the metadata, and with it the file's hash, changes from one writing to the next
+        save_file(load_file(file), file, {"format": "pt", "reply": text})
 
 
 def test_results_are_joined_and_an_unclosed_block_is_counted(tmp_path, environment, checkpoint):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import THETA, YARN, letters, save_checkpoint
+from safetensors.torch import load_file, save_file
 
 from smolpost.errors import UserError
 from smolpost.export import to_gguf
@@ -89,6 +90,34 @@ def test_export_is_the_checkpoint(tmp_path, fields):
         assert row["logit_difference"] < (1e-3 if exact else row["logit_limit"])
     carried = not any("holds no tokenizer" in note for note in manifest["check"]["notes"])
     assert carried is (fields.get("kind") == "bpe")
+
+
+@pytest.mark.slow
+def test_stop_tokens_that_the_file_cannot_name_are_told(tmp_path):
+    """llama.cpp stops at the tokenizer's eos_token and at what it knows by its text, <|end_of_text|> among them."""
+    with_llama_cpp()
+    model = save_checkpoint(tmp_path / "model", kind="bpe")
+    names = ["<|im_end|>", "<|end_of_text|>", "<|begin_of_text|>"]
+    ids = Source(model).tokenizer.convert_tokens_to_ids(names)
+    for number, expected in (
+        (2, []),
+        (3, ["model.gguf: llama.cpp does not stop at <|begin_of_text|>; name it as a stop string"]),
+    ):
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[:number]}))
+        manifest = export("gguf", model, tmp_path / f"out-{number}", asked=letters(64), llama_cpp=LLAMA_CPP)
+        assert [note for note in manifest["check"]["notes"] if "stop" in note] == expected
+        assert manifest["check"]["stop_tokens"]["ours"] == ids[:number]
+
+
+@pytest.mark.slow
+def test_a_head_that_is_stored_alone_is_the_embedding(tmp_path):
+    with_llama_cpp()
+    model = save_checkpoint(tmp_path / "model", kind="bpe")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    manifest = export("gguf", model, tmp_path / "out", asked=letters(64), llama_cpp=LLAMA_CPP)
+    assert manifest["check"]["failures"] == []
 
 
 @pytest.mark.slow

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import APOStage, LoRA, SFTStage
 from smolpost.training.environment import Environment
-from smolpost.training.stop_tokens import stop_tokens, trained_ends
+from smolpost.training.stop_tokens import change, stop_tokens, trained_ends
 from smolpost.training.train import train
 from tests.prepared import prepared
 
@@ -26,19 +28,6 @@ TWO_ENDS = (
     "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|eom|>{% else %}<|eot|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Says what it trains, and ends it with letters.
-MARKED = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}END"
-    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-# Closes its reasoning with a token of its own and opens the answer with the template's text, as harmony does.
-CHANNELS = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.reasoning }}<|eom|>"
-    "{% endgeneration %}<final>{% generation %}{{ m.content }}<|eot|>{% endgeneration %}{% else %}{{ m.content }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-BREAK_MARKED = MARKED.replace("END", "<|im_end|>\n")  # the line break after the stop token trains, too
 
 
 @pytest.fixture
@@ -128,13 +117,38 @@ def test_reasoning_that_does_not_train_ends_nothing(tokenizer, tmp_path):
     assert ends(tokenizer, tmp_path, SFTStage(**settings(train_reasoning=False)), [row]) == [{TURN_END: 1}, {}]
 
 
-def test_the_end_of_reasoning_inside_a_turn_is_no_end(tokenizer, tmp_path):
-    stage = SFTStage(**settings(template=template(tmp_path, CHANNELS)))
-    rows = [chat("a", "b")]
-    for message in rows[0]["messages"][1::2]:
-        message["reasoning"] = "because"
-    found = ends(tokenizer, tmp_path, stage, rows)
-    assert found == [{OTHER_END: 2}, {}]
+def by_hand(tokenizer, *documents) -> Dataset:
+    """Prepared rows of one document each: [(text, fate)]; the first token has its own fate."""
+    rows = []
+    for document in documents:
+        pieces = [(tokenizer.encode(text, add_special_tokens=False), fate) for text, fate in document]
+        ids = [i for piece, _ in pieces for i in piece]
+        fates = [fate for piece, fate in pieces for _ in piece]
+        rows.append({"input_ids": ids, "fates": [Fate.FIRST, *fates[1:]]})
+    return Dataset.from_list(rows)
+
+
+HEAD, ASKED = ("<user>", Fate.TEMPLATE), ("2+2?", Fate.USER)
+REPLY = ("<assistant>", Fate.TEMPLATE)
+
+
+def test_a_trained_line_break_after_the_stop_token_is_passed_over(tokenizer):
+    turn = [HEAD, ASKED, REPLY, ("4<|im_end|>\n\n", Fate.TRAINED)]
+    found = trained_ends(SFTStage(**settings()), by_hand(tokenizer, turn, turn + turn), tokenizer)
+    assert found == ({tokenizer.convert_tokens_to_ids(TURN_END): 3}, {})
+
+
+def test_the_end_of_reasoning_inside_a_turn_is_no_end(tokenizer):
+    """harmony closes reasoning with a token of its own, and the template opens the answer."""
+    turn = [REPLY, ("because<|eom|>", Fate.TRAINED), ("<final>", Fate.TEMPLATE), ("4<|eot|>", Fate.TRAINED)]
+    rows = by_hand(tokenizer, [HEAD, ASKED, *turn, HEAD, ASKED, *turn], [HEAD, ASKED, *turn])
+    found = trained_ends(SFTStage(**settings()), rows, tokenizer)
+    assert found == ({tokenizer.convert_tokens_to_ids(OTHER_END): 3}, {})
+
+
+def test_a_tag_of_the_reply_is_no_stop_token(tokenizer):
+    rows = by_hand(tokenizer, [HEAD, ASKED, REPLY, ("<think>a</think>", Fate.TRAINED), ("\n", Fate.TEMPLATE)])
+    assert trained_ends(SFTStage(**settings()), rows, tokenizer) == ({None: 1}, {})
 
 
 def test_all_tokens_train_up_to_the_end_of_the_last_turn(tokenizer, tmp_path):
@@ -153,11 +167,6 @@ def test_a_pair_that_is_cut_says_nothing(tokenizer, tmp_path):
     length = len(row["prompt_ids"]) + len(row["chosen_ids"])
     stage = APOStage(**settings(max_seq_len=length - 1, overlong="truncate"))
     assert ends(tokenizer, tmp_path, stage, rows) == [{}, {}]
-
-
-def test_a_marked_line_break_after_the_stop_token_is_passed_over(tokenizer, tmp_path):
-    stage = SFTStage(**settings(template=template(tmp_path, BREAK_MARKED)))
-    assert ends(tokenizer, tmp_path, stage, [chat("a"), chat("b", "c")]) == [{TURN_END: 3}, {}]
 
 
 # ---------------------------------------------------------------- what the stage will say
@@ -207,11 +216,16 @@ def test_a_template_that_writes_the_eos_token_keeps_it(tokenizer, start, tmp_pat
     assert (found.end, found.eos_token) == (*ids_of(tokenizer, OTHER_END), TEXT_END)
 
 
-def test_turns_that_end_with_text_are_refused_before_training(tokenizer, start, tmp_path):
-    stage = SFTStage(**settings(template=template(tmp_path, MARKED)))
+def test_turns_that_end_with_text_are_refused_before_training(tokenizer, start):
+    """<|im_end|> of a template that the tokenizer does not know, say."""
+    rows = by_hand(tokenizer, [HEAD, ASKED, REPLY, ("4[END]", Fate.TRAINED), ("\n", Fate.TEMPLATE)])
     with pytest.raises(UserError, match=r"stages\.sft: none of the 1 trained turns ends with a control token") as error:
-        told(tokenizer, start, tmp_path, stage, [chat("a")])
+        stop_tokens("sft", SFTStage(**settings()), rows, start, tokenizer)
     assert "\n" not in str(error.value)
+    cut = SFTStage(**settings(overlong="truncate"))  # there a turn may have lost its end
+    found = stop_tokens("sft", cut, rows, start, tokenizer)
+    assert (found.end, found.generation) == (None, ids_of(tokenizer, TEXT_END))
+    assert change("sft", found).startswith("stages.sft: no trained turn has an end; its model stops at its start ")
 
 
 # ---------------------------------------------------------------- what the stage writes
