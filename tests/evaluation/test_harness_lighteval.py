@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from smolpost.errors import UserError
@@ -19,6 +20,7 @@ from smolpost.schema import Harness
 STAND_IN = """#!{python}
 import json, pathlib, sys
 import pyarrow as pa, pyarrow.parquet as pq, yaml
+from safetensors import safe_open
 backend, settings, task = sys.argv[1:4]
 options = dict(zip(sys.argv[4:], sys.argv[5:]))
 model = yaml.safe_load(open(settings))["model_parameters"]
@@ -31,7 +33,7 @@ if task.startswith("broken"):
 cache = checkpoint / "83c220d792aa7c53" / task / "GENERATIVE.json"
 if not cache.exists():
     cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps((checkpoint / "model.safetensors").read_text()))
+    cache.write_text(json.dumps(safe_open(checkpoint / "model.safetensors", "np").metadata()["reply"]))
 reply = json.loads(cache.read_text())
 texts = ["<think>why</think>" + reply, "<think>" + reply]
 rows = [
@@ -81,7 +83,8 @@ def calls(tmp_path):
 
 
 def set_weights(checkpoint, text):
-    (checkpoint / "model.safetensors").write_text(text)
+    file = checkpoint / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "reply": text})
 
 
 def test_results_are_joined_and_an_unclosed_block_is_counted(tmp_path, environment, checkpoint):

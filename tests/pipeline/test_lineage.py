@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
+from tests.merging.checkpoints import save_checkpoint
 
 ROW = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer is 2."}]}
 PAIR = {
@@ -128,8 +130,14 @@ def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path)
         Lineage(recipe.load(plain))
     with pytest.raises(UserError, match=r"has no config.json; a checkpoint has config.json, tokenizer.json and"):
         adopt(folder)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    save_checkpoint(folder, 0)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "norm" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"checkpoint would not load whole: .* lacks tensor model.layers.0.input_layern"
+    ):
+        adopt(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     adopt(folder)
     assert Lineage(recipe.load(plain)).stages["base"].parent_keys == {"checkpoint": manifest.read(folder)["key"]}
 
