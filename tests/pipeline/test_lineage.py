@@ -128,8 +128,12 @@ def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path)
         UserError, match=r"has no manifest.json: it is unfinished, or comes from elsewhere; `smolpost adopt"
     ):
         Lineage(recipe.load(plain))
-    with pytest.raises(UserError, match=r"has no config.json; a checkpoint has config.json, tokenizer.json and"):
+    with pytest.raises(UserError, match=r"checkpoint has no config\.json"):
         adopt(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"checkpoint is a LoRA adapter .*; merge it into its model first: smolpost me"):
+        adopt(folder)
+    (folder / "adapter_config.json").unlink()
     save_checkpoint(folder, 0)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "norm" not in k}, folder / "model.safetensors", {"format": "pt"})
