@@ -44,6 +44,8 @@ def read_config(file: Path, who: str = "checkpoint") -> PreTrainedConfig:
     Raises:
         UserError: The file is missing or broken, or says one thing in two ways that differ.
     """
+    if not file.exists() and (file.parent / ADAPTER_CONFIG).exists():
+        raise UserError(f"{who} {_lack_of_weights(file.parent)}")
     check_rope(read_json(file, who), file, who)
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)

@@ -63,7 +63,7 @@ def test_template_and_generation_defaults_are_carried(tmp_path):
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "model_type=llama is not exported"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     ],
 )

@@ -1,5 +1,6 @@
 """Contradicting fields are refused with field, value, limit and remedy."""
 
+import logging
 import re
 
 import pytest
@@ -16,6 +17,7 @@ REFUSED = [
     (dict(num_key_value_heads=0), "num_key_value_heads=0 must be at least 1"),
     (dict(attention_dropout=1.0), "attention_dropout=1.0 must lie in [0, 1)"),
     (dict(pad_token_id=61), "pad_token_id=61 has no row in the embedding, whose last is 60 (vocab_size=61); set"),
+    (dict(pad_token_id=-1), "pad_token_id=-1 has no row in the embedding, whose last is 60"),  # torch's: the last
     (dict(no_rope_layers=[1, 0]), "no_rope_layers has 2 entries for num_hidden_layers=4; give one per layer"),
     (dict(no_rope_layers=[1, 2, 0, 1]), "no_rope_layers holds [2]; its entries are 1 for RoPE and 0 for NoPE"),
     (
@@ -55,6 +57,29 @@ REFUSED = [
 def test_contradictions_are_refused(tiny, fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SmolLM3Config(**{**tiny, **fields})
+
+
+@pytest.mark.parametrize(("vocab_size", "dropped"), [(3, "pbe"), (99, "pbe"), (128_001, "pe"), (128_002, "p")])
+def test_defaults_outside_of_a_small_vocabulary_become_none(vocab_size, dropped, caplog):
+    """As transformers' own tests build it; a SmolLM3-3B's special tokens mean nothing there."""
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.propagate, before = True, transformers_logger.propagate
+    try:
+        config = SmolLM3Config(vocab_size=vocab_size)
+    finally:
+        transformers_logger.propagate = before
+    defaults = {"pad_token_id": 128004, "bos_token_id": 128000, "eos_token_id": 128001}
+    for name, value in defaults.items():
+        assert getattr(config, name) == (None if name[0] in dropped else value)
+    assert f"vocab_size={vocab_size} does not hold the default " in caplog.text
+    SmolLM3Config(vocab_size=128_256)
+    assert caplog.text.count("does not hold") == 1
+
+
+def test_stated_tokens_outside_of_the_vocabulary_are_kept_where_they_do_no_harm(tiny):
+    """Vocabularies are padded and cut; only the padding has a row of the embedding to itself."""
+    config = SmolLM3Config(**tiny | dict(bos_token_id=99, eos_token_id=[2, 99]))
+    assert (config.bos_token_id, config.eos_token_id) == (99, [2, 99])
 
 
 def test_wrong_types_are_refused_with_the_field(tiny):

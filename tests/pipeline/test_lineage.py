@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
+from tests.merging.checkpoints import save_checkpoint
 
 ROW = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer is 2."}]}
 PAIR = {
@@ -126,10 +128,20 @@ def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path)
         UserError, match=r"has no manifest.json: it is unfinished, or comes from elsewhere; `smolpost adopt"
     ):
         Lineage(recipe.load(plain))
-    with pytest.raises(UserError, match=r"has no config.json; a checkpoint has config.json, tokenizer.json and"):
+    with pytest.raises(UserError, match=r"checkpoint has no config\.json"):
         adopt(folder)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"checkpoint is a LoRA adapter .*; merge it into its model first: smolpost me"):
+        adopt(folder)
+    (folder / "adapter_config.json").unlink()
+    save_checkpoint(folder, 0)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "norm" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"checkpoint would not load whole: .* lacks tensor model.layers.0.input_layern"
+    ):
+        adopt(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     adopt(folder)
     assert Lineage(recipe.load(plain)).stages["base"].parent_keys == {"checkpoint": manifest.read(folder)["key"]}
 

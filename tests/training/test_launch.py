@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import ROOT, environment
 
 from smolpost.pipeline import manifest
@@ -26,6 +26,8 @@ def assert_same(found, expected, stage, *more, words=()):
     for entry, wanted in zip(logs, reference, strict=True):
         for key in ("loss", "grad_norm"):
             torch.testing.assert_close(torch.tensor(entry[key]), torch.tensor(wanted[key]), atol=1e-5, rtol=1e-5)
+    report = manifest.read(found.folder_of(stage, *more))["report"]
+    assert report["written_loss"] == pytest.approx(report["trained_loss"], rel=1e-5)
     weights, wanted = found.weights(stage, *more), expected.weights(stage, *words)
     assert weights.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -132,12 +134,13 @@ def test_the_reference_is_worked_out_once_for_all_seeds_and_losses(started, tmp_
     assert other == 120 and elsewhere != cache
 
 
-@pytest.mark.parametrize("config", ["single", SLOW("ddp"), SLOW("zero3")])
+@pytest.mark.parametrize("config", ["single", SLOW("ddp"), SLOW("zero3"), SLOW("fsdp2")])
 def test_adapters_train_alone_and_are_merged(started, tmp_path, config):
     """The result is an ordinary checkpoint whose linear layers moved by a matrix of the adapters' rank."""
     small = started.copy(tmp_path)
-    words = ["stages.apo.lora.r=2", "stages.apo.lora.alpha=8"]
-    done = small.launch("apo", config, 1 if config == "single" else 2, *words)
+    words = ["stages.apo.lora.r=2", "stages.apo.lora.alpha=8", "stages.apo.lora.target_modules=[all-linear]"]
+    shim = {"program": (str(ROOT / "tests/training/fsdp_on_cpu.py"),), "ACCELERATE_TORCH_DEVICE": "cpu"}
+    done = small.launch("apo", config, 1 if config == "single" else 2, *words, **shim if config == "fsdp2" else {})
     assert done.returncode == 0, done.stderr[-3000:]
     assert small.log("apo", *words)[0]["loss"] == pytest.approx(1, abs=1e-5)
     start, trained = started.weights("init"), small.weights("apo", *words)
@@ -149,6 +152,43 @@ def test_adapters_train_alone_and_are_merged(started, tmp_path, config):
             assert values[1] > 1e-5 and values[2] < 1e-6
         else:
             assert not moved.any()
+
+
+@pytest.mark.parametrize(("config", "processes"), [("single", 1), SLOW("ddp", 2), SLOW("zero3", 2)])
+def test_a_stage_whose_written_model_is_another_is_not_finished(started, tmp_path, config, processes):
+    small = started.copy(tmp_path)
+    wrong = (str(ROOT / "tests/training/wrong_writer.py"),)
+    done = small.launch("sft", config, processes, "stages.sft.max_steps=3", program=wrong)
+    assert done.returncode != 0
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("smolpost:")]
+    folder = small.folder_of("sft", "stages.sft.max_steps=3")
+    assert line.startswith(f"smolpost: stages.sft: the model written to {folder} has a loss of ")
+    assert not (folder / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "doctor"])
+def test_targets_of_adapters_are_refused_before_preparation(started, tmp_path, verb):
+    small = started.copy(tmp_path)
+    words = ["stage=sft", "stages.sft.lora.r=2", "stages.sft.lora.target_modules=[q_proj,lm_head]"]
+    done = small.smolpost(verb, *words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "smolpost: stages.sft.lora.target_modules names lm_head, the head of"
+    )
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs/gsm8k").glob("prepared/*/manifest.json"))
+
+
+def test_a_start_that_would_not_load_whole_is_refused_before_preparation(started, tmp_path):
+    small = started.copy(tmp_path)
+    file = small.folder_of("init") / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(tensors, file, {"format": "pt"})
+    for verb in ("run", "doctor"):
+        done = small.smolpost(verb, "stage=sft")
+        assert done.returncode == 2
+        assert "smolpost: stages.sft.init_from=init would not load whole: " in done.stderr.splitlines()[-1]
+        assert "lacks tensor model.layers.1.mlp.down_proj.weight (3 such); save it" in done.stderr.splitlines()[-1]
 
 
 def test_killed_training_goes_on_and_ends_the_same(started, single, tmp_path):
