@@ -100,3 +100,12 @@ def test_variables_of_a_users_own_template_pass(char):
     tokenizer = copy.deepcopy(char)
     tokenizer.chat_template = "{{ tone }}"
     assert render(tokenizer, [USER], template_kwargs={"tone": "dry"}, today=DAY) == "dry"
+
+
+def test_a_variable_that_nobody_gives_is_one_line_whose_remedy_helps(char):
+    tokenizer = copy.deepcopy(char)
+    tokenizer.chat_template = "{{ bos_token + tone + messages[0].content }}"
+    with pytest.raises(UserError, match=r"^'tone' is undefined: .* has it; give it in chat_template_kwargs, or"):
+        render(tokenizer, [USER], today=DAY)
+    text = render(tokenizer, [USER], template_kwargs={"tone": "dry "}, today=DAY)
+    assert text == "<|begin_of_text|>dry hi"

@@ -1,6 +1,7 @@
 """A user's mistake in the processes that users start: one line, exit code 2, no traceback of anybody's code."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -41,9 +42,13 @@ RANKS = [["accelerate=single"], ["accelerate=ddp", "accelerate.num_processes=2"]
 
 @pytest.mark.parametrize("ranks", RANKS, ids=["one process", "two ranks"])
 def test_what_ranks_refuse_is_one_line_of_run(started, ranks):
-    line = refusal(started.smolpost("run", "stage=sft", TOO_MUCH, *ranks))
+    words = [TOO_MUCH, "stages.sft.train_roles=[assistant]", *ranks]
+    done = started.smolpost("run", "stage=sft", *words)
+    line = refusal(done)
     assert "GB for checkpoints and its disk has" in line and "stages.sft.save_total_limit=1000000000" in line
     assert not (started.folder_of("sft", TOO_MUCH) / "manifest.json").exists()
+    shown = next(line for line in done.stdout.splitlines() if line.startswith("$ accelerate launch "))
+    assert shlex.split(shown)[-len(words) - 1 :] == [*words, "stage=sft"]
 
 
 @pytest.mark.slow
