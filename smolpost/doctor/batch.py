@@ -190,9 +190,9 @@ def replies_stop(case: Case) -> tuple[bool, str]:
     detail = f"{len(ends) - ends.count(None)} of {len(ends)} replies end with {', '.join(found) or 'a control token'}"
     try:
         last = list(last_tokens(case))
-        stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
-    except NotChecked:  # there are no labels to look at, see mask
+    except (NotChecked, UserError):  # there are no labels to look at, see mask
         return None not in ends, detail
+    stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
     trains = [is_cut or token in found.values() for token, is_cut in last]
     num_cut = sum(is_cut for _, is_cut in last)
     before, after = stops.report["generation"]["before"], stops.generation
