@@ -151,10 +151,13 @@ def test_a_template_with_another_stop_token_makes_the_model_stop_there(clinic):
     assert found["stop token"].detail == f"{expected}stops at the ids [393], the trained model at [388, 393]"
 
 
-def test_a_stop_token_that_does_not_train_is_found(clinic):
-    close, end = "\n      {%- endgeneration -%}", '{{- "<|im_end|>" -}}'
-    spoilt = clinic.template((REPLY + close, REPLY.replace(' ~ "<|im_end|>"', "") + close + end))
-    found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
+def test_a_stop_token_that_does_not_train_is_found(clinic, monkeypatch):
+    def endless(packs):
+        batch = collate_packs(packs)
+        return batch | {"labels": batch["labels"].masked_fill(batch["input_ids"] == 393, -100)}
+
+    monkeypatch.setattr(sft, "collate_packs", endless)
+    found = clinic.diagnose("sft")
     assert failed(found) == {"stop token", "mask"}
     assert "12 of 12 replies end with <|im_end|>, which trains in 0 of 12 (0 cut)" in found["stop token"].detail
 
