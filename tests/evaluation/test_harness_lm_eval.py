@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import copy
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def rigged(tmp_path, tokenizer, monkeypatch):
     def make(reply, positions=1024):
         model = Model(tokenizer, reply)
         model.config.max_position_embeddings = positions
-        monkeypatch.setattr(ours, "load_for_inference", lambda checkpoint: (model, tokenizer))
+        monkeypatch.setattr(ours, "load_for_inference", lambda checkpoint: (model, copy(tokenizer)))
         folder = tmp_path / "rigged"
         folder.mkdir(exist_ok=True)
         (folder / "model.safetensors").write_bytes(b"weights")
