@@ -56,4 +56,5 @@ class VllmSession(TorchSession):
         )
         if missing := sorted(loading["missing_keys"]):
             raise UserError(f"{folder} holds no {missing[0]} ({len(missing)} such), without which vLLM does not start")
-        super().__init__(model, {*stored_stop_token_ids(folder), AutoTokenizer.from_pretrained(folder).eos_token_id})
+        own = AutoTokenizer.from_pretrained(folder).eos_token_id
+        super().__init__(model, {*stored_stop_token_ids(folder), own} - {None})
