@@ -38,6 +38,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError) as error:
         raise UserError(f"merge input '{checkpoint.name}': {file} cannot be read ({error}); save it anew") from error
+    base = checkpoint.adapts or base
     if not base or not (Path(base) / "config.json").exists():
         raise UserError(
             f"merge input '{checkpoint.name}' is a LoRA adapter of base_model_name_or_path={base!r}, which is not a "

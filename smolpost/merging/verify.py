@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from smolpost.errors import UserError
 from smolpost.merging.average import is_finite
@@ -70,18 +72,14 @@ def _sample(name: str, values: torch.Tensor) -> Iterator[torch.Tensor]:
     yield values[places]
 
 
-def check_tensors(checkpoints: list[Checkpoint], merged: Checkpoint, dtype: str) -> None:
-    """Refuse a result that does not hold the tensors of its inputs, each in its shape and the written dtype."""
-    expected, stored = checkpoints[0].tensors, SAFETENSORS_NAMES[getattr(torch, dtype)]
-    left_out = sorted(expected.keys() - merged.tensors.keys())
-    if left_out:
-        raise UserError(_unknown(left_out))
-    for name, tensor in merged.tensors.items():
-        if name not in expected or (tensor.shape, tensor.dtype) != (expected[name].shape, stored):
-            raise RuntimeError(
-                f"the merge wrote tensor {name} as {tensor.dtype} {list(tensor.shape)}, not as {stored} "
-                f"{list(expected[name].shape) if name in expected else '(the inputs do not have it)'}"
-            )
+def check_tensors(shapes: dict[str, tuple[int, ...]], merged: Checkpoint, dtype: str) -> None:
+    """Refuse a result that does not hold the tensors it should, each in its shape and the written dtype."""
+    stored = SAFETENSORS_NAMES[getattr(torch, dtype)]
+    for name in sorted(shapes.keys() | merged.tensors.keys()):
+        tensor, shape = merged.tensors.get(name), shapes.get(name)
+        if tensor is None or shape is None or (tensor.shape, tensor.dtype) != (tuple(shape), stored):
+            wrote = f"as {tensor.dtype} {list(tensor.shape)}" if tensor else "not at all"
+            raise RuntimeError(f"the merge wrote tensor {name} {wrote}; due was {stored} {list(shape or ())}")
 
 
 def check_finite(merged: Checkpoint) -> None:
@@ -100,7 +98,9 @@ def check_model(merged: Checkpoint) -> None:
     config = AutoConfig.from_pretrained(
         merged.folder / merged.config_file, local_files_only=True, trust_remote_code=False
     )
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    if config.is_encoder_decoder:
+        raise UserError(f"merge result: {config.architectures[0]} is not a causal LM; merge decoders only")
+    model, loading = model_class(config).from_pretrained(
         merged.folder,
         config=config,
         generation_config=GenerationConfig(),
@@ -112,17 +112,17 @@ def check_model(merged: Checkpoint) -> None:
     if loading["missing_keys"]:
         raise UserError(
             f"merge inputs lack tensor {min(loading['missing_keys'])}, which {type(model).__name__} needs; "
-            "save them with save_pretrained"
+            "save them with save_pretrained, or merge linearly without mergekit if they have it"
         )
     if loading["unexpected_keys"]:
         raise UserError(_unknown(sorted(loading["unexpected_keys"])))
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if (embedding is head) != bool(config.tie_word_embeddings):
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is not None and (embedding is head.weight) != bool(config.tie_word_embeddings):
         raise RuntimeError(
-            f"the merged model's head is {'' if embedding is head else 'not '}its embedding, but its config has "
+            f"the merged model's head is {'' if embedding is head.weight else 'not '}its embedding, but its config has "
             f"tie_word_embeddings={config.tie_word_embeddings}"
         )
-    tokens = torch.arange(min(8, model.config.vocab_size)).unsqueeze(0)
+    tokens = torch.arange(min(8, embedding.shape[0])).unsqueeze(0)
     with torch.inference_mode():
         logits = model.eval()(input_ids=tokens).logits
     if not is_finite(logits):
@@ -130,6 +130,13 @@ def check_model(merged: Checkpoint) -> None:
             "the merged model's logits are NaN or infinite though its weights are finite; "
             "check that each input alone gives finite logits"
         )
+
+
+def model_class(config: PreTrainedConfig) -> type:
+    """The class that a configuration's model is loaded by: that of causal LMs, or its own, of text and images say."""
+    [name] = config.architectures
+    own = getattr(transformers, name, None)
+    return AutoModelForCausalLM if own is None or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else own
 
 
 def _unknown(tensors: list[str]) -> str:
