@@ -66,7 +66,7 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
         place: Number of a document, from 0 -> where its result will lie, for those that later ones name.
     Raises:
         UserError: The file cannot be read, holds a key that mergekit or this project would ignore, a model is not
-            here, or a document is neither the last nor named by a later one.
+            here, a name is of no model, or a document is neither the last nor named by a later one.
     """
     try:
         stated = [
@@ -89,11 +89,13 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
             if document.name is None:
                 raise UserError(f"{where} has no name, by which a later one could name its result; put it last")
             made[document.name] = place(number)
-    unused = sorted(made.keys() - set().union(*(document.used for document in documents)))
-    if unused:
+    used = set().union(*(document.used for document in documents))
+    for name in sorted(named.keys() - used):
+        raise UserError(f"merge config {file} names no model {name}; drop {name}={named[name]}, or mend its name")
+    for name in sorted(made.keys() - used):
         raise UserError(
-            f"merge config {file}: no later document names {unused[0]}, and the last one is the result; merge it in a "
-            "file of its own"
+            f"merge config {file}: no later document names {name}, and the last one is the result; merge it in a file "
+            "of its own"
         )
     return documents
 

@@ -257,6 +257,11 @@ def _references(checkpoints: list[Checkpoint]) -> dict[str, Any]:
 
     class Folder(ModelReference, frozen=True):
         config_file: str
+        place: int
+
+        def __hash__(self) -> int:
+            # mergekit's maps go by hashes; those of texts are others in every process, and so would be its sums.
+            return self.place
 
         def config(self, trust_remote_code: bool = False):
             # A model that an adapter was merged into keeps its config under a name that loaders do not see.
@@ -264,9 +269,9 @@ def _references(checkpoints: list[Checkpoint]) -> dict[str, Any]:
 
     return {
         checkpoint.name: Folder(
-            model=ModelPath(path=str(checkpoint.folder.resolve())), config_file=checkpoint.config_file
+            model=ModelPath(path=str(checkpoint.folder.resolve())), config_file=checkpoint.config_file, place=place
         )
-        for checkpoint in checkpoints
+        for place, checkpoint in enumerate(checkpoints)
     }
 
 

@@ -140,29 +140,27 @@ def merge_yaml(
     *earlier, last = read_file(Path(config_file), named, lambda number: made / str(number))
     for document in (*earlier, last):
         check_config(document.config)
-    extra = sorted(named.keys() - set().union(*(document.used for document in (*earlier, last))))
     options = {
         "engine": engine, "seed": seed, "allow_template_change": allow_template_change, "no_tokenizer": no_tokenizer,
         "threads": threads, "shard_bytes": shard_bytes,
     }  # fmt: skip
     if not earlier:
-        return _merge_document(last, out, base, extra, hash_weights=hash_weights, **options)
+        return _merge_document(last, out, base, hash_weights=hash_weights, **options)
     with workplace(place):
         # Their files are hashed as the inputs that they are.
         reports = [
-            _merge_document(document, made / str(number), None, [], hash_weights=False, **options)
+            _merge_document(document, made / str(number), None, hash_weights=False, **options)
             for number, document in enumerate(earlier)
         ]
         kept = ("name", "method", "base", "dtype", "seed", "config", "inputs")
         documents = [{key: value for key, value in report.items() if key in kept} for report in reports]
-        return _merge_document(last, out, base, extra, documents, hash_weights=hash_weights, **options)
+        return _merge_document(last, out, base, documents, hash_weights=hash_weights, **options)
 
 
 def _merge_document(
     document: Document,
     out: Path,
     base: str | None,
-    extra: list[str],
     documents: list[dict[str, Any]] | None = None,
     *,
     engine: str,
@@ -173,14 +171,9 @@ def _merge_document(
     threads: int | None,
     shard_bytes: int,
 ) -> dict[str, Any]:
-    """One merge of a file.
-
-    Args:
-        extra: Given names that no document names.
-        documents: Reports of those before it.
-    """
+    """One merge of a file; `documents` are the reports of those before it."""
     config, checkpoints = document.config, list(document.models.values())
-    unused = [*check_config(config), *(f"model {name}: the file does not name it" for name in extra)]
+    unused = check_config(config)
     base = _donor(document, base)
     dtype = config.get("out_dtype") or config.get("dtype") or _common_dtype(checkpoints)
     config["out_dtype"] = dtype

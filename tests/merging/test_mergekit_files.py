@@ -266,9 +266,11 @@ FILES = {
 }  # fmt: skip
 
 
-def save_llama(folder, seed, *, words=WORDS, added=("<think>",), template="{{ 'base' }}", **fields):
+def save_llama(
+    folder, seed, *, words=WORDS, added=("<think>",), template="{{ 'base' }}", dtype=torch.bfloat16, **fields
+):
     config = LlamaConfig(**{**LLAMA, "vocab_size": len(words) + len(added), **fields})
-    save_model(folder, LlamaForCausalLM(config), seed, dtype=fields.get("dtype", torch.bfloat16))
+    save_model(folder, LlamaForCausalLM(config), seed, dtype=dtype)
     save_tokenizer(folder, words, template, added)
     return folder
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -224,6 +225,12 @@ def write_yaml(file, **content):
     return file
 
 
+def merged(file, out, trained, **settings):
+    """A merge of a file with the folders of those names that stand in it."""
+    words = set(re.findall(r"\w+", file.read_text()))
+    return merge_yaml(file, out, {name: folder for name, folder in trained.items() if name in words}, **settings)
+
+
 def entries(*names, **own):
     return [{"model": name, **({"parameters": own[name]} if name in own else {})} for name in names]
 
@@ -271,7 +278,7 @@ YAMLS = {
 def test_yaml_equals_mergekits_own_run(case, trained, tmp_path):
     config = YAMLS[case]
     file = write_yaml(tmp_path / "merge.yml", **config)
-    report = merge_yaml(file, tmp_path / "out", trained, seed=5)
+    report = merged(file, tmp_path / "out", trained, seed=5)
     same_bits(weights(tmp_path / "out"), theirs(with_folders(config, trained), tmp_path / "theirs", seed=5))
     assert report["base"] == config["base_model"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report["dtype"]
@@ -284,7 +291,7 @@ def test_yaml_equals_mergekits_own_run(case, trained, tmp_path):
 
 def test_resolved_gradients_are_in_the_manifest(trained, tmp_path):
     file = write_yaml(tmp_path / "merge.yml", **YAMLS["gradients and filters"])
-    resolved = merge_yaml(file, tmp_path / "out", trained)["resolved"]
+    resolved = merged(file, tmp_path / "out", trained)["resolved"]
     of = {name: entry["parameters"]["t"] for entry in resolved for name in entry["tensors"]}
     assert [of[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(4)] == pytest.approx([0, 0.5, 0.3, 1])
     assert [of[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(4)] == pytest.approx([1, 2 / 3, 1 / 3, 0])
@@ -294,11 +301,11 @@ def test_resolved_gradients_are_in_the_manifest(trained, tmp_path):
 def test_linear_yaml_says_what_mergekit_divides_the_weights_by(trained, tmp_path):
     models = entries("a", "b", a={"weight": 3}, b={"weight": 1})
     file = write_yaml(tmp_path / "merge.yml", merge_method="linear", models=models, dtype="float32")
-    report = merge_yaml(file, tmp_path / "out", trained, base="b")
+    report = merged(file, tmp_path / "out", trained, base="b")
     [resolved] = report["resolved"]
     assert resolved["normalized_weights"] == {"a": 0.75, "b": 0.25}
     exact = mean([(trained["a"], 0.75), (trained["b"], 0.25)])
-    ours = merge_yaml(file, tmp_path / "ours", trained, base="b", engine="ours")
+    ours = merged(file, tmp_path / "ours", trained, base="b", engine="ours")
     assert (ours["inputs"], ours["engine"]) == ({"a": 0.75, "b": 0.25}, "ours")
     for out in ("out", "ours"):
         torch.testing.assert_close(weights(tmp_path / out)[QUERY].double(), exact[QUERY], rtol=0, atol=2.4e-7)
@@ -309,7 +316,7 @@ def refused(tmp_path, trained, settings=None, **config):
     file = write_yaml(tmp_path / "merge.yml", **config)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        merge_yaml(file, tmp_path / "out", trained, **(settings or {}))
+        merged(file, tmp_path / "out", trained, **(settings or {}))
     assert sorted(tmp_path.rglob("*")) == before
     message = str(caught.value)
     assert "\n" not in message
@@ -333,7 +340,7 @@ TIES = {"merge_method": "ties", "models": entries("pre", "a", "b", **WEIGHTED), 
         ({"models": [{"model": "pre", "layer_range": [0, 3]}, {"model": "a"}]}, "not look at layer_range=[0, 3] of"),
         ({"models": [{"model": "pre", "weights": 1}]}, "key weights in models is not one of model, parameters"),
         ({"models": [{"parameters": {}}]}, "an entry of models has no model"),
-        ({"models": entries("pre", "nowhere")}, "model nowhere is no folder here and not one of pre, a, b, other"),
+        ({"models": entries("pre", "nowhere")}, "model nowhere is no folder here and not one of pre; download it"),
         ({"merge_method": "dare"}, "merge method 'dare' is not one of mergekit's: arcee_fusion, breadcrumbs"),
         ({"parameters": {"t": 0.3, "tt": 1}}, "parameter tt is not used; it takes t here"),
         ({"parameters": {"t": "much"}}, "parameter t='much' is not a value it can have"),
@@ -357,7 +364,7 @@ def test_yaml_that_mergekit_would_misread_is_refused(changes, message, trained, 
 
 def test_the_tokenizer_of_another_model_than_the_base(trained, tmp_path):
     file = write_yaml(tmp_path / "merge.yml", **SLERP, tokenizer_source="a")
-    report = merge_yaml(file, tmp_path / "out", trained)
+    report = merged(file, tmp_path / "out", trained)
     assert (report["base"], report["tokenizer"], report["donated"]) == ("pre", "a", ["config"])
     message = refused(tmp_path, trained, {"base": "pre"}, **SLERP, tokenizer_source="a")
     assert "takes the tokenizer of 'a', but base='pre'; name one model for both" in message
@@ -397,7 +404,7 @@ def test_a_layer_that_moves_keeps_its_rope(trained, tmp_path):
     # Of four layers the last has no RoPE.
     stacked = layers(("a", 0, 2), ("b", 3, 4), ("a", 1, 4))
     file = write_yaml(tmp_path / "merge.yml", **stacked)
-    merge_yaml(file, tmp_path / "out", trained)
+    merged(file, tmp_path / "out", trained)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["no_rope_layers"]) == (6, [1, 1, 0, 1, 1, 0])
     same_bits(weights(tmp_path / "out"), theirs(with_folders(stacked, trained), tmp_path / "theirs"))
@@ -430,7 +437,7 @@ def test_yaml_with_a_key_twice_is_refused(trained, tmp_path):
     file = tmp_path / "merge.yml"
     file.write_text("merge_method: slerp\nmodels: []\nmerge_method: ties\n")
     with pytest.raises(UserError, match="cannot be read \\(key merge_method stands twice"):
-        merge_yaml(file, tmp_path / "out", trained)
+        merged(file, tmp_path / "out", trained)
 
 
 def test_linear_weights_without_a_sum_are_refused(trained, tmp_path):
