@@ -75,6 +75,9 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         start = f", from {manifest['base_model']}" if manifest["base_model"] else ""
         drawn = "" if manifest["seed"] is None else f", random seed {manifest['seed']}"
         first = f"{len(inputs)} checkpoints merged by mergekit's {method}{start}{drawn}"
+    merges = [entry["name"] for entry in manifest.get("documents", [])]
+    if merges:
+        first += f" (of these, {', '.join(merges)} were merged first: `documents` in `{MANIFEST}`)"
     rows = [f"| {entry['name']} | {_counts_for(entry)} |" for entry in inputs]
     lines = [
         "---",
@@ -84,7 +87,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"# {title}",
         "",
         f"{first} and rounded once to {dtype}." if "correctly_rounded" in manifest else f"{first}; written in {dtype}.",
-        f"Of {manifest['base']} it has: {', '.join(manifest['donated'])}.",
+        f"From {manifest['base']}: {', '.join(manifest['donated'])}.",
         "",
         f"| input | {'weight' if 'weight' in inputs[0] else 'parameters'} |",
         "|---|---|",

@@ -48,7 +48,7 @@ def check_config(config: dict[str, Any]) -> list[str]:
             else:
                 raise UserError(
                     f"merge method {method.spec.name}: parameter {name}{of_model} is not used; it takes "
-                    f"{', '.join(known.keys() - idle) or 'none'} here"
+                    f"{', '.join(name for name in known if name not in idle) or 'none'} here"
                 )
     return list(dict.fromkeys(unused))
 

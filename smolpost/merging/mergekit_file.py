@@ -7,7 +7,7 @@ of its commands, may stand in a document.
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _document(content: Any, named: dict[str, Path], where: str) -> Document:
     _check_keys(content, "file", where)
     config = {key: value for key, value in content.items() if value is not None}
-    if "merge_method" not in config or len(config.keys() & set(LAYOUTS)) != 1:
+    if not isinstance(config.get("merge_method"), str) or len(config.keys() & set(LAYOUTS)) != 1:
         raise UserError(f"{where} needs merge_method and one of models, slices and modules")
     _check_structure(config, where)
     _tokenizer(config, where)
@@ -140,8 +140,8 @@ def with_models(value: Any, change: Callable[[Any], Any], key: str = "") -> Any:
         return change(value)
     if key == "source" and isinstance(value, str) and value not in ("union", "base"):
         return change(value)
-    if key == "tokens" and isinstance(value, dict):  # keys are tokens, one of which may be called "model"
-        return {token: with_models(own, change, "") for token, own in value.items()}
+    if key in ("tokens", "modules") and isinstance(value, dict):  # one of which may be called "model"
+        return {name: with_models(own, change) for name, own in value.items()}
     if isinstance(value, dict):
         return {k: v if k == "parameters" else with_models(v, change, k) for k, v in value.items()}
     if isinstance(value, list):
@@ -178,13 +178,20 @@ class _Models:
         base, adapter = self._parts(model)
         name, folder = self._folder(base)
         if adapter is None:
-            self.found.setdefault(name, Checkpoint(name, folder))
-            return name
+            return self._add(Checkpoint(name, folder), given=base in self._named)
         own, place = self._folder(adapter)
         if not (place / "adapter_config.json").exists():
             raise UserError(f"{self._where}: {adapter} in model {base}+{adapter} is not an adapter ({place})")
-        self.found.setdefault(f"{name}+{own}", Checkpoint(f"{name}+{own}", place, adapts=folder))
-        return f"{name}+{own}"
+        return self._add(Checkpoint(f"{name}+{own}", place, adapts=folder), given=False)
+
+    def _add(self, checkpoint: Checkpoint, *, given: bool) -> str:
+        """Keep a checkpoint under its name, or another where the name is that of another one."""
+        taken = set() if given else self._named.keys()
+        name, number = checkpoint.name, 2
+        while name in taken or not _same(self.found.get(name, checkpoint), checkpoint):
+            name, number = f"{checkpoint.name}-{number}", number + 1
+        self.found.setdefault(name, replace(checkpoint, name=name))
+        return name
 
     def _parts(self, model: Any) -> tuple[str, str | None]:
         """A model and the adapter on it: MODEL+ADAPTER, or mergekit's mapping of both."""
@@ -218,11 +225,11 @@ class _Models:
                 f"{' and not one of ' + ', '.join(self._named) if self._named else ''}; download it and name its "
                 f"folder in the file or as {model}=FOLDER (an adapter has a folder of its own)"
             )
-        last = Path(os.path.abspath(folder)).name  # not `resolve`: a link's own name says more than what it points to
-        name, number = last, 2
-        while name in self._named or (name in self.found and self.found[name].folder.resolve() != folder.resolve()):
-            name, number = f"{last}-{number}", number + 1
-        return name, folder
+        return Path(os.path.abspath(folder)).name, folder  # not `resolve`: a link's own name says more
+
+
+def _same(one: Checkpoint, other: Checkpoint) -> bool:
+    return [one.folder.resolve(), one.adapts] == [other.folder.resolve(), other.adapts]
 
 
 def _check_keys(value: Any, part: str, where: str) -> None:
@@ -247,6 +254,7 @@ def _elsewhere(key: str) -> str:
 
 def _check_structure(config: dict[str, Any], where: str) -> None:
     """Refuse models, slices and modules that are not built as mergekit's."""
+    _check_parameters(config, where)
     modules = config.get("modules", {})
     if not isinstance(modules, dict) or ("modules" in config and not modules):
         raise UserError(f"{where}: modules holds {modules!r:.60}, not modules by their names")
@@ -263,6 +271,7 @@ def _check_structure(config: dict[str, Any], where: str) -> None:
         _check_model(model, "models", where)
     for piece in config.get("slices") or []:
         _check_keys(piece, "slices", where)
+        _check_parameters(piece, where)
         if not isinstance(piece.get("sources"), list) or not piece["sources"]:
             raise UserError(f"{where}: a slice has no list of sources")
         for source in piece["sources"]:
@@ -270,7 +279,13 @@ def _check_structure(config: dict[str, Any], where: str) -> None:
             _check_model(source, "sources", where)
 
 
+def _check_parameters(entry: dict[str, Any], where: str) -> None:
+    if not isinstance(entry.get("parameters") or {}, dict):
+        raise UserError(f"{where}: parameters holds {entry['parameters']!r:.60}, not parameters by their names")
+
+
 def _check_model(entry: dict[str, Any], part: str, where: str) -> None:
+    _check_parameters(entry, where)
     if entry.get("model") is None:
         raise UserError(f"{where}: an entry of {part} has no model")
     bounds = entry.get("layer_range")

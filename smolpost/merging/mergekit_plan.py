@@ -112,16 +112,16 @@ class _Inputs:
 
     def configuration(self, config: dict[str, Any]):
         """mergekit's object for a configuration."""
-        from mergekit.config import MergeConfiguration
+        from mergekit import config as of_mergekit
 
         order = list(self._references.values())
 
-        class Ordered(MergeConfiguration):
+        class MergeConfiguration(of_mergekit.MergeConfiguration):  # pydantic's errors say its name
             def referenced_models(self):
                 # mergekit's own order is that of a set of hashes, another in every process.
                 return sorted(super().referenced_models(), key=order.index)
 
-        return Ordered.model_validate(with_models(config, self._references.__getitem__))
+        return MergeConfiguration.model_validate(with_models(config, self._references.__getitem__))
 
     def hold(self, task: Any) -> bool:
         """Whether a planned tensor is stored: a head that is stored though tied is the embedding again."""

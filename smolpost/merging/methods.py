@@ -16,7 +16,7 @@ from smolpost.merging.draft import Job, Made, build
 from smolpost.merging.mergekit_config import STOCHASTIC, check_config, check_filters, method_of
 from smolpost.merging.mergekit_file import Document, entries, read_file
 from smolpost.merging.mergekit_plan import planned, without_embedding
-from smolpost.merging.preflight import ENGINES, WEIGHT_TOLERANCE, check_choice, check_request, check_values
+from smolpost.merging.preflight import ENGINES, WEIGHT_TOLERANCE, check_choice, check_out, check_request, check_values
 from smolpost.merging.shards import SHARD_BYTES
 from smolpost.merging.tokenizer import template_text, write_tokenizer
 from smolpost.merging.verify import check_finite
@@ -138,8 +138,11 @@ def merge_yaml(
     place = out.parent / f"{out.name}.documents"
     made = place.parent / f".{place.name}.making"
     *earlier, last = read_file(Path(config_file), named, lambda number: made / str(number))
+    # Before the first of several merges is made.
     for document in (*earlier, last):
         check_config(document.config)
+        _donor(document, base if document is last else None)
+    check_out(out)
     options = {
         "engine": engine, "seed": seed, "allow_template_change": allow_template_change, "no_tokenizer": no_tokenizer,
         "threads": threads, "shard_bytes": shard_bytes,
@@ -182,6 +185,12 @@ def _merge_document(
         why = "the result has no tokenizer" if no_tokenizer else "engine='ours' keeps the base's tokenizer"
         raise UserError(f"{document.where} states {asked}, but {why}; drop one of them")
     if engine == "ours":
+        for checkpoint in checkpoints:
+            if checkpoint.adapts is not None:
+                raise UserError(
+                    f"{document.where}: engine='ours' puts the adapter of '{checkpoint.name}' on the model that its own "
+                    "config names; take engine='mergekit', or name the adapter's folder alone"
+                )
         weighted = [(n, document.models[n].folder, weight) for n, weight in _linear_weights(config).items()]
         return linear.merge(
             weighted, base, out, dtype, allow_template_change=allow_template_change, no_tokenizer=no_tokenizer,
@@ -262,6 +271,8 @@ def _donor(document: Document, base: str | None) -> str:
         raise UserError(
             f"{document.where} takes the tokenizer of '{source}', but base='{base}'; name one model for both"
         )
+    if base not in (None, *document.models):
+        raise UserError(f"{document.where}: base='{base}' is not one of its models {', '.join(document.models)}")
     first = next(entry["model"] for entry in entries(document.config) if "model" in entry)
     return base or document.config.get("base_model") or first
 

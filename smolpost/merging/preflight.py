@@ -51,6 +51,11 @@ def check_request(checkpoints: list[Checkpoint], base: str, out: Path, dtype: st
             "name the input whose config, tokenizer and chat template the result has"
         )
     check_choice("dtype", dtype, BYTES)
+    check_out(out)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"merge output {out} exists and is not an empty folder; name another or empty it")
 

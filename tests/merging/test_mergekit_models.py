@@ -194,6 +194,10 @@ def test_an_adapter_on_a_model(tmp_path, monkeypatch):
     words = {"org/model": tmp_path / "a", "org/adapter": tmp_path / "lora"}
     merge_yaml(written(tmp_path / "merge.yml", config), tmp_path / "again", words)
     same_bits(weights(tmp_path / "again"), golden)
+    # Our engine merges an adapter into the model that it was trained on.
+    assert "engine='ours' puts the adapter of 'a+lora' on the model that its own config names" in refused(
+        written(tmp_path / "merge.yml", blend("a+lora", "b", "linear")), tmp_path / "out", engine="ours"
+    )
     inputs[0]["model"] = "a+c"
     assert "c in model a+c is not an adapter (c)" in refused(written(tmp_path / "merge.yml", config), tmp_path / "out")
     inputs[0]["model"] = {"model": "a", "override_architecture": "x"}
