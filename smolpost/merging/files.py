@@ -77,7 +77,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         first = f"{len(inputs)} checkpoints merged by mergekit's {method}{start}{drawn}"
     merges = [entry["name"] for entry in manifest.get("documents", [])]
     if merges:
-        first += f" (of these, {', '.join(merges)} were merged first: `documents` in `{MANIFEST}`)"
+        first += f" (made by merges before: {', '.join(merges)}; see `documents` in `{MANIFEST}`)"
     rows = [f"| {entry['name']} | {_counts_for(entry)} |" for entry in inputs]
     lines = [
         "---",

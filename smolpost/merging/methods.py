@@ -188,8 +188,8 @@ def _merge_document(
         for checkpoint in checkpoints:
             if checkpoint.adapts is not None:
                 raise UserError(
-                    f"{document.where}: engine='ours' puts the adapter of '{checkpoint.name}' on the model that its own "
-                    "config names; take engine='mergekit', or name the adapter's folder alone"
+                    f"{document.where}: engine='ours' puts the adapter of '{checkpoint.name}' on the model that its "
+                    "own config names; take engine='mergekit', or name the adapter's folder alone"
                 )
         weighted = [(n, document.models[n].folder, weight) for n, weight in _linear_weights(config).items()]
         return linear.merge(

@@ -170,7 +170,8 @@ def _check_template(base: Checkpoint, other: Checkpoint) -> None:
         raise UserError(
             f"merge inputs '{base.name}' and '{other.name}' differ in their chat template ({name}: "
             f"{_shown(mine.get(name), theirs.get(name))}); merge checkpoints trained with one template, "
-            f"or allow it with allow_template_change=True: the result has the template of '{base.name}'"
+            "or allow it with allow_template_change=True (--allow-template-change): the result has the template of "
+            f"'{base.name}'"
         )
 
 

@@ -404,7 +404,7 @@ def test_refuses_differing_chat_templates_naming_both(trained, tmp_path):
     assert refused(inputs, tmp_path) == (
         "merge inputs 'a' and 'c' differ in their chat template (default: line 1 is "
         f"{TEMPLATE[:60]!r} and \"{{{{ 'c' }}}}\"); merge checkpoints trained with one template, or allow it with "
-        "allow_template_change=True: the result has the template of 'a'"
+        "allow_template_change=True (--allow-template-change): the result has the template of 'a'"
     )
     report = merge(inputs, "c", tmp_path / "out", "float32", allow_template_change=True)
     assert report["base"] == "c"
