@@ -12,15 +12,17 @@ from smolpost.merging.methods import merge_method, merge_yaml
 
 def by_method(stage, inputs, folder):
     config = stage.plan.config
-    shared = {"seed": config.seed, "allow_template_change": config.allow_template_change}
+    shared = {"allow_template_change": config.allow_template_change}
     if config.config:
-        return merge_yaml(Path(config.config), folder, inputs, base=stage.plan.base, **shared)
+        # A file has a seed of its own, which the stage's may replace.
+        seed = config.seed or None
+        return merge_yaml(Path(config.config), folder, inputs, base=stage.plan.base, seed=seed, **shared)
     # A stage with several seeds stands for all of them, each with the stage's parameters.
     own = {leaf: config.inputs.get(leaf, config.inputs.get(leaf.rpartition("-")[0])) for leaf in inputs}
     named = [(leaf, place, dict(own[leaf] or {})) for leaf, place in inputs.items()]
     return merge_method(
         config.method, named, stage.plan.base, folder, config.dtype, parameters=dict(config.parameters),
-        base_model=config.base_model, **shared,
+        base_model=config.base_model, seed=config.seed, **shared,
     )  # fmt: skip
 
 

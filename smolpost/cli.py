@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, epilog=EPILOG)
+        sub.set_defaults(verb=verb)
         if verb == "adopt":
             sub.add_argument("folder", type=Path)
             continue
@@ -93,7 +94,10 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="size of the sample; 32")
-    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # Words and options in any order, which a parser of verbs does not give its verbs.
+    chosen = verbs.choices.get(argv[0]) if argv else None
+    options = chosen.parse_intermixed_args(argv[1:]) if chosen else parser.parse_args(argv)
     with one_line_errors():
         sys.exit(_do(options))
 

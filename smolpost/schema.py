@@ -304,7 +304,7 @@ class MergekitStage(Stage):
     base_model: str | None = None  # the input that differences are taken from, where the method needs one
     config: str | None = None  # mergekit YAML that names the inputs as its models, in place of method and parameters
     dtype: str = choice(*DTYPES)  # of the merged weights on disk; a YAML has its own
-    seed: int = 0  # of methods that draw numbers
+    seed: int = 0  # of methods that draw numbers; with 0, the random_seed of a YAML that has one
     allow_template_change: bool = tuning(False)  # merge inputs that speak other chat templates than the base
 
     def parents(self):

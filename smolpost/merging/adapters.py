@@ -38,8 +38,8 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
             "load it with peft where it is trusted, and save it with save_pretrained"
         )
     stated = read_json(file, checkpoint.who)
-    base = stated.get("base_model_name_or_path")
-    folder = _folder_of(base, stated.get("revision")) if base else None
+    base = checkpoint.adapts or stated.get("base_model_name_or_path")
+    folder = _folder_of(str(base), stated.get("revision")) if base else None
     if folder is None:
         raise UserError(
             f"{checkpoint.who} is a LoRA adapter of base_model_name_or_path={base!r}, which is neither a checkpoint "

@@ -30,6 +30,7 @@ class Checkpoint:
     weight: float = 1.0  # in the merge
     sources: tuple[Path, ...] = ()  # the files it was made of, where it is a merged adapter
     config_file: str = "config.json"  # another name keeps loaders off a draft
+    adapts: Path | None = None  # the model that an adapter is put on; None: the one that its own config names
 
     @property
     def who(self) -> str:

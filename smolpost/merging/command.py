@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, help="of linear merges; ours, and mergekit with --config")
     parser.add_argument("--verify", choices=VERIFICATIONS, help="elements recomputed in fp64, of ours; sampled")
     parser.add_argument("--allow-template-change", action="store_true", help="inputs may differ in chat template")
-    parser.add_argument("--seed", type=int, help="of methods that draw numbers; 0")
+    parser.add_argument("--no-tokenizer", action="store_true", help="inputs need no tokenizer; the result has none")
+    parser.add_argument("--seed", type=int, help="of methods that draw numbers; 0, or a file's random_seed")
     parser.add_argument("--threads", type=int, help="at work at once; all cores, eight at most")
 
 
@@ -59,6 +60,7 @@ def merge_command(
     engine: str | None = None,
     verify: str | None = None,
     allow_template_change: bool = False,
+    no_tokenizer: bool = False,
     seed: int | None = None,
     threads: int | None = None,
 ) -> int:
@@ -75,15 +77,13 @@ def merge_command(
     # Importing torch takes a second; `smolpost --help` does not need it.
     from smolpost.merging import linear, methods
 
-    common = {"allow_template_change": allow_template_change, "threads": threads}
+    common = {"allow_template_change": allow_template_change, "no_tokenizer": no_tokenizer, "threads": threads}
     if config is not None:
         _refuse("config", method=method, set=settings, dtype=dtype, base_model=base_model, verify=verify)
         if engine == "ours":
             _refuse("config and --engine=ours", seed=seed)
         folders = {name: Path(folder) for name, folder in map(_pair, inputs)}
-        report = methods.merge_yaml(
-            config, out, folders, base=base, engine=engine or "mergekit", seed=seed or 0, **common
-        )
+        report = methods.merge_yaml(config, out, folders, base=base, engine=engine or "mergekit", seed=seed, **common)
     elif method is None:
         _refuse("a weighted mean (no --method)", set=settings, base_model=base_model, seed=seed)
         named = _named(inputs, [base])
@@ -176,7 +176,8 @@ def _parameters(settings: list[str]) -> dict[str, Any]:
 def _lines(report: dict[str, Any], out: Path) -> list[str]:
     """What was merged, how each input counts, what it took and where it is."""
     normalized = [entry["normalized_weights"] for entry in report.get("resolved", []) if "normalized_weights" in entry]
-    lines = [f"method     {report['method']}, by {'mergekit' if report['engine'] == 'mergekit' else 'smolpost'}"]
+    lines = [f"document   {made['name']}: {made['method']}, not kept" for made in report.get("documents", [])]
+    lines.append(f"method     {report['method']}, by {'mergekit' if report['engine'] == 'mergekit' else 'smolpost'}")
     for name, own in report["inputs"].items():
         text = f"{own:.9g}" if isinstance(own, float | int) else json.dumps(own) if own else "no parameters"
         divided = f", counts as {normalized[0][name]:.9g}" if len(normalized) == 1 else ""
@@ -185,7 +186,15 @@ def _lines(report: dict[str, Any], out: Path) -> list[str]:
         lines.append(f"parameters differ among {len(report['resolved'])} sets of tensors: `resolved` in the manifest")
     if report.get("base_model"):
         lines.append(f"from       {report['base_model']}")
-    lines.append(f"base       {report['base']}: its config, tokenizer, chat template")
+    lines += [f"unused     {what}" for what in report.get("unused", [])]
+    lines.append(f"base       {report['base']}: its {', '.join(report['donated'])}")
+    if "tokenizer" in report:
+        zeros = len(report["tokens_without_embedding"])
+        lines.append(
+            f"tokenizer  {report['tokenizer']}" + (f"; {zeros} tokens that no input has: zeros" if zeros else "")
+        )
+    if "chat_template" in report:
+        lines.append(f"template   {report['chat_template'].splitlines()[0][:60]}")
     if report.get("seed") is not None:
         lines.append(f"seed       {report['seed']}")
     lines.append(

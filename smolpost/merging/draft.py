@@ -9,14 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smolpost.atomic import workplace
 from smolpost.merging.adapters import base_of, is_adapter, merge_adapter
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.files import DONATED, MANIFEST, copy_files, sync, versions, write_card, write_config
+from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, sync, versions, write_card, write_config
 from smolpost.merging.preflight import check_disk, check_inputs
 from smolpost.merging.shards import PART, Pool, default_threads, sha256, write_json
 from smolpost.merging.stop_tokens import differing, stop_token_ids
@@ -35,6 +35,9 @@ class Job:
         out: Result folder; empty or absent.
         dtype: Of the written weights.
         allow_template_change: Merge inputs whose chat templates differ.
+        vocabulary: "equal": all inputs have one, and the result has the base's tokenizer. "aligned": the method aligns
+            the inputs' vocabularies and writes a tokenizer. "none": vocabularies are not compared, and the result has
+            no tokenizer.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
         threads: At work at once, at most; None for all cores, eight at most.
     """
@@ -46,6 +49,24 @@ class Job:
     allow_template_change: bool
     hash_weights: bool
     threads: int | None
+    vocabulary: str = "equal"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method made beside the weights.
+
+    Attributes:
+        report: What the report says of it.
+        shapes: Tensor -> shape of what was written; None: the base's tensors.
+        config: Dotted key of config.json -> its value in place of the base's.
+        tokenizer: Writes what the result has in place of the base's tokenizer or chat template into a folder.
+    """
+
+    report: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[[Path], object] = lambda folder: None
 
 
 class WeightFiles:
@@ -86,7 +107,7 @@ class WeightFiles:
 
 def build(
     job: Job,
-    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], dict[str, Any]],
+    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], Made],
     verify: Callable[[list[Checkpoint], Checkpoint], dict[str, Any]],
     report: dict[str, Any],
 ) -> dict[str, Any]:
@@ -94,12 +115,13 @@ def build(
 
     Args:
         write: Writes the weights, given the inputs as full models, the base among them, the folder to write to and
-            what to call with each file that is whole; returns what the report says of it.
+            what to call with each file that is whole.
         verify: Checks the written weights, given the inputs and the result; returns what the report says of it.
         report: What the report says from the start.
     Returns:
-        The report: also `stop_tokens` (input -> ids), `max_position_embeddings` (input -> tokens), `num_tensors`,
-        `num_parameters`, `read_bytes` and `written_bytes` of weight files, and `seconds`.
+        The report: also `donated` (what the result has of its base), `stop_tokens` (input -> ids),
+        `max_position_embeddings` (input -> tokens), `num_tensors`, `num_parameters`, `read_bytes` and `written_bytes`
+        of weight files, and `seconds`.
     Raises:
         UserError: The inputs cannot be merged, or make no working model; nothing is written.
         OSError: The disk became full, among others; nothing is left behind.
@@ -112,9 +134,10 @@ def build(
         draft, models = work / "out", work / "adapters"
         full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(job.checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == job.base]
-        check_inputs(full, donor, job.allow_template_change)
+        check_inputs(full, donor, job.allow_template_change, job.vocabulary)
         # The others have the same tensors.
-        check_whole(donor.folder, read_config(donor.folder / donor.config_file, donor.who), donor.who)
+        config = read_config(donor.folder / donor.config_file, donor.who)
+        check_whole(donor.folder, config, donor.who, own_class=True)
         if line := differing(full, donor):
             print(line, flush=True)
         draft.mkdir()
@@ -122,20 +145,30 @@ def build(
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:
             for checkpoint in full:
                 files.read(checkpoint.sources or checkpoint.weight_files)
-            report = report | write(full, donor, draft, files.finished)
-            write_config(donor, draft / merged.config_file, job.dtype)
-            check_tensors(full, merged, job.dtype)
-            report |= verify(full, merged)
+            made = write(full, donor, draft, files.finished)
+            report = report | made.report
+            write_config(donor, draft / merged.config_file, job.dtype, made.config)
+            shapes = made.shapes or {name: tensor.shape for name, tensor in donor.tensors.items()}
+            check_tensors(shapes, merged, job.dtype)
+            report |= verify(full, merged) | {"donated": _donated(job, report)}
             check_model(merged)
             hashes = files.wait()
         report |= _counts(full, merged) | {"seconds": time.monotonic() - start}
-        copy_files(donor.folder, draft, DONATED)
+        copy_files(donor.folder, draft, DONATED if job.vocabulary == "equal" else PROCESSING)
+        made.tokenizer(draft)
         _write_manifest(draft, full, merged, hashes, report)
         sync(*draft.rglob("*"), draft)
         (draft / merged.config_file).rename(draft / "config.json")
         os.replace(draft, job.out)
         sync(job.out, job.out.absolute().parent)
     return report | {"seconds": time.monotonic() - start}
+
+
+def _donated(job: Job, report: dict[str, Any]) -> list[str]:
+    """What the result has of its base."""
+    if job.vocabulary != "equal":
+        return ["config"]
+    return ["config", "tokenizer", *([] if "chat_template" in report else ["chat template"])]
 
 
 def _counts(checkpoints: list[Checkpoint], merged: Checkpoint) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.shards import write_json
 
-# All a tokenizer, its chat templates and generation defaults may consist of; what the base has of it is copied.
-DONATED = (
+# What a tokenizer with its chat templates may consist of, and what generation and images need; what the base has of it
+# is copied.
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -22,8 +23,14 @@ DONATED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",
-    "generation_config.json",
 )
+PROCESSING = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+DONATED = (*TOKENIZER, *PROCESSING)
 MANIFEST, CARD = "merge_manifest.json", "README.md"
 LIBRARIES = ("smolpost", "torch", "transformers", "safetensors", "mergekit", "peft")
 
@@ -38,12 +45,18 @@ def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def write_config(base: Checkpoint, file: Path, dtype: str) -> None:
-    """The base's configuration, as it is but for the dtype."""
+def write_config(base: Checkpoint, file: Path, dtype: str, changes: dict[str, Any]) -> None:
+    """The base's configuration, as it is but for the dtype and for `changes`: dotted key -> value."""
     config = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
     # transformers wrote torch_dtype before version 5.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = dtype
+    for key, value in changes.items():
+        *parts, last = key.split(".")
+        place = config
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = value
     write_json(file, config)
 
 
@@ -62,6 +75,9 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         start = f", from {manifest['base_model']}" if manifest["base_model"] else ""
         drawn = "" if manifest["seed"] is None else f", random seed {manifest['seed']}"
         first = f"{len(inputs)} checkpoints merged by mergekit's {method}{start}{drawn}"
+    merges = [entry["name"] for entry in manifest.get("documents", [])]
+    if merges:
+        first += f" (made by merges before: {', '.join(merges)}; see `documents` in `{MANIFEST}`)"
     rows = [f"| {entry['name']} | {_counts_for(entry)} |" for entry in inputs]
     lines = [
         "---",
@@ -71,7 +87,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         f"# {title}",
         "",
         f"{first} and rounded once to {dtype}." if "correctly_rounded" in manifest else f"{first}; written in {dtype}.",
-        f"Config, tokenizer and chat template are those of {manifest['base']}.",
+        f"From {manifest['base']}: {', '.join(manifest['donated'])}.",
         "",
         f"| input | {'weight' if 'weight' in inputs[0] else 'parameters'} |",
         "|---|---|",

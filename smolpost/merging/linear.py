@@ -9,7 +9,7 @@ import torch
 from smolpost.errors import UserError
 from smolpost.merging import mergekit
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.draft import Job, build
+from smolpost.merging.draft import Job, Made, build
 from smolpost.merging.preflight import ENGINES, VERIFICATIONS, check_choice, check_request, check_sum, check_values
 from smolpost.merging.shards import SHARD_BYTES, NotFinite, write_mean
 from smolpost.merging.verify import compare_with_mean
@@ -24,6 +24,7 @@ def merge(
     engine: str = "ours",
     verification: str = "sampled",
     allow_template_change: bool = False,
+    no_tokenizer: bool = False,
     hash_weights: bool = True,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -41,6 +42,7 @@ def merge(
         engine: "ours", or "mergekit" for its linear method; both give the same weights.
         verification: "sampled" recomputes some elements of every part of every tensor in fp64, "full" all of them.
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
+        no_tokenizer: Merge models without comparing tokenizers, which they need not have; the result has none.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
         threads: At work at once, at most; all cores, eight at most, by default. The result does not depend on it.
         shard_bytes: Of weights per written file.
@@ -57,19 +59,20 @@ def merge(
     """
     checkpoints = [Checkpoint(name, Path(folder), weight) for name, folder, weight in inputs]
     weights = {checkpoint.name: checkpoint.weight for checkpoint in checkpoints}
-    job = Job(checkpoints, base, Path(out), dtype, allow_template_change, hash_weights, threads)
+    vocabulary = "none" if no_tokenizer else "equal"
+    job = Job(checkpoints, base, Path(out), dtype, allow_template_change, hash_weights, threads, vocabulary)
     check_request(checkpoints, base, job.out, dtype)
     check_sum(weights)
     check_choice("engine", engine, ENGINES)
     check_choice("verification", verification, VERIFICATIONS)
 
-    def write(full, donor, draft, finished) -> dict[str, Any]:
+    def write(full, donor, draft, finished) -> Made:
         if engine == "mergekit":
             check_values(full, donor.tensors)
             mergekit.write_mean(full, donor, draft, dtype, limit=shard_bytes, finished=finished)
         else:
             _write_ours(full, draft, dtype, threads=threads, limit=shard_bytes, finished=finished)
-        return {}
+        return Made()
 
     def verify(full, merged) -> dict[str, Any]:
         return compare_with_mean(full, merged, dtype, full=verification == "full")

@@ -1,27 +1,27 @@
 """mergekit's methods by name or by its YAML, behind the checks and the atomic output of the linear merge."""
 
 import math
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from smolpost.atomic import workplace
 from smolpost.errors import UserError
 from smolpost.merging import linear, mergekit
+from smolpost.merging.adapters import base_of, is_adapter
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.draft import Job, build
-from smolpost.merging.mergekit_config import (
-    STOCHASTIC,
-    Settings,
-    check_config,
-    check_layers,
-    filters_of,
-    method_of,
-    read_settings,
-)
-from smolpost.merging.preflight import ENGINES, WEIGHT_TOLERANCE, check_choice, check_request, check_values
+from smolpost.merging.draft import Job, Made, build
+from smolpost.merging.mergekit_config import STOCHASTIC, check_config, check_filters, method_of
+from smolpost.merging.mergekit_file import Document, entries, read_file
+from smolpost.merging.mergekit_plan import planned, without_embedding
+from smolpost.merging.preflight import ENGINES, WEIGHT_TOLERANCE, check_choice, check_out, check_request, check_values
 from smolpost.merging.shards import SHARD_BYTES
+from smolpost.merging.tokenizer import template_text, write_tokenizer
 from smolpost.merging.verify import check_finite
 
-TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def merge_method(
@@ -35,6 +35,7 @@ def merge_method(
     base_model: str | None = None,
     seed: int = 0,
     allow_template_change: bool = False,
+    no_tokenizer: bool = False,
     hash_weights: bool = True,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -55,6 +56,7 @@ def merge_method(
         base_model: Name of the input that differences are taken from, or slerp's t = 0; karcher, linear take none.
         seed: mergekit's random_seed, of the methods that draw numbers (dare, della, arcee_fusion).
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
+        no_tokenizer: Merge models without comparing tokenizers, which they need not have; the result has none.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
         threads: That hash and sync files, at most; all cores, eight at most, by default.
         shard_bytes: Of weights per written file.
@@ -81,8 +83,12 @@ def merge_method(
         "dtype": "float32",
         "out_dtype": dtype,
     }
+    unused = check_config(config)
+    if unused:
+        raise UserError(f"merge {unused[0]}; drop it")
     checkpoints = [Checkpoint(name, Path(folder)) for name, folder, _ in inputs]
-    job = Job(checkpoints, base, Path(out), dtype, allow_template_change, hash_weights, threads)
+    vocabulary = "none" if no_tokenizer else "equal"
+    job = Job(checkpoints, base, Path(out), dtype, allow_template_change, hash_weights, threads, vocabulary)
     return _merge(config, job, seed, shard_bytes)
 
 
@@ -93,81 +99,149 @@ def merge_yaml(
     *,
     base: str | None = None,
     engine: str = "mergekit",
-    seed: int = 0,
+    seed: int | None = None,
     allow_template_change: bool = False,
+    no_tokenizer: bool = False,
     hash_weights: bool = True,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write the merge that a mergekit YAML file states to a new folder.
 
-    The weights are bit for bit those of the `mergekit-yaml` command with --random-seed `seed`: `dtype` is the one that
-    inputs are computed in, `out_dtype` the written one, each left to mergekit's rule where absent.
-
-    Taken as they are: merge_method, models, slices whose layers stay at their places, parameters with gradients and
-    filters, base_model, dtype, out_dtype. tokenizer_source and tokenizer.source may name the model whose tokenizer the
-    result has, "base" or "union": the inputs' vocabularies are equal, so all are one. chat_template may be "auto".
-    Refused, since the checks could not hold: unknown keys, keys that stand twice, modules, tokenizer.tokens,
-    tokenizer.pad_to_multiple_of, other chat templates, slices that move or leave out layers.
+    The weights are those of the `mergekit-yaml` command with --random-seed `seed`, bit for bit but for what
+    docs/merging.md names. `dtype` is the one that inputs are computed in, `out_dtype` the written one, each left to
+    mergekit's rule where absent. All keys of mergekit's work; any other is refused by name, and so is one that stands
+    twice. Parameters of other methods, which mergekit passes over, are `unused` in the report. `random_seed` may stand
+    in the file. The documents of a file are merged in order; each but the last has a `name` by which later ones name
+    its result, which is not kept.
 
     Args:
         config_file: mergekit's YAML.
         folders: Name -> folder of the models that the file names; others are folders, relative to the current one.
+            MODEL+ADAPTER names a LoRA adapter on a model.
         base: The model, by the file's name or its folder's last part, whose config, tokenizer and chat template the
-            result has; base_model or the tokenizer's by default. mergekit would choose one at random without it.
+            result has where the file states no others; base_model, or the first model, by default.
         engine: "mergekit", or "ours" for a linear merge with one weight per input: fp32 sums, one rounding, compared
             with the fp64 mean.
-        seed: As in `merge_method`, as are all other arguments.
+        seed: As in `merge_method`; the file's random_seed by default, else 0.
+        allow_template_change, ...: As in `merge_method`.
     Returns:
-        As `merge_method`; as `smolpost.merging.linear.merge` with engine "ours".
+        As `merge_method`, and `unused`, `name`, `chat_template`, `tokenizer`, `tokens_without_embedding` and
+        `documents` (what the report of each earlier one says) where there are any; as
+        `smolpost.merging.linear.merge` with engine "ours".
     Raises:
         UserError: The file, its models or parameters make no merge; nothing is written.
         OSError: The disk became full, among others; nothing is left behind.
     """
-    settings = read_settings(Path(config_file), {name: Path(folder) for name, folder in (folders or {}).items()})
-    config, base = settings.config, _donor(settings, base, f"merge config {config_file}")
-    if settings.chat_template == "auto" and allow_template_change:
-        raise UserError(f"merge config {config_file}: chat_template=auto chooses among templates; drop the key")
     check_choice("engine", engine, ENGINES)
-    checkpoints = [Checkpoint(name, folder) for name, folder in settings.folders.items()]
+    out, named = Path(out), {name: Path(folder) for name, folder in (folders or {}).items()}
+    place = out.parent / f"{out.name}.documents"
+    made = place.parent / f".{place.name}.making"
+    *earlier, last = read_file(Path(config_file), named, lambda number: made / str(number))
+    # Before the first of several merges is made.
+    for document in (*earlier, last):
+        check_config(document.config)
+        _donor(document, base if document is last else None)
+    check_out(out)
+    options = {
+        "engine": engine, "seed": seed, "allow_template_change": allow_template_change, "no_tokenizer": no_tokenizer,
+        "threads": threads, "shard_bytes": shard_bytes,
+    }  # fmt: skip
+    if not earlier:
+        return _merge_document(last, out, base, hash_weights=hash_weights, **options)
+    with workplace(place):
+        # Their files are hashed as the inputs that they are.
+        reports = [
+            _merge_document(document, made / str(number), None, hash_weights=False, **options)
+            for number, document in enumerate(earlier)
+        ]
+        kept = ("name", "method", "base", "dtype", "seed", "config", "inputs")
+        documents = [{key: value for key, value in report.items() if key in kept} for report in reports]
+        return _merge_document(last, out, base, documents, hash_weights=hash_weights, **options)
+
+
+def _merge_document(
+    document: Document,
+    out: Path,
+    base: str | None,
+    documents: list[dict[str, Any]] | None = None,
+    *,
+    engine: str,
+    seed: int | None,
+    allow_template_change: bool,
+    no_tokenizer: bool,
+    hash_weights: bool,
+    threads: int | None,
+    shard_bytes: int,
+) -> dict[str, Any]:
+    """One merge of a file; `documents` are the reports of those before it."""
+    config, checkpoints = document.config, list(document.models.values())
+    unused = check_config(config)
+    base = _donor(document, base)
     dtype = config.get("out_dtype") or config.get("dtype") or _common_dtype(checkpoints)
     config["out_dtype"] = dtype
+    asked = "tokenizer" if "tokenizer" in config else "chat_template" if document.chat_template else None
+    if asked and (no_tokenizer or engine == "ours"):
+        why = "the result has no tokenizer" if no_tokenizer else "engine='ours' keeps the base's tokenizer"
+        raise UserError(f"{document.where} states {asked}, but {why}; drop one of them")
     if engine == "ours":
-        weighted = [(name, settings.folders[name], weight) for name, weight in _linear_weights(config).items()]
+        for checkpoint in checkpoints:
+            if checkpoint.adapts is not None:
+                raise UserError(
+                    f"{document.where}: engine='ours' puts the adapter of '{checkpoint.name}' on the model that its "
+                    "own config names; take engine='mergekit', or name the adapter's folder alone"
+                )
+        weighted = [(n, document.models[n].folder, weight) for n, weight in _linear_weights(config).items()]
         return linear.merge(
-            weighted, base, out, dtype, allow_template_change=allow_template_change, hash_weights=hash_weights,
-            threads=threads, shard_bytes=shard_bytes,
+            weighted, base, out, dtype, allow_template_change=allow_template_change, no_tokenizer=no_tokenizer,
+            hash_weights=hash_weights, threads=threads, shard_bytes=shard_bytes,
         )  # fmt: skip
-    job = Job(checkpoints, base, Path(out), dtype, allow_template_change, hash_weights, threads)
-    return _merge(config, job, seed, shard_bytes)
+    vocabulary = "none" if no_tokenizer else "aligned" if "tokenizer" in config else "equal"
+    # A template that the file states is the one of the result, whatever those of the inputs.
+    any_template = allow_template_change or document.chat_template is not None
+    job = Job(checkpoints, base, out, dtype, any_template, hash_weights, threads, vocabulary)
+    seed = next(value for value in (seed, document.seed, 0) if value is not None)
+    stated = {"name": document.name, "chat_template": document.chat_template, "documents": documents, "unused": unused}
+    report = {key: value for key, value in stated.items() if value}
+    return _merge(config, job, seed, shard_bytes, document.chat_template, report)
 
 
-def _merge(config: dict[str, Any], job: Job, seed: int, shard_bytes: int) -> dict[str, Any]:
-    """A merge by a mergekit configuration that names the job's checkpoints."""
+def _merge(
+    config: dict[str, Any],
+    job: Job,
+    seed: int,
+    shard_bytes: int,
+    chat_template: str | None = None,
+    stated: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A merge by a mergekit configuration that names the job's checkpoints; the report says also what is `stated`."""
     method = config["merge_method"]
     check_request(job.checkpoints, job.base, job.out, job.dtype)
-    check_config(config)
     _check_folders(job.checkpoints)
 
-    def write(full, donor, draft, finished) -> dict[str, Any]:
-        check_layers(config, donor.config["num_hidden_layers"])
-        unused = [text for text in sorted(filters_of(config)) if not any(text in name for name in donor.tensors)]
-        if unused:
-            raise UserError(f"merge method {method}: filter '{unused[0]}' is in no tensor's name; mend or drop it")
+    def write(full, donor, draft, finished) -> Made:
         check_values(full, donor.tensors)
-        with mergekit.planned(config, full, donor) as plan:
+        with planned(config, full, donor) as plan:
+            check_filters(config, plan.names)
             resolved = [_normalized(entry) for entry in plan.resolved] if method == "linear" else plan.resolved
-            mergekit.write_result(plan, donor, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
-        return {"resolved": resolved if len(resolved) > 1 else [resolved[0] | {"tensors": "all"}]}
+            template = chat_template and template_text(chat_template, plan.references)
+            mergekit.write_result(plan, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
+        report = {"resolved": resolved if len(resolved) > 1 else [resolved[0] | {"tensors": "all"}]}
+        if plan.vocabulary:
+            report["tokenizer"] = config["tokenizer"].get("source", "union")
+            report["tokens_without_embedding"] = without_embedding(plan, config)
+        tokenizer = plan.vocabulary and plan.vocabulary[1].tokenizer
+        return Made(report, plan.shapes, plan.config, lambda folder: write_tokenizer(folder, tokenizer, template))
 
     def verify(full, merged) -> dict[str, Any]:
         check_finite(merged)
         return {}
 
-    stated = {entry["model"]: entry.get("parameters", {}) for entry in config.get("models", [])}
+    own = {entry["model"]: entry.get("parameters") or {} for entry in entries(config) if "model" in entry}
+    of_models = "slices" not in config and not any("slices" in part for part in config.get("modules", {}).values())
     report = {
         "method": method,
-        "inputs": {checkpoint.name: stated.get(checkpoint.name, {}) for checkpoint in job.checkpoints},
+        "inputs": {c.name: own.get(c.name, {}) if of_models else {} for c in job.checkpoints},
         "base": job.base,
         "base_model": config.get("base_model"),
         "dtype": job.dtype,
@@ -175,41 +249,43 @@ def _merge(config: dict[str, Any], job: Job, seed: int, shard_bytes: int) -> dic
         "engine": "mergekit",
         "seed": seed if method in STOCHASTIC else None,
         "config": config,
+        **(stated or {}),
     }
     return build(job, write, verify, report)
 
 
 def _check_folders(checkpoints: list[Checkpoint]) -> None:
     """Refuse two names for one folder: mergekit counts a model once."""
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[Path, Path | None], str] = {}
     for checkpoint in checkpoints:
         folder = checkpoint.folder.resolve()
-        if folder in seen:
-            raise UserError(f"merge inputs '{seen[folder]}' and '{checkpoint.name}' are one folder, {folder}; drop one")
-        seen[folder] = checkpoint.name
+        first = seen.setdefault((folder, checkpoint.adapts), checkpoint.name)
+        if first != checkpoint.name:
+            raise UserError(f"merge inputs '{first}' and '{checkpoint.name}' are one folder, {folder}; drop one")
 
 
-def _donor(settings: Settings, base: str | None, where: str) -> str:
-    """The model whose config and tokenizer the result has."""
-    found = base or settings.tokenizer or settings.config.get("base_model")
-    if found is None:
+def _donor(document: Document, base: str | None) -> str:
+    """The model whose config the result has, and whose tokenizer where the document asks for no other."""
+    source = document.config.get("tokenizer", {}).get("source")
+    if base is not None and source in document.models and source != base:
         raise UserError(
-            f"{where} names no base_model; name base, the model whose config, tokenizer and chat template the result "
-            f"has: one of {', '.join(settings.folders)}"
+            f"{document.where} takes the tokenizer of '{source}', but base='{base}'; name one model for both"
         )
-    if settings.tokenizer not in (None, found):
-        raise UserError(
-            f"{where} takes the tokenizer of '{settings.tokenizer}', but base='{found}'; name one model for both"
-        )
-    return found
+    if base not in (None, *document.models):
+        raise UserError(f"{document.where}: base='{base}' is not one of its models {', '.join(document.models)}")
+    first = next(entry["model"] for entry in entries(document.config) if "model" in entry)
+    return base or document.config.get("base_model") or first
 
 
 def _common_dtype(checkpoints: list[Checkpoint]) -> str:
-    """The dtype that all inputs are stored in."""
-    found = {tensor.dtype for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
-    if len(found) != 1 or not found <= TORCH_DTYPES.keys():
-        raise UserError(f"merge inputs are stored in {', '.join(sorted(found))}; name the result's out_dtype")
-    return TORCH_DTYPES[found.pop()]
+    """The dtype that holds every input as it is stored, which mergekit computes and writes in."""
+    models = [base_of(checkpoint) if is_adapter(checkpoint) else checkpoint for checkpoint in checkpoints]
+    found = [{tensor.dtype for tensor in model.tensors.values()} for model in models]
+    if any(len(own) != 1 or not own <= TORCH_DTYPES.keys() for own in found):
+        stored = sorted(set().union(*found))
+        raise UserError(f"merge inputs are stored in {', '.join(stored)}; name the result's out_dtype")
+    common = reduce(torch.promote_types, [TORCH_DTYPES[own.pop()] for own in found])
+    return str(common).removeprefix("torch.")
 
 
 def _normalized(entry: dict[str, Any]) -> dict[str, Any]:

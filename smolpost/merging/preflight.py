@@ -18,6 +18,8 @@ ENGINES = ("ours", "mergekit")
 VERIFICATIONS = ("sampled", "full")
 INPUT_DTYPES = ("F32", "BF16", "F16")  # exact in fp32
 
+ALIGN = ", or state tokenizer_source in a mergekit file, which aligns vocabularies"
+
 # A typed 0.3333 + 0.3333 + 0.3334 sums to 1 up to double rounding; a typed 0.333 three times is not meant as 0.999.
 WEIGHT_TOLERANCE = 1e-6
 
@@ -34,6 +36,11 @@ def check_request(checkpoints: list[Checkpoint], base: str, out: Path, dtype: st
             "name the input whose config, tokenizer and chat template the result has"
         )
     check_choice("dtype", dtype, BYTES)
+    check_out(out)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"merge output {out} exists and is not an empty folder; name another or empty it")
 
@@ -51,8 +58,13 @@ def check_sum(weights: dict[str, float]) -> None:
         raise UserError(f"merge weights {stated} sum to {total:.9g}, not 1; divide each by their sum")
 
 
-def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint, allow_template_change: bool) -> None:
+def check_inputs(
+    checkpoints: list[Checkpoint], base: Checkpoint, allow_template_change: bool, vocabulary: str = "equal"
+) -> None:
     """Refuse inputs that are not one model: architecture, tensors, vocabulary and chat template, cheapest first.
+
+    Args:
+        vocabulary: As of a merge's `Job`.
 
     Their values are read by the merge itself; `check_values` says where it met one that is not finite.
     """
@@ -63,29 +75,37 @@ def check_inputs(checkpoints: list[Checkpoint], base: Checkpoint, allow_template
             "class; save the checkpoint with save_pretrained"
         )
     others = [checkpoint for checkpoint in checkpoints if checkpoint is not base]
-    for check in (_check_config, _check_tensors, _check_vocabulary):
+    aligned = vocabulary == "aligned"
+    for other in others:
+        _check_config(base, other, aligned)
+    for other in others:
+        _check_tensors(base, other, aligned)
+    if vocabulary != "none":
+        for checkpoint in checkpoints:
+            _check_tokenizer(checkpoint)
+    if vocabulary == "equal":
         for other in others:
-            check(base, other)
-    if not allow_template_change:
+            _check_vocabulary(base, other)
+    if vocabulary != "none" and not allow_template_change:
         for other in others:
             _check_template(base, other)
     for checkpoint in checkpoints:
         _check_stored(checkpoint)
 
 
-def _check_config(base: Checkpoint, other: Checkpoint) -> None:
+def _check_config(base: Checkpoint, other: Checkpoint, aligned: bool) -> None:
     first, second = architecture(base.config), architecture(other.config)
     for key in sorted(first.keys() | second.keys(), key=lambda key: (key == "head_dim", key)):  # derived: said last
         mine, theirs = first.get(key), second.get(key)
-        if mine != theirs:
+        if mine != theirs and not (aligned and key == "vocab_size"):
+            note = "" if key in first.keys() & second.keys() else f", or delete {key} if it is only a tool's note"
             raise UserError(
                 f"merge inputs '{base.name}' and '{other.name}' differ in config.json: {key}={mine} and {theirs}; "
-                "merge checkpoints of one architecture only"
-                + ("" if key in first.keys() & second.keys() else f", or delete {key} if it is only a tool's note")
+                f"merge checkpoints of one architecture only{ALIGN if key == 'vocab_size' else note}"
             )
 
 
-def _check_tensors(base: Checkpoint, other: Checkpoint) -> None:
+def _check_tensors(base: Checkpoint, other: Checkpoint, aligned: bool) -> None:
     for here, there in ((base, other), (other, base)):
         missing = sorted(here.tensors.keys() - there.tensors.keys())
         if missing:
@@ -95,11 +115,20 @@ def _check_tensors(base: Checkpoint, other: Checkpoint) -> None:
             )
     for name, tensor in base.tensors.items():
         mine, theirs = list(tensor.shape), list(other.tensors[name].shape)
-        if mine != theirs:
+        rows = [mine[:1], theirs[:1]] == [[c.config.get("vocab_size")] for c in (base, other)]
+        if mine != theirs and not (aligned and rows and mine[1:] == theirs[1:]):
             raise UserError(
                 f"merge inputs '{base.name}' and '{other.name}' differ: tensor {name} has shape {mine} and {theirs}; "
                 "merge checkpoints of one architecture and one vocabulary size only"
             )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"merge input '{checkpoint.name}' has no tokenizer.json ({checkpoint.folder}), so that vocabularies cannot "
+            "be compared; save its tokenizer there with save_pretrained, or merge without tokenizers: --no-tokenizer"
+        )
 
 
 def _check_vocabulary(base: Checkpoint, other: Checkpoint) -> None:
@@ -111,7 +140,7 @@ def _check_vocabulary(base: Checkpoint, other: Checkpoint) -> None:
     mine, theirs = (c.vocabulary.get(token, "none") for c in (base, other))
     raise UserError(
         f"merge inputs '{base.name}' and '{other.name}' differ in tokenizer.json: token {token!r} has id {mine} and "
-        f"{theirs}; merge checkpoints of one tokenizer only"
+        f"{theirs}; merge checkpoints of one tokenizer only{ALIGN}"
     )
 
 
@@ -128,7 +157,8 @@ def _check_template(base: Checkpoint, other: Checkpoint) -> None:
         raise UserError(
             f"merge inputs '{base.name}' and '{other.name}' differ in their chat template ({name}: "
             f"{_shown(mine.get(name), theirs.get(name))}); merge checkpoints trained with one template, "
-            f"or allow it with allow_template_change=True: the result has the template of '{base.name}'"
+            "or allow it with allow_template_change=True (--allow-template-change): the result has the template of "
+            f"'{base.name}'"
         )
 
 

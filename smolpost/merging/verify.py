@@ -72,18 +72,14 @@ def _sample(name: str, values: torch.Tensor) -> Iterator[torch.Tensor]:
     yield values[places]
 
 
-def check_tensors(checkpoints: list[Checkpoint], merged: Checkpoint, dtype: str) -> None:
-    """Refuse a result that does not hold the tensors of its inputs, each in its shape and the written dtype."""
-    expected, stored = checkpoints[0].tensors, SAFETENSORS_NAMES[getattr(torch, dtype)]
-    left_out = sorted(expected.keys() - merged.tensors.keys())
-    if left_out:
-        raise UserError(_unknown(left_out))
-    for name, tensor in merged.tensors.items():
-        if name not in expected or (tensor.shape, tensor.dtype) != (expected[name].shape, stored):
-            raise RuntimeError(
-                f"the merge wrote tensor {name} as {tensor.dtype} {list(tensor.shape)}, not as {stored} "
-                f"{list(expected[name].shape) if name in expected else '(the inputs do not have it)'}"
-            )
+def check_tensors(shapes: dict[str, tuple[int, ...]], merged: Checkpoint, dtype: str) -> None:
+    """Refuse a result that does not hold the tensors it should, each in its shape and the written dtype."""
+    stored = SAFETENSORS_NAMES[getattr(torch, dtype)]
+    for name in sorted(shapes.keys() | merged.tensors.keys()):
+        tensor, shape = merged.tensors.get(name), shapes.get(name)
+        if tensor is None or shape is None or (tensor.shape, tensor.dtype) != (tuple(shape), stored):
+            wrote = f"as {tensor.dtype} {list(tensor.shape)}" if tensor else "not at all"
+            raise RuntimeError(f"the merge wrote tensor {name} {wrote}; due was {stored} {list(shape or ())}")
 
 
 def check_finite(merged: Checkpoint) -> None:
@@ -101,14 +97,18 @@ def check_model(merged: Checkpoint) -> None:
     """
     who = "merge result"
     config = read_config(merged.folder / merged.config_file, who)
-    model = load_model(merged.folder, config=config, who=who, generation_config=GenerationConfig(), dtype="auto")
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if (embedding is head) != bool(config.tie_word_embeddings):
+    if config.is_encoder_decoder:
+        raise UserError(f"merge result: {config.architectures[0]} is not a causal LM; merge decoders only")
+    model = load_model(
+        merged.folder, config=config, who=who, own_class=True, generation_config=GenerationConfig(), dtype="auto"
+    )
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is not None and (embedding is head.weight) != bool(config.tie_word_embeddings):
         raise RuntimeError(
-            f"the merged model's head is {'' if embedding is head else 'not '}its embedding, but its config has "
+            f"the merged model's head is {'' if embedding is head.weight else 'not '}its embedding, but its config has "
             f"tie_word_embeddings={config.tie_word_embeddings}"
         )
-    tokens = torch.arange(min(8, model.config.vocab_size)).unsqueeze(0)
+    tokens = torch.arange(min(8, embedding.shape[0])).unsqueeze(0)
     with torch.inference_mode():
         logits = model.eval()(input_ids=tokens).logits
     if not is_finite(logits):
@@ -116,10 +116,3 @@ def check_model(merged: Checkpoint) -> None:
             "the merged model's logits are NaN or infinite though its weights are finite; "
             "check that each input alone gives finite logits"
         )
-
-
-def _unknown(tensors: list[str]) -> str:
-    return (
-        f"merge inputs hold tensor {tensors[0]} ({len(tensors)} such) that their model class does not have; "
-        "save them with save_pretrained"
-    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from smolpost.errors import UserError
@@ -65,6 +67,7 @@ def load_model(
     config: PreTrainedConfig | None = None,
     renamed: dict[str, str] | None = None,
     who: str = "checkpoint",
+    own_class: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """A checkpoint's causal LM, every parameter of which comes from its files or from tying.
@@ -74,15 +77,16 @@ def load_model(
         renamed: What `check_whole` returned. None checks here, which is not possible under ZeRO-3: there the library
             knows neither of tensors that are left over nor, on most ranks, of shapes.
         who: The checkpoint in messages.
+        own_class: Load a model that is not among the causal LMs, as those of text and images, by its own class.
         options: Of `from_pretrained`: dtype, attn_implementation.
     Raises:
         UserError: The checkpoint would not load whole.
     """
     config = config or read_config(folder / CONFIG, who)
     if renamed is None:
-        renamed = check_whole(folder, config, who)
+        renamed = check_whole(folder, config, who, own_class=own_class)
     try:
-        model, info = _load(folder, config, renamed, **options)
+        model, info = _load(folder, config, renamed, own_class, **options)
     except ImportError as error:
         raise UserError(f"{who}: {folder} cannot be loaded here ({one_line(error)})") from error
     if is_quantized(config):
@@ -94,7 +98,9 @@ def load_model(
     return model
 
 
-def check_whole(folder: Path, config: PreTrainedConfig | None = None, who: str = "checkpoint") -> dict[str, str]:
+def check_whole(
+    folder: Path, config: PreTrainedConfig | None = None, who: str = "checkpoint", *, own_class: bool = False
+) -> dict[str, str]:
     """Refuse a checkpoint from which a parameter would be missing, left over or of another shape.
 
     The library itself loads the files, onto the meta device: no weight is read.
@@ -112,7 +118,7 @@ def check_whole(folder: Path, config: PreTrainedConfig | None = None, who: str =
     try:
         with _silent():
             options = {"device_map": "meta", "ignore_mismatched_sizes": True, "generation_config": GenerationConfig()}
-            model, info = _load(folder, config, renamed, **options)
+            model, info = _load(folder, config, renamed, own_class, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{who}: the model of {folder / CONFIG} cannot be built ({one_line(error)}); use a causal LM that the "
@@ -144,9 +150,9 @@ def is_quantized(config: PreTrainedConfig) -> bool:
 
 
 def _load(
-    folder: Path, config: PreTrainedConfig, renamed: dict[str, str], **options: Any
+    folder: Path, config: PreTrainedConfig, renamed: dict[str, str], own_class: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    return AutoModelForCausalLM.from_pretrained(
+    return (_own_class(config) if own_class else AutoModelForCausalLM).from_pretrained(
         folder,
         config=config,
         key_mapping=_patterns(renamed) or None,
@@ -156,6 +162,12 @@ def _load(
         output_loading_info=True,
         **options,
     )
+
+
+def _own_class(config: PreTrainedConfig) -> type:
+    [name] = config.architectures
+    own = getattr(transformers, name, None)
+    return AutoModelForCausalLM if own is None or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else own
 
 
 def _patterns(renamed: dict[str, str]) -> dict[str, str]:

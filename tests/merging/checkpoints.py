@@ -1,4 +1,4 @@
-"""Tiny SmolLM3 checkpoints for the tests of merging, and what is read from and done to them."""
+"""Tiny checkpoints for the tests of merging, and what is read from and done to them."""
 
 import json
 
@@ -14,11 +14,11 @@ VOCAB_SIZE = 40
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
-def save_tokenizer(folder, words=WORDS, template=TEMPLATE):
-    """A word-level tokenizer, one added token and a chat template."""
+def save_tokenizer(folder, words=WORDS, template=TEMPLATE, added=("<think>",)):
+    """A word-level tokenizer, tokens added to it and a chat template."""
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.add_tokens(["<think>"], special_tokens=True)
+    fast.add_tokens(list(added), special_tokens=True)
     fast.chat_template = template
     fast.save_pretrained(folder)
 
@@ -39,12 +39,17 @@ def save_checkpoint(folder, seed, *, dtype=torch.float32, template=TEMPLATE, sha
             **fields,
         }
     )
+    save_model(folder, SmolLM3ForCausalLM(config), seed, dtype=dtype, shard=shard)
+    save_tokenizer(folder, template=template)
+    return folder
+
+
+def save_model(folder, model, seed, *, dtype=torch.float32, shard="1GB"):
+    """Random weights drawn from `seed`, without a tokenizer."""
     torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM(config)
     for parameter in model.parameters():  # norms too, which start as ones
         parameter.data.normal_(0, 0.3)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    save_tokenizer(folder, template=template)
     return folder
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
 
+from smolpost import cli
 from smolpost.errors import UserError
 from smolpost.merging.command import add_arguments, merge_command
 from tests.merging.checkpoints import mean, save_checkpoint, weights
@@ -64,6 +66,35 @@ def test_a_mergekit_file_with_named_folders(trained, tmp_path, capsys):
     run(tmp_path / "ours", *words, "--engine", "ours")
     assert manifest(tmp_path / "ours")["correctly_rounded"] > 0.5
     assert manifest(tmp_path / "out")["dtype"] == "float32"  # as the inputs are stored
+
+
+@pytest.mark.parametrize("order", ["O C x y", "C O x y", "O x C y S", "S O x y C", "O x S y C"])
+def test_words_and_options_in_any_order(order, trained, tmp_path, capsys):
+    file = tmp_path / "merge.yml"
+    models = [{"model": name, "parameters": {"weight": 1}} for name in "xy"]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models, "parameters": {"int8_mask": True}}))
+    places = {"O": [tmp_path / "out"], "C": ["--config", file], "S": ["--allow-template-change"]}
+    places |= {"x": [f"x={trained['a']}"], "y": [f"y={trained['b']}"]}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["merge", *(str(word) for letter in order.split() for word in places[letter])])
+    assert ended.value.code == 0
+    assert manifest(tmp_path / "out")["base"] == "x"
+    assert (
+        "unused     parameter int8_mask: linear does not look at it\nbase       x: its config"
+        in capsys.readouterr().out
+    )
+
+
+def test_models_without_a_tokenizer(trained, tmp_path, capsys):
+    for name in "ab":
+        shutil.copytree(trained[name], tmp_path / name, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    words = [f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=0.5"]
+    with pytest.raises(UserError, match="or merge without tokenizers: --no-tokenizer"):
+        run(tmp_path / "out", *words)
+    run(tmp_path / "out", *words, "--no-tokenizer")
+    assert "base       a: its config\n" in capsys.readouterr().out
+    run(tmp_path / "slerp", tmp_path / "a", tmp_path / "b", "--method", "slerp", "--set", "t=0.5", "--no-tokenizer")
+    assert weights(tmp_path / "slerp").keys() == weights(tmp_path / "out").keys()
 
 
 @pytest.mark.parametrize(
