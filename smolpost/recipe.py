@@ -101,6 +101,9 @@ def _compose(overrides: list[str]) -> tuple[DictConfig, str]:
 def _split(overrides: list[str]) -> tuple[list[str], list[Override]]:
     """The words for Hydra, and those about entries of NAMED that a word with `+` adds or adds to."""
     parsed = OverridesParser.create().parse_overrides(overrides)
+    for word in parsed:
+        if word.is_sweep_override():  # several values for one key, which Hydra has for --multirun
+            raise UserError(_unreadable(word.input_line))
     touched = {_entry(word) for word in parsed if word.is_add() or word.is_force_add()} - {None}
     added = [word for word in parsed if _entry(word) in touched and not word.is_delete()]
     return [word.input_line for word in parsed if word not in added], added
@@ -181,7 +184,7 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"{group}={name} does not exist; choose one of: {', '.join(error.options or ['(none)'])}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read the argument {error.override!r}; write key=value, and quote values that hold = or ,"
+        return _unreadable(error.override)
     text = str(cause).splitlines()[0]
     key = getattr(cause, "full_key", None)
     if re.search(r"not in struct|not in '\w+'", text) and key:
@@ -202,6 +205,15 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
         name = text.rpartition(" ")[2]
         return f"{name} has no value and {key} is named under it; give it as {name}=VALUE"
     return f"{key}: {text}" if key and key not in text else text
+
+
+def _unreadable(word: str) -> str:
+    key, _, value = word.partition("=")
+    example = f"{key}='{value}'" if value else "key='VALUE'"
+    return (
+        f"cannot read the argument {word!r}; write key=value, and quote values that hold = or , or brackets; "
+        f'for the shell: "{example}"'
+    )
 
 
 def _keys_beside(key: str, overrides: list[str]) -> list[str]:

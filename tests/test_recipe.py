@@ -1,5 +1,6 @@
 """Every pipeline composes; every wrong word is one line that names the full key and what would do."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,9 @@ def test_the_remedy_for_an_unknown_mixture_works():
     line = refusal(TINY, "data.mine.sources.a.path=x")
     assert line.endswith("; +data.mine=VALUE adds one")
     assert "mine" in recipe.load([TINY, "+data.mine={sources:{a:{path:x}}}"]).recipe.data
+
+
+@pytest.mark.parametrize("value", ["a=b", "/my [odd] folder", "a,b"])
+def test_the_remedy_for_a_word_that_cannot_be_read_works(value):
+    [word] = shlex.split(refusal(TINY, f"run_dir={value}").partition("for the shell: ")[2])
+    assert recipe.load([TINY, word]).recipe.run_dir == value

@@ -142,7 +142,7 @@ class Case:
             tokenizer: In place of the stage's; its chat template is used.
             options: Of `smolpost.chat.render.render`.
         """
-        return render(tokenizer or self.tokenizer, messages, **self.options(row), **options)
+        return render(self.tokenizer if tokenizer is None else tokenizer, messages, **self.options(row), **options)
 
     @cached_property
     def probe(self) -> dict:

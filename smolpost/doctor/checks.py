@@ -115,8 +115,8 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
 
     Args:
         stage: Of kind sft or apo; its start checkpoint is finished.
-        rows: Size of the sample, of the first 500 rows of each source. At most 4 also run a model above 1e9 parameters
-            on a CPU.
+        rows: Size of the sample, from the first 500 rows of each source that the mixture takes. At most 4 also run a
+            model above 1e9 parameters on a CPU.
     Returns:
         The checks in their order.
     Raises:
