@@ -20,7 +20,7 @@ from smolpost.schema import SFTStage, Source, TrainStage
 
 BATCH_ROWS = 256  # of one tokenizer call, at most
 BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
-END_OF_TEXT = "<|end_of_text|>"
+ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # of which a tokenizer has one, beside its end of a turn
 NUM_OPENING = 8  # tokens of a reply in which a think block begins, where the tags are no tokens of their own
 
 SCHEMA = pa.schema(
@@ -265,9 +265,9 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
     """The text's tokens and the token that ends it, all trained."""
     if not texts:
         return []
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    if end is None or end == tokenizer.unk_token_id:
-        end = tokenizer.eos_token_id
+    unknown = (None, tokenizer.unk_token_id)
+    ends = [i for i in map(tokenizer.convert_tokens_to_ids, ENDS_OF_TEXT) if i not in unknown]
+    end = ends[0] if ends else tokenizer.eos_token_id
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     return [
         Encoded([*ids, end], [Fate.TRAINED] * (len(ids) + 1), 0) for ids in tokenizer(texts, **options)["input_ids"]
