@@ -85,7 +85,7 @@ def _names(words: list[tuple[str, str]]) -> set[str]:
         if word[0] == "name" and before[0] != "dot":
             names.add(f"|{word[1]}" if before[0] == "pipe" else word[1])
             if after[0] in ("dot", "lparen") and word[1] in DATES:
-                objects.add(word[1])  # no text: rendering says that there is no such thing
+                objects.add(word[1])  # an object of some kind: rendering says that it is not defined
     return names - objects
 
 

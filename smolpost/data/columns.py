@@ -250,8 +250,9 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     content = dict(row)
     found = [key for key in CONVERSATIONS if isinstance(row.get(key), list)]
     tools = [(key, row[key]) for key in ("tools", "functions") if not is_empty(row.get(key))]
+    marks = row_marks(row, where) if found else {}
     for key in found:
-        turns = with_row_marks(row, where) if key == "messages" else row[key]
+        turns = with_row_marks(row[key], marks, where) if key == "messages" else row[key]
         content[key], given = own_turns(turns, f"{where}: {key}", source.roles, unread)
         tools += [(f"{key}[].tools", value) for value in given]
     if found:
@@ -266,7 +267,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
         content.pop("functions", None)
     elif "tools" in content and is_empty(content["tools"]):
         del content["tools"]
-    read = {*ROW, *(key for key in DESIRED if row.get(key) is True), *(row_marks(row, where) if found else ())}
+    read = {*ROW, *(key for key in DESIRED if row.get(key) is True), *marks}
     unread |= {key for key, value in content.items() if key not in read and not is_empty(value)}
     return content
 
@@ -286,10 +287,9 @@ def row_marks(row: dict, where: str) -> dict[str, Any]:
     return marks
 
 
-def with_row_marks(row: dict, where: str) -> list:
+def with_row_marks(messages: list, marks: dict[str, Any], where: str) -> list:
     """The messages, marked as the row's own marks say."""
-    messages = row["messages"]
-    for key, value in row_marks(row, where).items():
+    for key, value in marks.items():
         values = value if isinstance(value, list) else [value] * len(messages)
         if len(values) != len(messages):
             raise UserError(f"{where}: {key} has {len(values)} marks for {len(messages)} turns; give one for each turn")

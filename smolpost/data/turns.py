@@ -20,6 +20,9 @@ CALL_ROLES = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
+JSON_KEYS = ("tools", "functions", "tool_calls", "function_call")
+#: Keys of a turn that are honoured or refused; any other is counted.
+READ = {*MESSAGE, *REASONING, *MARKS, *JSON_KEYS, "function_calls", "refusal", *REFUSED_IN_MESSAGES}
 
 
 def known_roles(roles: dict[str, str]) -> tuple[str, ...]:
@@ -78,13 +81,8 @@ def own_turn(message: dict, where: str, roles: dict[str, str], unread: set[str])
     if (trains := mark_of(message, MARKS, where)) is not None:
         turn["train"] = trains
     turn |= {key: message[key] for key in ("name", "tool_call_id") if key in message}
-    read = {*MESSAGE, *REASONING, *MARKS, *READ_HERE}
-    unread |= {f"messages.{key}" for key, value in message.items() if key not in read and not is_empty(value)}
+    unread |= {f"messages.{key}" for key, value in message.items() if key not in READ and not is_empty(value)}
     return turn, [message[key] for key in ("tools", "functions") if not is_empty(message.get(key))]
-
-
-JSON_KEYS = ("tools", "functions", "tool_calls", "function_call")
-READ_HERE = ("tools", "functions", "function_call", "function_calls", "refusal", *REFUSED_IN_MESSAGES)
 
 
 def read_json(value, where: str):
