@@ -162,10 +162,11 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
             for folder in sorted(set(shards.values())):
                 locks.enter_context(manifest.lock(folder))
             part = locks.enter_context(manifest.building(stage.prepared))
+            kept = stage.prepared.with_name(f"{stage.prepared.name}.refused.txt")
+            kept.unlink(missing_ok=True)  # of an earlier try
             try:
                 report = prepare_rows(config, mixture, tokenizer, shards.__getitem__, part)
             except RefusedRows as error:
-                kept = stage.prepared.with_name(f"{stage.prepared.name}.refused.txt")
                 kept.write_text("".join(f"{fault}\n" for fault in error.faults))
                 _show_refused(error.faults, kept)
                 raise
