@@ -218,6 +218,8 @@ def from_alpaca(row: dict, where: str, roles: dict[str, str]) -> dict:
             f"{where}: has no {' and no '.join(missing)} but the columns {', '.join(row) or 'none'}; columns=alpaca "
             "expects instruction, and output or both chosen and rejected; rename the columns"
         )
+    if not pair and any(is_turns(row[key]) for key in needed):  # TRL's turns under Alpaca's names
+        return from_completion(renamed_turns(row, where), where)
     turns: list[dict] = []
     history = row.get("history") or []
     for i, past in enumerate(history if isinstance(history, list) else [history]):
@@ -229,6 +231,14 @@ def from_alpaca(row: dict, where: str, roles: dict[str, str]) -> dict:
     rest = without(row, "instruction", "input", "output", "history", *pair)
     replies = {key: [*turns, {"role": "assistant", "content": text_of(row, key, where)}] for key in needed[1:]}
     return {**rest, **(replies if pair else {"messages": replies["output"]})}
+
+
+def renamed_turns(row: dict, where: str) -> dict:
+    """An Alpaca row of turns as prompt and completion; a text beside them would have no place."""
+    if texts := [key for key in ("input", "history") if not is_empty(row.get(key))]:
+        raise UserError(f"{where}: has {texts[0]} beside an instruction of turns; put it into the turns")
+    rest = without(row, "instruction", "output", "input", "history")
+    return rest | {"prompt": row["instruction"], "completion": row["output"]}
 
 
 MAPPINGS = {"smoltalk2": from_smoltalk2, "sharegpt": from_sharegpt, "alpaca": from_alpaca}

@@ -320,6 +320,13 @@ def test_trl_prompt_and_completion(prompt, completion):
     assert history["messages"] == [USER, {**OTHER, "train": False}, USER, REPLY]  # the completion alone trains
 
 
+def test_turns_under_alpacas_names():
+    row = {"prompt": [USER], "completion": [REPLY]}
+    names = {"prompt": "instruction", "completion": "output"}
+    assert mapped(row, columns="alpaca", rename=names) == CHAT
+    assert "has input beside an instruction of turns" in refusal({**row, "input": "x"}, columns="alpaca", rename=names)
+
+
 def test_xlam_rows():
     tool = {"name": "f", "description": "d", "parameters": {
         "city": {"type": "str", "description": "c"}, "days": {"type": "List[int], optional", "default": 3},
