@@ -192,12 +192,17 @@ def stored_tensors(folder: Path, who: str = "checkpoint") -> dict[str, Tensor]:
     return found
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile, FSDP and activation checkpointing have put into it."""
+    return _WRAPPERS.sub("", name)
+
+
 def renames(stored: Iterable[str]) -> dict[str, str]:
     """Stored name -> plain name, where torch.compile, DDP, FSDP or peft have put something into names by wrapping.
 
     Empty where two names would become one, or where adapters are among the tensors.
     """
-    plain = {name: _WRAPPERS.sub("", name) for name in stored}
+    plain = {name: plain_name(name) for name in stored}
     if any(".lora_" in name for name in plain):
         return {}
     for prefix in _PREFIXES:

@@ -1,27 +1,50 @@
-"""What a stage writes on its way: resumable checkpoints, which are whole, where to go on; snapshots of the weights."""
+"""Resumable checkpoints: `checkpoint-STEP` in a stage's folder, from which any backend and number of ranks goes on.
 
+Every rank writes a share of the parameters, whole and in fp32, with AdamW's moments, as safetensors; rank 0 adds the
+trainer's state as JSON. There is no pickle, so nothing in a checkpoint can run. The mark is written last and names
+every file with its size and hash: a checkpoint without it was cut short, one that differs from it is damaged.
+"""
+
+import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-from transformers import TrainerCallback
+import safetensors.torch
+import torch
+import xxhash
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
+from smolpost.atomic import write_json
+from smolpost.errors import UserError
 from smolpost.merging.trajectory import SNAPSHOTS
+from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 
-WHOLE = "whole"  # marker file: every rank has written its part
+WHOLE = "whole"  # the mark
+SCHEDULER = "scheduler.json"
+SHARD_BYTES = 10**9  # of one file, and so of memory on the CPU; a larger tensor stands alone
 
 
-class MarkWhole(TrainerCallback):
-    """Marks a checkpoint once all ranks have saved it; one that a kill cut short never gets the mark."""
+@dataclass(frozen=True)
+class Mark:
+    """What a whole checkpoint says of itself.
 
-    def on_save(self, args, state, control, **kwargs):
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+    Attributes:
+        backend: ddp, fsdp2, zero3 and the like, under which it was saved.
+        num_ranks: That saved it.
+        files: Name -> [bytes, XXH3 in hex]. Damage is an accident, so no cryptographic hash is needed.
+    """
+
+    backend: str
+    num_ranks: int
+    files: dict[str, list]
 
 
 class Snapshots(TrainerCallback):
@@ -46,24 +69,205 @@ class Snapshots(TrainerCallback):
             os.replace(part, folder)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that was saved to its end, or None."""
-    whole = [c for c in _checkpoints(folder) if (c / WHOLE).exists()]
-    return whole[-1] if whole else None
+# ---------------------------------------------------------------- write
 
 
-def remove_broken(folder: Path) -> list[str]:
-    """Delete checkpoints that a kill cut short, so that none is ever taken for whole; their names."""
-    broken = [c for c in _checkpoints(folder) if not (c / WHOLE).exists()]
-    for checkpoint in broken:
+def write(trainer: Trainer, backend: str) -> None:
+    """Save a checkpoint of the trainer's step into its output folder and delete the oldest ones; all ranks call.
+
+    Raises:
+        UserError: The backend's state cannot be saved.
+        OSError: The disk is full, among others; the checkpoint has no mark then.
+    """
+    arguments = trainer.args
+    folder = Path(arguments.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for number, tensors in enumerate(_shares(trainer)):
+        name = f"state-{arguments.process_index:05d}-{number:05d}.safetensors"
+        files[name] = _write_bytes(folder / name, safetensors.torch.save(tensors))
+    random = _random_file(arguments.process_index)
+    files[random] = _write_bytes(folder / random, safetensors.torch.save(_random_state(arguments.device)))
+    written = gather_object([files])  # a barrier, too
+    if not trainer.is_world_process_zero():
+        return
+    (folder / SCHEDULER).write_text(json.dumps(trainer.lr_scheduler.state_dict()))
+    trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    listed = {name: entry for files in written for name, entry in files.items()}
+    listed |= {name: _entry((folder / name).read_bytes()) for name in (SCHEDULER, TRAINER_STATE_NAME)}
+    mark = {"backend": backend, "num_ranks": arguments.world_size, "files": listed}
+    write_json(folder / WHOLE, mark)
+    for old in whole(folder.parent)[: -arguments.save_total_limit]:
+        shutil.rmtree(old)
+
+
+def _shares(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of one file after another that this rank writes: "PART/PARAMETER", on the CPU.
+
+    Every rank reads every parameter, as sharded ones are gathered by all, and keeps those with which it is the one
+    that has least.
+    """
+    state = state_of(trainer)
+    rank, taken = trainer.args.process_index, [0] * trainer.args.world_size
+    share: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, parameter in trained_parameters(trainer):
+        parts = state.read(parameter)
+        new = sum(part.nbytes for part in parts.values())
+        owner = taken.index(min(taken))
+        taken[owner] += new
+        if owner != rank:
+            continue
+        if share and size + new > SHARD_BYTES:
+            yield share
+            share, size = {}, 0
+        share |= {f"{part}/{name}": tensor.float().cpu().contiguous() for part, tensor in parts.items()}
+        size += new
+    if share:
+        yield share
+
+
+def _write_bytes(file: Path, content: bytes) -> list:
+    """The file's entry in the mark, of what it should hold, whatever the disk makes of it."""
+    with open(file, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    return _entry(content)
+
+
+def _entry(content: bytes) -> list:
+    return [len(content), xxhash.xxh3_64_hexdigest(content)]
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of torch's generators, which dropout draws from; nothing else in a training step draws numbers."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+# ---------------------------------------------------------------- read
+
+
+def restore(trainer: Trainer, folder: Path) -> None:
+    """Put a whole checkpoint into a trainer whose model, optimizer and scheduler are prepared; all ranks call.
+
+    Raises:
+        UserError: The checkpoint is of other parameters than the model's.
+    """
+    places = {}
+    for file in sorted(folder.glob("state-*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            places |= dict.fromkeys(opened.keys(), file)
+    state, steps = state_of(trainer), trainer.state.global_step
+    left = set(places)
+    for name, parameter in trained_parameters(trainer):
+        keys = {part: f"{part}/{name}" for part in PARTS if f"{part}/{name}" in places}
+        parts = {part: _tensor(places[key], key) for part, key in keys.items()}
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: sharded by ZeRO-3
+        if not parts or any(part.shape != shape for part in parts.values()):
+            raise UserError(
+                f"{folder} does not hold {name} of shape {list(shape)}, which the stage trains; it belongs to another "
+                f"stage: remove {folder.parent} and run the stage again"
+            )
+        left -= set(keys.values())
+        state.write(parameter, parts, steps)
+    if left:
+        raise UserError(
+            f"{folder} holds {min(left)} ({len(left)} such), which the stage does not train; it belongs to another "
+            f"stage: remove {folder.parent} and run the stage again"
+        )
+    trainer.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def _tensor(file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(key)
+
+
+def restore_random_state(folder: Path, rank: int, device: torch.device) -> None:
+    """Go on with the numbers that dropout would have drawn; a rank that was not there keeps its own."""
+    file = folder / _random_file(rank)
+    if not file.exists():
+        return
+    states = safetensors.torch.load_file(file)
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+# ---------------------------------------------------------------- which are there
+
+
+def last_whole(folder: Path) -> tuple[Path, Mark] | None:
+    """The newest checkpoint that is whole; those that were cut short or are damaged are deleted, and a line says so.
+
+    Reads every byte of the one it returns. One process calls it.
+    """
+    for checkpoint in set(_checkpoints(folder)) - set(whole(folder)):
+        print(f"{checkpoint} was cut short while saving; removed", flush=True)
         shutil.rmtree(checkpoint)
-    return [c.name for c in broken]
+    for checkpoint in reversed(whole(folder)):
+        mark, damage = _examine(checkpoint)
+        if not damage:
+            return checkpoint, mark
+        print(f"{checkpoint} is damaged ({damage}); removed, going back to the one before", flush=True)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _examine(checkpoint: Path) -> tuple[Mark | None, str | None]:
+    """Its mark, and what is wrong with it."""
+    try:
+        mark = Mark(**json.loads((checkpoint / WHOLE).read_text()))
+        for name, (size, expected) in mark.files.items():
+            file = checkpoint / name
+            found = file.stat().st_size if file.is_file() else None
+            if found is None:
+                return None, f"{name} is missing"
+            if found != size:
+                return None, f"{name} has {found:,} bytes, not {size:,}"
+            if _hash_of(file) != expected:
+                return None, f"the content of {name} is not what was written"
+    except (ValueError, TypeError, AttributeError):
+        return None, f"{WHOLE} is not a list of files with their hashes"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return None, f"{error.filename or checkpoint} cannot be read: {error.strerror}"
+    return mark, None
+
+
+def _hash_of(file: Path) -> str:
+    state = xxhash.xxh3_64()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def whole(folder: Path) -> list[Path]:
+    """Checkpoints that were saved to their end, oldest first."""
+    return [c for c in _checkpoints(folder) if (c / WHOLE).exists()]
 
 
 def remove_all(folder: Path) -> None:
     """Delete the resumable checkpoints of a finished stage: its final weights are in the folder itself."""
     for checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint)
+
+
+def num_bytes(num_parameters: int) -> int:
+    """Of a checkpoint with so many trained parameters."""
+    return 4 * num_parameters * (1 + len(MOMENTS))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from smolpost.errors import UserError
 
@@ -57,3 +59,13 @@ def check_ranks(environment: Environment, num_processes: int) -> None:
             f"the launcher started {environment.world_size} ranks but accelerate joined {num_processes}; "
             "launch with --config_file recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
         )
+
+
+def backend_name(accelerator: Accelerator) -> str:
+    """As the files under recipes/accelerate are called: single, ddp, fsdp2, zero2, zero3."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "single" if kind == DistributedType.NO else "ddp"

@@ -1,12 +1,14 @@
 """One training stage for one seed: prepared rows and a start checkpoint in, final weights and metrics out."""
 
 import functools
+import math
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -21,12 +23,13 @@ from smolpost.training import apo, reference, sft
 from smolpost.training.adapters import add_adapters, merged
 from smolpost.training.arguments import total_steps, training_arguments
 from smolpost.training.batch_size import check_global_batch
-from smolpost.training.checkpoints import MarkWhole, Snapshots, last_whole, remove_broken
-from smolpost.training.environment import Environment, check_ranks
+from smolpost.training.checkpoints import Snapshots, last_whole, num_bytes
+from smolpost.training.environment import Environment, backend_name, check_ranks
 from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
 from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.start import check_start
 from smolpost.training.stop_tokens import StopTokens, change, stop_tokens
+from smolpost.training.trainer import StageTrainer
 
 
 def train(
@@ -79,15 +82,15 @@ def train(
     arguments = training_arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
     model = load_start()
-    check_space(name, stage, model, len(rows), out)
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
+    check_space(name, stage, model, len(rows), out, environment)
     if cache:
         arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the cache
         cache.open()
-        trainer = apo.trainer(stage, model, tokenizer, rows, cache, arguments, seed, environment, [MarkWhole()])
+        trainer = apo.trainer(stage, model, tokenizer, rows, cache, arguments, seed, environment, [])
     else:
-        trainer = sft.trainer(stage, model, tokenizer, rows, arguments, seed, environment, [MarkWhole()])
+        trainer = sft.trainer(stage, model, tokenizer, rows, arguments, seed, environment, [])
     if environment.rank == 0 and (idle := trainer.batches.idle_share()):
         print(
             f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
@@ -99,7 +102,7 @@ def train(
     )
     if stage.snapshot_steps:
         trainer.add_callback(Snapshots(stage.snapshot_steps, write))
-    resume = _resume_point(trainer, out)
+    resume = _resume_point(trainer, out, environment)
     trainer.train(resume_from_checkpoint=resume)
     tokens = probe(rows).to(environment.device)
     trained_loss = loss_on(trainer.model_wrapped, tokens)
@@ -152,23 +155,30 @@ def load(
     )
 
 
-def check_space(name: str, stage: TrainStage, model: PreTrainedModel, num_rows: int, out: Path) -> None:
-    """Refuse to start what the disk cannot hold: fp32 weights and two Adam moments per resumable checkpoint.
+def check_space(
+    name: str, stage: TrainStage, model: PreTrainedModel, num_rows: int, out: Path, environment: Environment
+) -> None:
+    """Refuse to start what the disk cannot hold: resumable checkpoints, snapshots and the final weights.
 
-    One more than save_total_limit lies there while the oldest makes room, and the final weights and the snapshots
-    beside them.
+    One checkpoint more than save_total_limit lies there while the oldest makes room. What an earlier try has left in
+    `out` is part of what is needed.
 
     Raises:
         UserError: With both sizes and the remedies.
     """
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: sharded by ZeRO-3
-    snapshots = total_steps(stage, num_rows) // stage.snapshot_steps if stage.snapshot_steps else 0
-    needed = 4 * parameters * (3 * (stage.save_total_limit + 1) + 1 + snapshots)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]  # ds_numel: sharded by ZeRO-3
+    trained = sum(size for size, p in zip(sizes, model.parameters(), strict=True) if p.requires_grad)
+    steps = total_steps(stage, num_rows)
+    saves = math.ceil(steps / stage.save_steps)  # the last step's too
+    snapshots = steps // stage.snapshot_steps if stage.snapshot_steps else 0
+    weights = (2 if environment.bf16 else 4) * sum(sizes)
+    needed = num_bytes(trained) * min(saves, stage.save_total_limit + 1) + weights * (1 + snapshots)
+    lies_there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(out).free
-    if free < needed:
+    if free + lies_there < needed:
         raise UserError(
-            f"{out} needs {needed / 1e9:.3g} GB for checkpoints and its disk has {free / 1e9:.3g} GB free; free some, "
-            f"lower stages.{name}.save_total_limit={stage.save_total_limit}"
+            f"{out} needs {needed / 1e9:.3g} GB for checkpoints and has {lies_there / 1e9:.3g} GB of it; its disk has "
+            f"{free / 1e9:.3g} GB free; free some, lower stages.{name}.save_total_limit={stage.save_total_limit}"
             + (f", raise stages.{name}.snapshot_steps={stage.snapshot_steps}" if snapshots else "")
             + ", or set run_dir=FOLDER elsewhere"
         )
@@ -202,12 +212,26 @@ def save(
     trainer.accelerator.wait_for_everyone()
 
 
-def _resume_point(trainer: Trainer, out: Path) -> str | None:
-    if trainer.is_world_process_zero():
-        for name in remove_broken(out):
-            print(f"{out / name} was cut short while saving; removed", flush=True)
-    trainer.accelerator.wait_for_everyone()
-    checkpoint = last_whole(out)
-    if checkpoint and trainer.is_world_process_zero():
-        print(f"resuming from {checkpoint}", flush=True)
-    return str(checkpoint) if checkpoint else None
+def _resume_point(trainer: StageTrainer, out: Path, environment: Environment) -> str | None:
+    """The folder that training goes on from; all ranks call."""
+    found: list = [None]
+    if trainer.is_world_process_zero() and (last := last_whole(out)):
+        checkpoint, mark = last
+        found = [str(checkpoint)]
+        now = backend_name(trainer.accelerator), environment.world_size
+        moved = f", saved under {_ranks(mark.backend, mark.num_ranks)}, going on under {_ranks(*now)}"
+        print(f"resuming from {checkpoint}{moved if now != (mark.backend, mark.num_ranks) else ''}", flush=True)
+        if mark.num_ranks != environment.world_size and draws_numbers(trainer.model):
+            print("dropout draws other numbers from here than it would have on the earlier ranks", flush=True)
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _ranks(backend: str, number: int) -> str:
+    return f"{backend} on {number} rank{'s' if number > 1 else ''}"
+
+
+def draws_numbers(model: torch.nn.Module) -> bool:
+    """Whether a training step draws random numbers."""
+    dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    return any(dropouts) or any(value for key, value in vars(model.config).items() if key.endswith("dropout"))

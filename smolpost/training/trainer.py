@@ -3,14 +3,18 @@
 import abc
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import transformers
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from smolpost.training import checkpoints
 from smolpost.training.batches import GlobalBatches, MicroBatch
+from smolpost.training.environment import backend_name
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
 
@@ -43,11 +47,12 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches)],
+            callbacks=[*callbacks, NewOrder(batches), Restored(self)],
         )
         self.collate = collate
         self.batches = batches
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
+        self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
 
     @abc.abstractmethod
     def count(self, batch: dict) -> list[float]:
@@ -93,6 +98,25 @@ class StageTrainer(Trainer, abc.ABC):
         # Gradients are averaged over the ranks, but the loss is already divided by what all of them hold.
         return self.pass_loss(model, batch, counts, num_items_in_batch) * self.accelerator.num_processes
 
+    # Checkpoints are ours, the same under every backend; transformers' are each backend's own.
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.store_flos()
+        checkpoints.write(self, backend_name(self.accelerator))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoints.restore(self, Path(resume_from_checkpoint))
+            self.restored = resume_from_checkpoint
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """The weights come with the rest, once the model is prepared."""
+
+    def _load_rng_state(self, checkpoint) -> None:
+        checkpoints.restore_random_state(Path(checkpoint), self.args.process_index, self.args.device)
+
     def observe(self, metric: str, total: torch.Tensor, weight: int) -> None:
         """Add this pass's weighted sum to a metric; the log shows the mean over passes, steps and ranks."""
         found = torch.stack((total.detach().float(), torch.full_like(total, weight, dtype=torch.float32)))
@@ -118,6 +142,23 @@ class NewOrder(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.batches.set_epoch(int(state.epoch or 0))
+
+
+class Restored(TrainerCallback):
+    """Stops a training that transformers would begin at a later step with the first step's weights.
+
+    The methods that restore them are transformers' own names, which another version may not call.
+    """
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and not self.trainer.restored:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} does not call StageTrainer._prepare_for_training; install "
+                "the version of constraints.txt"
+            )
 
 
 class PassRows(torch.utils.data.Dataset):

@@ -1,0 +1,29 @@
+"""`smolpost.train` that is killed, all ranks at once, when the checkpoint of step CUT_AFTER is whole."""
+
+import os
+import signal
+
+import torch.distributed as dist
+
+from smolpost.training import trainer
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    import fsdp_on_cpu  # noqa: F401, makes accelerate run FSDP on a CPU
+
+write = trainer.checkpoints.write
+
+
+def write_and_die(stage_trainer, backend):
+    write(stage_trainer, backend)
+    if stage_trainer.state.global_step == int(os.environ["CUT_AFTER"]):
+        if dist.is_initialized():
+            dist.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+trainer.checkpoints.write = write_and_die
+
+if __name__ == "__main__":
+    from smolpost.train import main
+
+    main()
