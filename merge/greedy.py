@@ -3,7 +3,7 @@
 python merge/greedy.py pipeline=tiny stage=greedy
 """
 
-from smolpost.atomic import write_json
+from smolpost.files import write_json
 from smolpost.cli import job
 from smolpost.merging.greedy import greedy
 from smolpost.merging.measured import Objective, Points

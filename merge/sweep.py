@@ -3,7 +3,7 @@
 python merge/sweep.py pipeline=tiny stage=sweep
 """
 
-from smolpost.atomic import write_json
+from smolpost.files import write_json
 from smolpost.cli import job
 from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point

@@ -13,6 +13,7 @@ from smolpost.data.paths import is_hub_id, parts, saved_entry
 from smolpost.data.piece import ANY_NUMBER, Piece
 from smolpost.data.rows import Row, without_nulls
 from smolpost.errors import UserError
+from smolpost.files import sha256
 from smolpost.schema import Source
 
 READ_ROWS = 4096  # of a piece, where one process reads the whole source
@@ -106,22 +107,17 @@ def fingerprint(source: Source) -> str:
     if is_hub_id(source):
         return f"{source.path}@{source.revision or 'main'}/{source.subset or 'default'}/{source.split}"
     if Path(source.path).is_file():
-        return file_sha256(Path(source.path))
+        return sha256(Path(source.path))
     root = Path(*itertools.takewhile(lambda part: not has_magic(part), Path(source.path).parts))
     if Path(source.path).is_dir():
         root = Path(source.path)
     digest = hashlib.sha256()
     for path, kind in parts(source):
         for file in arrow_files(Path(path)) if kind == "arrow" else [Path(path)]:
-            digest.update(f"{file.relative_to(root)}\0{file_sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(root)}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
 def arrow_files(folder: Path) -> list[Path]:
     """The data files of a folder of save_to_disk, without the caches that map() leaves beside them."""
     return [folder / file["filename"] for file in saved_entry(folder / "state.json", "_data_files")]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -130,8 +130,7 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
         raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; doctor checks sft and apo stages")
     if rows < 1:
         raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
-    for parent in stage.plan.parents:
-        lineage.require(parent)
+    lineage.require_inputs(stage)
     check_start(stage.plan.stage, config, input_folders(stage, lineage.recipe)[config.init_from])
     found = []
     with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:

@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.atomic import write_json
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Item, Sample, Task
+from smolpost.files import write_json
 
 
 def run_task(name: str, task: Task, engine: Engine, folder: Path, *, batch_tokens: int, seed: int) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smolpost.atomic import workplace
 from smolpost.errors import UserError
+from smolpost.files import sha256, verify, workplace
 from smolpost.merging.files import DONATED, copy_files, sync
 from smolpost.merging.placed import place_weights
-from smolpost.merging.shards import sha256, write_json
+from smolpost.merging.shards import write_json
 from smolpost.model import SmolLM3Config
 from smolpost.model.loading import check_plain
 from smolpost.model.stored import read_config, weight_files
@@ -62,8 +62,9 @@ class Source:
         """The safetensors files, from which the model loads whole and under its own names.
 
         Raises:
-            UserError: They are not there, or not all of the model.
+            UserError: They are not there, not all of the model, or not those that were written.
         """
+        verify(self.folder)
         files = weight_files(self.folder)
         check_plain(self.folder, self.config)
         return files

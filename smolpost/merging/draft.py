@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolpost.atomic import workplace
+from smolpost.files import sha256, workplace
+from smolpost.files import verify as verify_folder
 from smolpost.merging.adapters import base_of, is_adapter, merge_adapter
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, sync, versions, write_card, write_config
 from smolpost.merging.preflight import check_disk, check_inputs
-from smolpost.merging.shards import PART, Pool, default_threads, sha256, write_json
+from smolpost.merging.shards import PART, Pool, default_threads, write_json
 from smolpost.merging.stop_tokens import differing, stop_token_ids
 from smolpost.merging.verify import check_model, check_tensors
 from smolpost.model.loading import check_whole
@@ -129,6 +130,8 @@ def build(
     start = time.monotonic()
     adapters = {c.name: base_of(c) for c in job.checkpoints if is_adapter(c)}
     [donor] = [checkpoint for checkpoint in job.checkpoints if checkpoint.name == job.base]
+    for checkpoint in job.checkpoints:
+        verify_folder(checkpoint.folder)
     check_disk(adapters.get(job.base, donor), job.out, job.dtype, len(adapters))
     with workplace(job.out) as work:
         draft, models = work / "out", work / "adapters"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smolpost.atomic import write_json
 from smolpost.errors import UserError
+from smolpost.files import write_json
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

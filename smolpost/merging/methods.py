@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from smolpost.atomic import workplace
 from smolpost.errors import UserError
+from smolpost.files import workplace
 from smolpost.merging import linear, mergekit
 from smolpost.merging.adapters import base_of, is_adapter
 from smolpost.merging.checkpoint import Checkpoint

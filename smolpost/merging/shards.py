@@ -5,7 +5,6 @@ whatever the model's size; the bytes do not depend on the number of threads.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -190,11 +189,6 @@ def write_tensors(
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
     return shards
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_json(file: Path, content: dict) -> None:

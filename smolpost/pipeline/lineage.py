@@ -10,6 +10,7 @@ from smolpost.data.mixtures import rows_alone
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
+from smolpost.files import MANIFEST, verify
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.manifest import digest
@@ -109,16 +110,26 @@ class Lineage:
         return dataclasses.replace(mixture, sources=sources)
 
     def require(self, name: str) -> None:
-        """Refuse to start from a stage that is not finished.
+        """Refuse to start from a stage that is not finished, or whose files are no longer those that it wrote.
 
         Raises:
-            UserError: With the command that finishes it.
+            UserError: With the remedy.
         """
-        if name != "checkpoint" and not self.stages[name].finished():
+        if name == "checkpoint":
+            if Path(self.recipe.model.checkpoint).is_dir():
+                verify(Path(self.recipe.model.checkpoint))
+            return
+        if not self.stages[name].finished():
             raise UserError(
-                f"stage {name} is not finished: {self.stages[name].folder} has no {manifest.FILE}; "
+                f"stage {name} is not finished: {self.stages[name].folder} has no {MANIFEST}; "
                 f"run `{command_line(['smolpost', 'run', *self.overrides, f'stage={name}'])}` first"
             )
+        verify(self.stages[name].folder)
+
+    def require_inputs(self, stage: Located) -> None:
+        """`require` everything that the stage starts from: checkpoints, and stages that write its rows."""
+        for name in dict.fromkeys([*stage.plan.weights, *stage.plan.parents]):
+            self.require(name)
 
     def _locate(self, stage: StagePlan) -> Located:
         config, kind = stage.config, stage.config.kind
@@ -177,7 +188,7 @@ class Lineage:
         found = manifest.read(Path(checkpoint))
         if found is None:
             raise UserError(
-                f"model.checkpoint={checkpoint} has no {manifest.FILE}: it is unfinished, or comes from elsewhere; "
+                f"model.checkpoint={checkpoint} has no {MANIFEST}: it is unfinished, or comes from elsewhere; "
                 f"`{command_line(['smolpost', 'adopt', checkpoint])}` checks its files and writes one"
             )
         return found["key"]

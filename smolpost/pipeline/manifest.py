@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from smolpost.atomic import write_json
 from smolpost.errors import UserError
+from smolpost.files import MANIFEST, hashes, stamp, write_json
 
-FILE = "manifest.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
 
 
@@ -37,7 +36,7 @@ def read(folder: Path) -> dict | None:
     Raises:
         UserError: The file is there and cannot be read as a manifest.
     """
-    file = folder / FILE
+    file = folder / MANIFEST
     if not file.is_file():
         return None
     try:
@@ -48,11 +47,22 @@ def read(folder: Path) -> dict | None:
     return manifest
 
 
-def write(folder: Path, **fields) -> dict:
-    """Finish the folder: the manifest is complete on disk or not there at all."""
+def write(folder: Path, files: dict[str, dict] | None = None, **fields) -> dict:
+    """Finish the folder: the manifest is complete on disk or not there at all.
+
+    Args:
+        files: `hashes` of the folder, where they are known.
+    """
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    manifest = {**fields, "versions": versions, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(folder / FILE, manifest)
+    files = hashes(folder) if files is None else files
+    manifest = {
+        **fields,
+        "files": files,
+        "versions": versions,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    stamp(folder, files)
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.rule import Rule
 
 from smolpost import schema
-from smolpost.atomic import write_json
 from smolpost.evaluation import results
+from smolpost.files import write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.plan import select

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from smolpost import schema, screen
-from smolpost.atomic import write_json
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix, rows_alone
 from smolpost.data.prompts import named
 from smolpost.errors import UserError
 from smolpost.evaluation import results
+from smolpost.files import MANIFEST, hashes, verify, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.lineage import CODE, Lineage, Located
@@ -31,8 +31,7 @@ def make(lineage: Lineage, stage: Located, fill: Callable[[Located, Path], dict]
     Raises:
         UserError: A parent is not finished, or what `fill` raises.
     """
-    for parent in stage.plan.parents:
-        lineage.require(parent)
+    lineage.require_inputs(stage)
     with manifest.lock(stage.folder):
         if stage.finished():
             print(f"{stage.folder} is finished", flush=True)
@@ -142,12 +141,12 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         raise UserError(
             f"stage={stage.plan.name} is a {config.kind} stage; only sft and apo stages have rows to prepare"
         )
-    for parent in stage.plan.parents:
-        lineage.require(parent)
+    lineage.require_inputs(stage)
     start = input_folders(stage, lineage.recipe)[config.init_from]
     check_start(stage.plan.stage, config, start)
     with manifest.lock(stage.prepared):
         if manifest.read(stage.prepared):
+            verify(stage.prepared)
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
         tokenizer = AutoTokenizer.from_pretrained(start)
@@ -213,8 +212,7 @@ def train(lineage: Lineage, stage: Located) -> None:
     if stage.prepared is None:
         raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; smolpost.train runs sft and apo stages")
     environment = detect(config.precision)
-    for parent in stage.plan.parents:
-        lineage.require(parent)
+    lineage.require_inputs(stage)
     if environment.rank == 0:
         prepare(lineage, stage)
     while not manifest.read(stage.prepared):
@@ -337,9 +335,9 @@ def model_folder(lineage: Lineage, stage: str) -> Path:
     """
     from smolpost.model.loading import local_folder
 
+    lineage.require(stage)
     if stage == "checkpoint":
         return local_folder(lineage.recipe.model.checkpoint, lineage.recipe.model.revision)
-    lineage.require(stage)
     return lineage.stages[stage].folder
 
 
@@ -365,22 +363,16 @@ def adopt(folder: Path) -> None:
     Raises:
         UserError: The folder is no checkpoint that loads whole, or has a manifest already.
     """
-    import hashlib
-
     from smolpost.model.loading import check_whole
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     if manifest.read(folder):
-        raise UserError(f"{folder} has a {manifest.FILE} already")
-    files = sorted(f for f in folder.iterdir() if f.is_file())
-    names = [f.name for f in files]
+        raise UserError(f"{folder} has a {MANIFEST} already")
     check_whole(folder)
-    if "tokenizer.json" not in names:
+    if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; save the tokenizer beside the weights")
-    hashes = {}
-    for file in files:
-        with open(file, "rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    found = manifest.write(folder, kind="adopted", key=manifest.digest(hashes), files=hashes)
-    print(f"{folder} adopted with key {found['key']}")
+    files = hashes(folder)
+    key = manifest.digest({name: entry["sha256"] for name, entry in files.items()})
+    manifest.write(folder, files, kind="adopted", key=key)
+    print(f"{folder} adopted with key {key}")

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from smolpost.atomic import write_json
 from smolpost.errors import UserError
+from smolpost.files import write_json
 from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smolpost.errors import UserError
+from smolpost.files import sha256
 
 # Scored tokens of a chunk, about: a few MB per file, and little to do again after a kill.
 CHUNK_TOKENS = 2**20
@@ -256,6 +257,5 @@ def weights_hash(folder: Path) -> str:
         raise UserError(f"{folder} is no checkpoint: it has no {lacking}; save it with save_pretrained")
     total = hashlib.sha256()
     for file in [*files, config]:
-        with open(file, "rb") as opened:
-            total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{file.name} {sha256(file)}\n".encode())
     return total.hexdigest()

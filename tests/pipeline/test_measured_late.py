@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from smolpost import recipe
-from smolpost.atomic import write_json
+from smolpost.files import write_json
 from smolpost.pipeline import run
 from smolpost.pipeline.lineage import Lineage
 

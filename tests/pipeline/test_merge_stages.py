@@ -104,9 +104,9 @@ def test_the_average_along_a_run(project):
         mean = (first[name].double() + 2 * second[name].double() + 4 * final[name].double()) / 7
         torch.testing.assert_close(tensor.double(), mean, atol=2e-7, rtol=1e-7)
     # The last two alone: the run is not trained again.
-    trained = (kept.parent / manifest.FILE).stat().st_mtime_ns
+    trained = (kept.parent / "manifest.json").stat().st_mtime_ns
     again, _ = finished(project, "average", *AVERAGE, "stages.average.average=lawa", "stages.average.average_last=2")
-    assert again != folder and (kept.parent / manifest.FILE).stat().st_mtime_ns == trained
+    assert again != folder and (kept.parent / "manifest.json").stat().st_mtime_ns == trained
     assert manifest.read(again)["report"]["inputs"] == {"sft@8": 0.5, "sft": 0.5}
 
 

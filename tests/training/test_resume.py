@@ -2,15 +2,16 @@
 
 import itertools
 import json
+import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small import ROOT
-from test_launch import SLOW, assert_same
+from test_launch import assert_same
 
 from smolpost.pipeline import manifest
-from smolpost.training.checkpoints import WHOLE
+from smolpost.training.checkpoints import WHOLE, last_whole
 
 PLACES = [(backend, ranks) for backend in ("ddp", "fsdp2", "zero2", "zero3") for ranks in (1, 2)]
 STEPS = {"sft": 6, "apo": 2}  # after which the first try is killed
@@ -44,15 +45,77 @@ def cut(started, tmp_path_factory):
     return cut_once
 
 
+def twin(small, folder):
+    """A copy of a copy, which reads the data of the first."""
+    copied = small.copy(folder)
+    copied.words = [*small.words[:-1], f"run_dir={folder / 'runs'}"]
+    return copied
+
+
 def goes_on(cut, single, tmp_path, stage, first, then):
-    small = cut(stage, *first).copy(tmp_path)
-    small.words = cut(stage, *first).words[:-1] + [f"run_dir={tmp_path / 'runs'}"]
+    small = twin(cut(stage, *first), tmp_path)
     done = train(small, stage, *then)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(small, single, stage)
     report = manifest.read(small.folder_of(stage))["report"]
     assert report["resumed_from"] == f"checkpoint-{STEPS[stage]}"
     return done
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": (flip_a_byte, "the content of state-00000-00000.safetensors is not what was written"),
+    "truncated": (
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        r"state-00000-00000.safetensors has [\d,]+ bytes, not [\d,]+",
+    ),
+    "missing": (lambda file: file.unlink(), "state-00000-00000.safetensors is missing"),
+    "mark": (
+        lambda file: (file.parent / WHOLE).write_text('{"files"'),
+        "whole is not a list of files with their hashes",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(cut, tmp_path, capsys, damage):
+    small = cut("sft", "single", 1)
+    shutil.copytree(small.folder_of("sft"), folder := tmp_path / "sft")
+    spoil, reason = DAMAGES[damage]
+    assert last_whole(folder)[0].name == "checkpoint-6"
+    spoil(folder / "checkpoint-6" / "state-00000-00000.safetensors")
+    (folder / "checkpoint-5").mkdir()
+    assert last_whole(folder)[0].name == "checkpoint-4"
+    printed = capsys.readouterr().out
+    assert f"{folder}/checkpoint-5 was cut short while saving; removed\n" in printed
+    expected = rf"{folder}/checkpoint-6 is damaged \({reason}\); removed, going back to the one before\n"
+    assert re.search(expected, printed)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+def test_training_goes_on_from_the_one_before_bit_for_bit(cut, single, tmp_path):
+    small = twin(cut("sft", "single", 1), tmp_path)
+    flip_a_byte(small.folder_of("sft") / "checkpoint-6" / "state-00000-00000.safetensors")
+    done = train(small, "sft", "single", 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-6 is damaged" in done.stdout and "checkpoint-4\n" in done.stdout
+    assert manifest.read(small.folder_of("sft"))["report"]["resumed_from"] == "checkpoint-4"
+    expected = single.weights("sft")
+    for name, tensor in small.weights("sft").items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(cut):
+    folder = cut("sft", "single", 1).folder_of("sft") / "checkpoint-6"
+    mark = json.loads((folder / WHOLE).read_text())
+    assert (mark["backend"], mark["num_ranks"]) == ("single", 1)
+    assert {file.name for file in folder.iterdir()} == {*mark["files"], WHOLE}
+    assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ""}
 
 
 # Each backend to each, and from two ranks to one and from one to two.
@@ -70,7 +133,7 @@ def test_goes_on_elsewhere(cut, single, tmp_path, stage, first, then):
     done = goes_on(cut, single, tmp_path, stage, first, then)
     ranks = {1: "1 rank", 2: "2 ranks"}
     told = f", saved under {first[0]} on {ranks[first[1]]}, going on under {then[0]} on {ranks[then[1]]}"
-    assert told.replace("ddp on 1", "single on 1") in done.stdout.replace("ddp on 1", "single on 1")
+    assert told.replace("ddp on 1 rank", "single on 1 rank") in done.stdout  # one rank of DDP is one process
 
 
 @pytest.mark.slow

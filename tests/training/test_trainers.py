@@ -1,6 +1,7 @@
 """Our losses, gradients and rewards are TRL's, step for step, on transformers' own SmolLM3 with its dense masks."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -302,15 +303,39 @@ def test_wsd_decays_over_its_share_of_the_steps(tmp_path):
     assert kwargs == {"num_decay_steps": 2, "min_lr_ratio": 0.1, "decay_type": "linear"}  # 2 x ceil(10 / 3) steps
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tokenizer, tmp_path, monkeypatch):
-    model, stage = build(tokenizer), SFTStage(**settings())
-    needed = 4 * sum(p.numel() for p in model.parameters()) * (3 * 3 + 1)  # two checkpoints and one in the making
-    usage = lambda free: lambda path: SimpleNamespace(free=free)  # noqa: E731
-    monkeypatch.setattr("shutil.disk_usage", usage(needed))
-    check_space("sft", stage, model, 12, tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", usage(needed - 1))
-    with pytest.raises(UserError, match=r"GB free; free some, lower stages.sft.save_total_limit=2, or set run_dir="):
-        check_space("sft", stage, model, 12, tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "bf16", "copies"),
+    [
+        ({}, False, 3 * 3 + 1),  # two checkpoints and one in the making: weights and two moments; the final weights
+        ({}, True, 3 * 3 + 0.5),
+        ({"save_steps": 6}, False, 3 * 2 + 1),  # no more than two are ever saved
+        ({"snapshot_steps": 4}, False, 3 * 3 + 1 + 3),
+    ],
+)
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tokenizer, tmp_path, monkeypatch, changes, bf16, copies):
+    model, stage = build(tokenizer), SFTStage(**settings(**{"save_steps": 1, "max_steps": 12} | changes))
+    here = dataclasses.replace(CPU, bf16=bf16)
+    needed = int(4 * sum(p.numel() for p in model.parameters()) * copies)
+    free = [needed]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    check_space("sft", stage, model, 12, tmp_path, here)
+    free[0] -= 1
+    with pytest.raises(UserError, match=r"GB free; free some, lower stages.sft.save_total_limit=2"):
+        check_space("sft", stage, model, 12, tmp_path, here)
+    # What a killed try left is a part of what is needed.
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "state").write_bytes(b"x")
+    check_space("sft", stage, model, 12, tmp_path, here)
+
+
+def test_adapters_need_little_room(tokenizer, tmp_path, monkeypatch):
+    model, stage = build(tokenizer), SFTStage(**settings(save_steps=1, max_steps=12))
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.model.norm.weight.requires_grad = True  # 16 elements
+    needed = 4 * (9 * 16 + sum(p.numel() for p in model.parameters()))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    check_space("sft", stage, model, 12, tmp_path, CPU)
 
 
 # ---------------------------------------------------------------- loss weights of sources

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from smolpost.atomic import write_json
 from smolpost.errors import UserError
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Sample
-from smolpost.merging.shards import sha256
+from smolpost.files import sha256, write_json
 from smolpost.schema import Harness
 
 PLAIN = "plain"  # the one mode without a chat template
