@@ -12,6 +12,7 @@ from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.export.folder import Source, building, carry, portable_config, stage
+from smolpost.files import hashes, write_json
 
 
 def test_config_holds_both_spellings_of_rope(tmp_path):
@@ -72,6 +73,17 @@ def test_incomplete_checkpoints_are_refused(tmp_path, spoil, message):
     source = Source(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         _ = source.config, source.weight_files, source.tokenizer
+
+
+def test_a_file_that_is_not_the_written_one_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path / "model")
+    write_json(folder / "manifest.json", {"key": "k", "files": hashes(folder)})
+    assert Source(folder).weight_files
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model/model.safetensors is not the file that was written: "):
+        _ = Source(folder).weight_files
 
 
 def test_full_folder_is_not_touched(tmp_path):

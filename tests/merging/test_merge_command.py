@@ -122,3 +122,15 @@ def test_words_that_make_no_merge_are_refused(words, message, trained, tmp_path)
         run(tmp_path / "out", *words)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_byte_of_a_merged_folder_is_refused(trained, tmp_path):
+    soup = tmp_path / "soup"
+    run(soup, f"{trained['a']}=0.5", f"{trained['b']}=0.5")
+    run(tmp_path / "again", f"{soup}=0.5", f"{trained['b']}=0.5")
+    content = bytearray((soup / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (soup / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"soup/model.safetensors is not the file that was written: "):
+        run(tmp_path / "out", f"{soup}=0.5", f"{trained['b']}=0.5")
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import ROOT, environment
 
+from smolpost.files import write_json
 from smolpost.pipeline import manifest
 
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -184,6 +185,11 @@ def test_a_start_that_would_not_load_whole_is_refused_before_preparation(started
     file = small.folder_of("init") / "model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
     save_file(tensors, file, {"format": "pt"})
+    done = small.smolpost("run", "stage=sft")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"smolpost: {file} is not the file that was written: ")
+    found = manifest.read(file.parent)
+    write_json(file.parent / "manifest.json", found | {"files": {}})  # as if it had been written so
     for verb in ("run", "doctor"):
         done = small.smolpost(verb, "stage=sft")
         assert done.returncode == 2
