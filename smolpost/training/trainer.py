@@ -17,6 +17,7 @@ from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.environment import backend_name
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
+from smolpost.training.state import state_of
 
 
 class StageTrainer(Trainer, abc.ABC):
@@ -106,6 +107,7 @@ class StageTrainer(Trainer, abc.ABC):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        state_of(self)  # refuses what could not be saved, before it is trained
         if resume_from_checkpoint is not None:
             checkpoints.restore(self, Path(resume_from_checkpoint))
             self.restored = resume_from_checkpoint
