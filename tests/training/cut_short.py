@@ -3,11 +3,12 @@
 import os
 import signal
 
+import torch
 import torch.distributed as dist
 
 from smolpost.training import trainer
 
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
     import fsdp_on_cpu  # noqa: F401, makes accelerate run FSDP on a CPU
 
 write = trainer.checkpoints.write

@@ -2,12 +2,17 @@
 
 import itertools
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
-from small import ROOT
+from small import PROGRAM, ROOT, environment
 from test_launch import assert_same
 
 from smolpost.pipeline import manifest
@@ -127,8 +132,11 @@ PAIRS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "apo"])
-@pytest.mark.parametrize(("first", "then"), PAIRS, ids=lambda place: "-".join(map(str, place)))
+@pytest.mark.parametrize(
+    ("stage", "first", "then"),
+    [("sft", *pair) for pair in PAIRS] + [("apo", *pair) for pair in PAIRS if pair[0][1] == 2],
+    ids=lambda place: place if isinstance(place, str) else "-".join(map(str, place)),
+)
 def test_goes_on_elsewhere(cut, single, tmp_path, stage, first, then):
     done = goes_on(cut, single, tmp_path, stage, first, then)
     ranks = {1: "1 rank", 2: "2 ranks"}
@@ -142,3 +150,48 @@ def test_goes_on_elsewhere(cut, single, tmp_path, stage, first, then):
 def test_goes_on_in_place(cut, single, tmp_path, stage, place):
     done = goes_on(cut, single, tmp_path, stage, place, place)
     assert "saved under" not in done.stdout
+
+
+LONG = ("stages.sft.max_steps=60",)
+CROWD = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
+
+
+@pytest.fixture(scope="module")
+def uncut(started, tmp_path_factory):
+    """60 steps in one go."""
+    small = started.copy(tmp_path_factory.mktemp("uncut"))
+    done = small.launch("sft", "single", 1, *LONG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", CROWD, ids=lambda place: "-".join(map(str, place)))
+def test_killed_three_times_at_any_moment(started, uncut, tmp_path, place):
+    """kill -9 of all processes at random moments after the first step, also while a checkpoint is written."""
+    backend, ranks = place
+    small, draw = started.copy(tmp_path), random.Random(f"{place}")
+    folder = small.folder_of("sft", *LONG)
+    program, variables = PROGRAM, {}
+    if backend == "fsdp2":
+        program = (str(ROOT / "tests/training/fsdp_on_cpu.py"),)
+        variables = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    command = small.launch_command("sft", backend, ranks, *LONG, program=program)
+    for _ in range(3):
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment() | variables, start_new_session=True, stdout=log, stderr=log
+            )
+        before, deadline = set(folder.glob("checkpoint-*")), time.monotonic() + 120
+        while not set(folder.glob("checkpoint-*")) - before:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = small.launch("sft", backend, ranks, *LONG, program=program, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(small, uncut, "sft", *LONG, words=LONG)
+    if place == ("single", 1):
+        for name, tensor in small.weights("sft", *LONG).items():
+            assert torch.equal(tensor, uncut.weights("sft", *LONG)[name])
