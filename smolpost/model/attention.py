@@ -36,6 +36,8 @@ NAME = "packed"
 # Below this many numbers in a segment's queries a kernel call costs more than its arithmetic; above, less than the
 # copies that sharing it takes.
 SHORT = 8192
+# Queries that share a mask at the edge of a window: more of them waste arithmetic on hidden keys, fewer waste calls.
+BAND = 128
 
 
 def packed_attention(
@@ -43,7 +45,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | int | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -56,7 +58,7 @@ def packed_attention(
 
     Args:
         query: [B, N, L, D]; key and value: [B, K, S, D].
-        attention_mask: From `packed_mask`; None where there is neither padding nor a cache.
+        attention_mask: From `packed_mask`; None or a window where there is neither padding nor a cache.
         scaling: Factor on the scores; None: D^-0.5.
         sliding_window: Positions that a token sees, itself included, >= 1; None: all before it.
         position_ids: [1 or B, L]; 0 begins a document where neither of the lengths says so.
@@ -71,13 +73,15 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation={NAME} has no {name}; use eager for this model")
+    if isinstance(attention_mask, int):
+        attention_mask, sliding_window = None, attention_mask
     num_rows, _, num_tokens, head_size = query.shape
     if document_lengths is None and pair_lengths is None:
         is_bare = attention_mask is None and num_tokens == key.shape[2]
         if is_bare and position_ids is not None and position_ids.ndim == 2:
             document_lengths = lengths_from_positions(position_ids)
         if document_lengths is None and is_bare and sliding_window is not None and sliding_window < num_tokens:
-            # The window has no mask: each row becomes a document.
+            # What SDPA would need a mask for: each row becomes a document.
             document_lengths = [num_tokens] * num_rows
             query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
         if document_lengths is None:
@@ -112,12 +116,16 @@ def packed_attention(
 
 def packed_mask(
     q_length: int, kv_length: int, q_offset: int = 0, attention_mask: torch.Tensor | None = None, **kwargs
-) -> torch.Tensor | None:
-    """No mask where `packed_attention` needs none, else the one that SDPA takes."""
-    # A sliding window needs none; chunks, which have a local size, too, do.
-    knows_size = kwargs.get("local_size") in (None, getattr(kwargs.get("config"), "sliding_window", None))
-    if attention_mask is None and q_length == kv_length and q_offset == 0 and knows_size:
-        return None
+) -> torch.Tensor | int | None:
+    """The layer's sliding window or None where `packed_attention` needs no more, else the mask that SDPA takes.
+
+    Some models tell only their masks of the window, not their attention function.
+    """
+    window = kwargs.get("local_size")
+    # Chunks have a local size, too, under another name.
+    is_chunk = window is not None and window != getattr(kwargs.get("config"), "sliding_window", None)
+    if attention_mask is None and q_length == kv_length and q_offset == 0 and not is_chunk:
+        return window
     return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
 
 
@@ -243,10 +251,12 @@ def reaches(
             yield own, prefix, None
             continue
         if band is None:
-            # With each query the window moves on by a key; the last query of a full tile sees none of the prefix.
-            band = like.new_full((window - 1, window - 1), float("-inf")).tril(-1)
-        seeing = own[: window - 1]
-        yield seeing, prefix, band[: len(seeing), window - 1 - len(prefix) :]
+            # With each query the window leaves one more key behind, until the last of a full tile sees no prefix.
+            band = like.new_full((min(BAND, window - 1), window - 1), float("-inf")).tril(-1)
+        for first in range(0, min(len(own), window - 1), BAND):
+            most = window - 1 - first  # keys that the first of these queries sees
+            queries, keys = own[first : min(first + BAND, window - 1)], prefix[max(0, len(prefix) - most) :]
+            yield queries, keys, band[: len(queries), most - len(keys) : most]
 
 
 class CPUFlash(torch.autograd.Function):

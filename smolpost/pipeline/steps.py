@@ -145,7 +145,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     for parent in stage.plan.parents:
         lineage.require(parent)
     start = input_folders(stage, lineage.recipe)[config.init_from]
-    check_start(stage.plan.stage, config, start)
+    check_start(stage.plan.stage, config, start, lineage.recipe.model.attn_implementation)
     with manifest.lock(stage.prepared):
         if manifest.read(stage.prepared):
             print(f"{stage.prepared} is prepared", flush=True)

@@ -1,5 +1,6 @@
-"""In layers with a sliding window, packed rows equal transformers' masked SDPA, document by document and side by side."""
+"""In layers with a sliding window, packed rows equal transformers' masked SDPA: documents and the sides of pairs."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -20,12 +21,16 @@ from packed_rows import (
     step,
 )
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -46,6 +51,12 @@ MODELS = {
     "gemma3": dict(
         model=Gemma3ForCausalLM, config=Gemma3TextConfig, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=20,
         layer_types=ALTERNATING,
+    ),
+    # It tells only its mask of the window.
+    "qwen2_moe": dict(
+        model=Qwen2MoeForCausalLM, config=Qwen2MoeConfig, use_sliding_window=True, sliding_window=WINDOW,
+        layer_types=ALTERNATING, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
     ),
 }  # fmt: skip
 LENGTHS = [WINDOW - 1, 3 * WINDOW, WINDOW, 1, WINDOW + 1, 2 * WINDOW + 3]
@@ -80,13 +91,15 @@ def windows_and_pairs(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(windows_and_pairs(), st.sampled_from([1, 2, 4]), st.sampled_from([0, attention.SHORT]))
-def test_every_backend_equals_the_definition(window_and_pairs, key_heads, short):
+@given(
+    windows_and_pairs(), st.sampled_from([1, 2, 4]), st.sampled_from([0, attention.SHORT]), st.sampled_from([3, 128])
+)
+def test_every_backend_equals_the_definition(window_and_pairs, key_heads, short, band):
     window, pairs = window_and_pairs
     row = inputs(sum(map(sum, pairs)), key_heads=key_heads)
     segments = find_segments(row[0].shape[2], pair_lengths=pairs)
     expected = run(masked_attention, row, segments, 0.5, window)
-    with mock.patch.object(attention, "SHORT", short):
+    with mock.patch.multiple(attention, SHORT=short, BAND=band):
         assert_equal(run(attention.CPUFlash.apply, row, segments, 0.5, window), expected)
     assert_equal(run(attention.segment_attention, row, segments, 0.5, window), expected)
     with mock.patch.object(attention, "varlen_attn", reference_varlen_attn):
@@ -137,7 +150,7 @@ def test_packed_pairs_equal_two_sequences_each(name):
         assert_equal(packed, pair_step(build("sdpa", **MODELS[name]), pairs, packed=False))
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 16, 200])
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 200])
 def test_windows_of_all_sizes_equal_masked_sdpa(window):
     fields = MODELS["mistral"] | {"sliding_window": window}
     assert_equal(step(build("packed", **fields), LENGTHS), step(build("sdpa", **fields), LENGTHS))
@@ -146,10 +159,11 @@ def test_windows_of_all_sizes_equal_masked_sdpa(window):
 
 
 def test_a_window_over_the_whole_row_changes_no_bit():
-    row, layout = inputs(50), {"pair_lengths": [(20, 10, 20)]}
-    windowed, plain = (
-        run(lambda *x: packed_attention(None, *x, None, sliding_window=w, **layout)[0], row) for w in (40, None)
-    )  # noqa: B023
+    def attend(*row, window):
+        return packed_attention(None, *row, None, sliding_window=window, pair_lengths=[(20, 10, 20)])[0]
+
+    row = inputs(50)
+    windowed, plain = (run(partial(attend, window=window), row) for window in (40, None))
     assert all(torch.equal(windowed[name], plain[name]) for name in plain)
 
 
@@ -221,8 +235,8 @@ def test_bf16_is_close_to_fp32():
 def test_no_mask_is_built_for_a_window_but_for_chunks():
     sizes = dict(q_length=9, kv_length=9, batch_size=1)
     config = MistralConfig(sliding_window=4)
-    assert packed_mask(**sizes, local_size=4, config=config) is None
-    assert packed_mask(**sizes, local_size=3, config=config) is not None
+    assert packed_mask(**sizes, local_size=4, config=config) == 4
+    assert packed_mask(**sizes, local_size=3, config=config).shape == (1, 1, 9, 9)
     fields = dict(
         intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=4, no_rope_layers=[1] * 4,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -230,3 +244,15 @@ def test_no_mask_is_built_for_a_window_but_for_chunks():
     model = build("packed", Llama4ForCausalLM, Llama4TextConfig, **fields)
     with pytest.raises(ValueError, match="packed documents with padding"):
         step(model, [9, 5], document_lengths=[9, 5])
+
+
+def test_the_remedy_for_softcaps_keeps_documents_apart():
+    fields = dict(
+        model=Gemma2ForCausalLM, config=Gemma2Config, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0
+    )
+    model = build("eager", **fields).eval()
+    ids = torch.randint(3, VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        packed = model(ids, position_ids=document_positions(LENGTHS), document_lengths=LENGTHS, use_cache=False).logits
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(LENGTHS, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
