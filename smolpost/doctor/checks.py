@@ -131,7 +131,10 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     if rows < 1:
         raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
     lineage.require_inputs(stage)
-    check_start(stage.plan.stage, config, input_folders(stage, lineage.recipe)[config.init_from])
+    recipe = lineage.recipe
+    check_start(
+        stage.plan.stage, config, input_folders(stage, recipe)[config.init_from], recipe.model.attn_implementation
+    )
     found = []
     with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
         case = Case(lineage, stage, rows, Path(folder))

@@ -10,12 +10,16 @@ Either is a list of segments. `prompt | chosen` is a document like any other; re
 prompt, which thereby passes through the model once for both. Rows with padding or a KV cache (evaluation, generation)
 go through transformers' SDPA with its ordinary mask.
 
+In a layer with a sliding window of W, a token sees the last W positions of its own sequence, itself included; the
+window of a rejected token reaches back into the prompt, not into chosen. FlashAttention takes W as an argument. SDPA
+takes segments in tiles of W queries with the W - 1 keys before them as a prefix, so work grows with L x W.
+
 B rows, L tokens per row, S keys, N query heads, K key heads (N a multiple of K), D head size.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -32,6 +36,8 @@ NAME = "packed"
 # Below this many numbers in a segment's queries a kernel call costs more than its arithmetic; above, less than the
 # copies that sharing it takes.
 SHORT = 8192
+# Queries that share a mask at the edge of a window: more of them waste arithmetic on hidden keys, fewer waste calls.
+BAND = 128
 
 
 def packed_attention(
@@ -39,7 +45,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | int | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -52,40 +58,47 @@ def packed_attention(
 
     Args:
         query: [B, N, L, D]; key and value: [B, K, S, D].
-        attention_mask: From `packed_mask`; None where there is neither padding nor a cache.
+        attention_mask: From `packed_mask`; None or a window where there is neither padding nor a cache.
         scaling: Factor on the scores; None: D^-0.5.
+        sliding_window: Positions that a token sees, itself included, >= 1; None: all before it.
         position_ids: [1 or B, L]; 0 begins a document where neither of the lengths says so.
         document_lengths: Tokens of each document. Spares the look at position_ids, for which a GPU has to stop.
         pair_lengths: Tokens of each pair's prompt, chosen and rejected; any may be 0.
     Returns:
         [B, L, N, D], and None: probabilities are not kept.
     Raises:
-        ValueError: The lengths do not fit the row, or it is packed and there is more than the row: other rows,
-            padding, a cache, a sliding window, a softcap, sinks, a position bias.
+        ValueError: The lengths do not fit the row, it is packed and there is more than the row (other rows, padding, a
+            cache), or the model has a softcap, sinks or a position bias.
     """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation={NAME} has no {name}; use eager for this model")
+    if isinstance(attention_mask, int):
+        attention_mask, sliding_window = None, attention_mask
     num_rows, _, num_tokens, head_size = query.shape
     if document_lengths is None and pair_lengths is None:
-        # A sliding window brings its own mask, which must not hide that the row is packed.
-        looks_packed = attention_mask is None or (sliding_window is not None and num_rows == 1)
-        if looks_packed and num_tokens == key.shape[2] and position_ids is not None and position_ids.ndim == 2:
+        is_bare = attention_mask is None and num_tokens == key.shape[2]
+        if is_bare and position_ids is not None and position_ids.ndim == 2:
             document_lengths = lengths_from_positions(position_ids)
+        if document_lengths is None and is_bare and sliding_window is not None and sliding_window < num_tokens:
+            # What SDPA would need a mask for: each row becomes a document.
+            document_lengths = [num_tokens] * num_rows
+            query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
         if document_lengths is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
-    if num_rows > 1:
+    if query.shape[0] > 1:
         raise ValueError(f"packed documents in a batch of {num_rows} rows; flatten the batch into one row")
-    if sliding_window is not None:
-        raise ValueError(f"attn_implementation={NAME} has no sliding window; use sdpa for this model")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation={NAME} has no {name}; use eager for this model")
-    if attention_mask is not None or num_tokens != key.shape[2]:
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"packed documents with padding or a KV cache ({num_tokens} queries, {key.shape[2]} keys): they would see "
             "each other; leave attention_mask and past_key_values out"
         )
-    segments = find_segments(num_tokens, document_lengths, pair_lengths)
+    segments = find_segments(query.shape[2], document_lengths, pair_lengths)
+    window = sliding_window
+    if window is not None and all(len(own) + len(prefix) <= window for own, prefix in segments):
+        window = None  # it reaches everything
 
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -93,18 +106,26 @@ def packed_attention(
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     flash = not dropout and value.shape[3] == head_size
     if flash and device == "cpu":
-        return CPUFlash.apply(query, key, value, segments, scaling), None
-    if flash and device == "cuda" and varlen_fits(query):
-        return varlen_attention(query, key, value, segments, scaling), None
-    return segment_attention(query, key, value, segments, scaling, dropout), None
+        output = CPUFlash.apply(query, key, value, segments, scaling, window)
+    elif flash and device == "cuda" and varlen_fits(query):
+        output = varlen_attention(query, key, value, segments, scaling, window)
+    else:
+        output = segment_attention(query, key, value, segments, scaling, window, dropout)
+    return output.unflatten(1, (num_rows, num_tokens))[0], None
 
 
 def packed_mask(
     q_length: int, kv_length: int, q_offset: int = 0, attention_mask: torch.Tensor | None = None, **kwargs
-) -> torch.Tensor | None:
-    """No mask where `packed_attention` needs none, else the one that SDPA takes."""
-    if attention_mask is None and q_length == kv_length and q_offset == 0 and kwargs.get("local_size") is None:
-        return None
+) -> torch.Tensor | int | None:
+    """The layer's sliding window or None where `packed_attention` needs no more, else the mask that SDPA takes.
+
+    Some models tell only their masks of the window, not their attention function.
+    """
+    window = kwargs.get("local_size")
+    # Chunks have a local size, too, under another name.
+    is_chunk = window is not None and window != getattr(kwargs.get("config"), "sliding_window", None)
+    if attention_mask is None and q_length == kv_length and q_offset == 0 and not is_chunk:
+        return window
     return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
 
 
@@ -118,7 +139,7 @@ def register() -> None:
 
 
 class Segment(NamedTuple):
-    """Tokens that see themselves, causally, and the whole of a prefix earlier in the row."""
+    """Tokens that see themselves, causally, and a prefix earlier in the row, as far as there is no window."""
 
     own: range
     prefix: range  # empty where there is none
@@ -175,6 +196,19 @@ def find_segments(
     return tuple(segment for segment in segments if segment.own)
 
 
+def tiles(segments: tuple[Segment, ...], window: int | None) -> tuple[Segment, ...]:
+    """Segments of at most a window's length, each with the window - 1 tokens before it, or as many as there are."""
+    if window is None:
+        return segments
+    found = []
+    for own, prefix in segments:
+        for start in range(own.start, own.stop, window):
+            before = range(own.start, start) or prefix
+            tile = range(start, min(start + window, own.stop))
+            found.append(Segment(tile, before[max(0, len(before) - window + 1) :]))
+    return tuple(found)
+
+
 def cut(x: torch.Tensor, span: range, dim: int = 2) -> torch.Tensor:
     """View of the tokens of a span."""
     return x.narrow(dim, span.start, len(span))
@@ -205,30 +239,51 @@ def per_segment(kernel: Callable, segments: tuple[Segment, ...], *tensors: torch
     return tuple(torch.cat(pieces, dim=1) for pieces in zip(*results, strict=True))
 
 
+def reaches(
+    segments: tuple[Segment, ...], window: int | None, like: torch.Tensor
+) -> Iterator[tuple[range, range, torch.Tensor | None]]:
+    """Queries that see a prefix, its keys, and a mask to add to their scores; None where each query sees all keys."""
+    band = None
+    for own, prefix in segments:
+        if not prefix:  # the kernels crash without keys
+            continue
+        if window is None or len(own) + len(prefix) <= window:
+            yield own, prefix, None
+            continue
+        if band is None:
+            # With each query the window leaves one more key behind, until the last of a full tile sees no prefix.
+            band = like.new_full((min(BAND, window - 1), window - 1), float("-inf")).tril(-1)
+        for first in range(0, min(len(own), window - 1), BAND):
+            most = window - 1 - first  # keys that the first of these queries sees
+            queries, keys = own[first : min(first + BAND, window - 1)], prefix[max(0, len(prefix) - most) :]
+            yield queries, keys, band[: len(queries), most - len(keys) : most]
+
+
 class CPUFlash(torch.autograd.Function):
     """Attention in a row's segments: query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D]."""
 
     @staticmethod
-    def forward(ctx, query, key, value, segments, scale):
+    def forward(ctx, query, key, value, segments, scale, window=None):
         # The kernels take the last stride for 1 without looking.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        segments = tiles(segments, window)
 
-        def attend(q, k, v, causal=True):
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        def attend(q, k, v, causal=True, mask=None):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            )
 
         output, logsumexp = per_segment(attend, segments, query, key, value)
-        for own, prefix in segments:
-            if not prefix:  # the kernels crash without keys
-                continue
-            attended, total = attend(cut(query, own), cut(key, prefix), cut(value, prefix), causal=False)
-            attended, total = attended.transpose(1, 2), total.transpose(1, 2)
+        for own, prefix, mask in reaches(segments, window, query):
+            parts = cut(query, own), cut(key, prefix), cut(value, prefix)
+            attended, total = (x.transpose(1, 2) for x in attend(*parts, causal=False, mask=mask))
             # One softmax over two sets of keys: each set's output counts by its share of the denominator.
             own_attended, own_total = cut(output, own, dim=1), cut(logsumexp, own, dim=1)
             share = (total - own_total).sigmoid()[..., None]
             own_attended.copy_(own_attended.to(share.dtype).lerp(attended.to(share.dtype), share))
             own_total.copy_(own_total.logaddexp(total))
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.segments, ctx.scale, ctx.window = segments, scale, window
         return output
 
     @staticmethod
@@ -237,21 +292,20 @@ class CPUFlash(torch.autograd.Function):
         query, key, value, output, logsumexp = ctx.saved_tensors
         gradient, output, logsumexp = (x.transpose(1, 2) for x in (gradient, output, logsumexp))
 
-        def differentiate(g, o, total, q, k, v, causal=True):
+        def differentiate(g, o, total, q, k, v, causal=True, mask=None):
             # Given the output and log-sum-exp over all keys, the kernel finds the weights that these keys had.
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, q, k, v, o, total, 0.0, causal, scale=ctx.scale
+                g, q, k, v, o, total, 0.0, causal, attn_mask=mask, scale=ctx.scale
             )
 
         row = gradient, output, logsumexp, query, key, value
         gradients = [x.transpose(1, 2) for x in per_segment(differentiate, ctx.segments, *row)]
-        for own, prefix in ctx.segments:
-            if prefix:
-                spans = own, own, own, own, prefix, prefix
-                found = differentiate(*map(cut, row, spans), causal=False)
-                for whole, part, span in zip(gradients, found, (own, prefix, prefix), strict=True):
-                    cut(whole, span).add_(part)
-        return *gradients, None, None
+        for own, prefix, mask in reaches(ctx.segments, ctx.window, query):
+            spans = own, own, own, own, prefix, prefix
+            found = differentiate(*map(cut, row, spans), causal=False, mask=mask)
+            for whole, part, span in zip(gradients, found, (own, prefix, prefix), strict=True):
+                cut(whole, span).add_(part)
+        return *gradients, None, None, None
 
 
 # CUDA: one call of FlashAttention for the row.
@@ -259,14 +313,21 @@ class CPUFlash(torch.autograd.Function):
 
 @cache
 def varlen_kernel() -> Callable | None:
-    """FlashAttention on sequences of unequal length: torch's where it knows grouped heads, else flash-attn's."""
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return lambda *args, scale: varlen_attn(*args, scale=scale, window_size=(-1, 0), enable_gqa=True)
+    """FlashAttention on sequences of unequal length: torch's where it takes windows, else flash-attn's, or None.
+
+    The kernel takes `scale` and `window_size`, as (keys before a query's own, keys after it); -1 keys are all.
+    """
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:
+        # Before torch 2.13 fewer key heads than query heads need no permission.
+        return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    return lambda *args, scale: flash_attn_varlen_func(*args, softmax_scale=scale, causal=True)
+    return lambda *args, scale, window_size: flash_attn_varlen_func(
+        *args, softmax_scale=scale, causal=True, window_size=window_size
+    )
 
 
 def varlen_fits(query: torch.Tensor) -> bool:
@@ -303,7 +364,12 @@ def varlen_index(segments: tuple[Segment, ...], device: torch.device) -> tuple[t
 
 
 def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: tuple[Segment, ...], scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Query [1, N, L, D], key and value [1, K, L, D], fp16 or bf16 -> [1, L, N, D]."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -312,7 +378,8 @@ def varlen_attention(
         key, value = key.index_select(0, tokens), value.index_select(0, tokens)
     # FlashAttention (2.1 on, and torch's copy) aligns the causal diagonal to the bottom right: where the keys begin
     # with a prefix, query i sees all of it and its own segment's keys 0 to i.
-    return varlen_kernel()(query, key, value, *index, scale=scale)[None]
+    before = -1 if window is None else window - 1
+    return varlen_kernel()(query, key, value, *index, scale=scale, window_size=(before, 0))[None]
 
 
 # Anywhere: SDPA, segment by segment.
@@ -324,11 +391,13 @@ def segment_attention(
     value: torch.Tensor,
     segments: tuple[Segment, ...],
     scale: float | None,
+    window: int | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D]; any device, dtype and dropout."""
     # Given as many key heads as query heads, CUDA has a kernel for fp32 that keeps no scores.
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    segments = tiles(segments, window)
     parts = [x.split([len(own) for own, _ in segments], dim=2) for x in (query, key, value)]
     outputs = []
     for (_, prefix), q, k, v in zip(segments, *parts, strict=True):
@@ -336,6 +405,8 @@ def segment_attention(
         if prefix:
             k, v = torch.cat((cut(key, prefix), k), dim=2), torch.cat((cut(value, prefix), v), dim=2)
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(len(prefix))
+            if window is not None:
+                mask = mask.triu(len(prefix) - window + 1)
         outputs.append(
             F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
         )

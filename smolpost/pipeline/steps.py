@@ -143,7 +143,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         )
     lineage.require_inputs(stage)
     start = input_folders(stage, lineage.recipe)[config.init_from]
-    check_start(stage.plan.stage, config, start)
+    check_start(stage.plan.stage, config, start, lineage.recipe.model.attn_implementation)
     with manifest.lock(stage.prepared):
         if manifest.read(stage.prepared):
             verify(stage.prepared)

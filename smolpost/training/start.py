@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
 from smolpost.errors import UserError
 from smolpost.model.loading import check_whole, is_quantized
 from smolpost.model.stored import CONFIG, read_config
-from smolpost.schema import TrainStage
+from smolpost.schema import PACKED_ATTENTION, TrainStage
 
 
-def check_start(name: str, stage: TrainStage, start: Path) -> dict[str, str]:
-    """Refuse a checkpoint that would not load whole, and LoRA targets that it does not have.
+def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: str) -> dict[str, str]:
+    """Refuse a checkpoint that would not load whole, attention that it cannot use, and LoRA targets it does not have.
 
     Returns:
         What `load_model` wants to know of the names of its tensors.
@@ -24,8 +27,30 @@ def check_start(name: str, stage: TrainStage, start: Path) -> dict[str, str]:
             "quantization"
         )
     renamed = check_whole(start, config, who)
+    if attn_implementation == PACKED_ATTENTION:
+        _check_packed(who, config)
     if stage.lora.r:
         from smolpost.training.adapters import check_targets
 
         check_targets(name, config, stage.lora)
     return renamed
+
+
+def _check_packed(who: str, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        UserError: The model's attention is more than SDPA over all earlier tokens or a sliding window of them.
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model._supports_sdpa:
+        reason = "has attention that SDPA cannot compute, e.g. with a softcap or sinks"
+    elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        reason = "attends in chunks (layer_types in its config.json holds chunked_attention)"
+    else:
+        return
+    remedy = "start from a checkpoint of another architecture"
+    if model._supports_attention_backend:
+        remedy += ", or set model.attn_implementation=eager in a pipeline without apo stages, which need packed"
+    raise UserError(
+        f"{who}: {model.__name__} {reason}; model.attn_implementation={PACKED_ATTENTION} does not know it: {remedy}"
+    )

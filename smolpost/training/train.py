@@ -65,7 +65,7 @@ def train(
     began = time.monotonic()
     check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
-    renamed = check_start(name, stage, start)
+    renamed = check_start(name, stage, start, attn_implementation)
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.chat_template = load_template(stage.template)
     stops = stop_tokens(name, stage, rows, start, tokenizer)

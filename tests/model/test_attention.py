@@ -6,112 +6,28 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_rows import (
+    PAIRS,
+    VOCAB,
+    assert_equal,
+    build,
+    document_positions,
+    inputs,
+    pair_positions,
+    pair_step,
+    reference_varlen_attn,
+    run,
+    step,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import SmolLM3Config as StockConfig
 from transformers import SmolLM3ForCausalLM as StockModel
 
-from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM, attention
+from smolpost.model import attention
 from smolpost.model.attention import find_segments, lengths_from_positions, packed_attention, packed_mask
-
-VOCAB = 40
-SIZES = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256,
-)  # fmt: skip
-# Prompt, chosen, rejected: ordinary, without prompt, chosen or rejected, and of single tokens.
-PAIRS = [(5, 4, 6), (0, 3, 2), (4, 0, 3), (3, 2, 0), (1, 1, 1)]
-
-
-def build(attn: str, model=SmolLM3ForCausalLM, config=SmolLM3Config, **changes):
-    """A model with weights large enough for attention to matter, the same for every `attn`."""
-    torch.manual_seed(0)
-    model = model._from_config(config(**{**SIZES, **changes}), attn_implementation=attn)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance=1e-5):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
-
-
-def document_positions(lengths) -> torch.Tensor:
-    return torch.cat([torch.arange(n) for n in lengths])[None]
-
-
-def pair_positions(pairs) -> torch.Tensor:
-    spans = [(torch.arange(p + c), torch.arange(p, p + r)) for p, c, r in pairs]
-    return torch.cat([span for pair in spans for span in pair])[None]
-
-
-def step(model, lengths: list[int], **kwargs):
-    """Logits and gradients of one packed row of documents."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (1, sum(lengths)))
-    output = model(input_ids=ids, position_ids=document_positions(lengths), labels=ids, use_cache=False, **kwargs)
-    output.loss.backward()
-    return {"logits": output.logits.detach(), **gradients(model)}
-
-
-def score(prompt_logits, logits, ids):
-    """Summed log-probability of a completion's ids, the first of which the prompt's last token predicts."""
-    predictions = torch.cat((prompt_logits[-1:], logits))[:-1]
-    return -F.cross_entropy(predictions, ids[len(ids) - len(predictions) :], reduction="sum")
-
-
-def pair_step(model, pairs, packed: bool):
-    """Logits, loss and gradients of pairs, in one packed row or as two sequences each; sides count unequally."""
-    torch.manual_seed(1)
-    totals = [sum(pair) for pair in pairs]
-    ids = torch.randint(3, VOCAB, (sum(totals),))
-    if packed:
-        row = model(input_ids=ids[None], position_ids=pair_positions(pairs), pair_lengths=pairs, use_cache=False).logits
-        rows = row[0].split(totals)
-    loss, logits = torch.zeros(()), []
-    for i, (part, lengths) in enumerate(zip(ids.split(totals), pairs, strict=True)):
-        prompt, chosen, rejected = part.split(lengths)
-        if packed:
-            first, *sides = rows[i].split(lengths)
-            prompts = first, first
-        else:
-            both = [alone(model, torch.cat((prompt, side))).tensor_split([len(prompt)]) for side in (chosen, rejected)]
-            prompts, sides = zip(*both, strict=True)
-        loss = loss - score(prompts[0], sides[0], chosen) + 0.5 * score(prompts[1], sides[1], rejected)
-        logits += [*prompts, *sides]
-    loss.backward()
-    return {"loss": loss.detach(), "logits": torch.cat(logits).detach(), **gradients(model)}
-
-
-def alone(model, ids):
-    """Logits [n, V] of one sequence [n]; n may be 0."""
-    return model(input_ids=ids[None], use_cache=False).logits[0] if len(ids) else torch.empty(0, VOCAB)
-
-
-def inputs(num_tokens, heads=4, key_heads=2, size=8, dtype=torch.float32):
-    """Query, key and value with the strides that a model gives them, tokens before heads."""
-    torch.manual_seed(2)
-    row = [torch.randn(1, num_tokens, n, size, dtype=dtype) for n in (heads, key_heads, key_heads)]
-    return [tensor.transpose(1, 2).requires_grad_() for tensor in row]
-
-
-def run(function, row, *args):
-    """Output and gradients of an attention function under a fixed weighting of its output."""
-    output = function(*row, *args)
-    torch.manual_seed(3)
-    found = torch.autograd.grad(output, row, torch.randn(output.shape).to(output.dtype))
-    return {"output": output.detach(), **dict(zip(("query", "key", "value"), found, strict=True))}
-
 
 pair_lists = st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=1, max_size=4).filter(lambda x: sum(map(sum, x)))
 # All segments in calls of their own, or those of one length in one.
@@ -228,22 +144,6 @@ def test_backends_agree(pairs, key_heads, short):
         assert_equal(run(attention.varlen_attention, row, segments, 0.5), cpu)
 
 
-def reference_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch's varlen_attn documents, written out: [T, heads, D], sequence i between ends i and i + 1."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert window_size == (-1, 0) and enable_gqa
-    q_ends, k_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert (q_ends[-1], k_ends[-1]) == (len(q), len(k))
-    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    outputs = []
-    for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
-        hidden = torch.ones(b - a, d - c).triu(1 + (d - c) - (b - a)).bool()  # bottom right
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[c:d]))
-    return torch.cat(outputs)
-
-
 def test_documents_take_their_keys_as_they_are_on_cuda():
     def checked(q, k, v, *args, **kwargs):
         assert k.data_ptr() == row[1].data_ptr() and v.data_ptr() == row[2].data_ptr()
@@ -274,18 +174,19 @@ def test_what_flash_attention_is_asked_for(monkeypatch, size, dtype, capability,
     assert attention.varlen_fits(torch.empty(1, 2, 3, size, dtype=dtype)) == fits
 
 
-def test_flash_attn_stands_in_where_torch_knows_no_grouped_heads(monkeypatch):
-    def flash_attn_varlen_func(*args, softmax_scale, causal):
+def test_flash_attn_stands_in_where_torch_takes_no_window(monkeypatch):
+    def flash_attn_varlen_func(*args, softmax_scale, causal, window_size):
         assert causal
-        return reference_varlen_attn(*args, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True)
+        return reference_varlen_attn(*args, scale=softmax_scale, window_size=window_size)
 
     row = inputs(sum(map(sum, PAIRS)))
     segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
     monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, is_causal=False: None)  # as in torch 2.10
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
-    found = run(attention.varlen_attention, row, segments, 0.5)
-    assert_equal(found, run(attention.segment_attention, row, segments, 0.5))
+    for window in (None, 4):
+        found = run(attention.varlen_attention, row, segments, 0.5, window)
+        assert_equal(found, run(attention.segment_attention, row, segments, 0.5, window))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert attention.varlen_kernel() is None
 
@@ -296,7 +197,7 @@ def test_dropout_and_unequal_head_sizes_take_public_sdpa():
     torch.manual_seed(4)
     found, _ = packed_attention(None, query, key, value, None, dropout=0.5, document_lengths=[7, 5])
     torch.manual_seed(4)
-    torch.testing.assert_close(found, attention.segment_attention(query, key, value, segments, None, 0.5))
+    torch.testing.assert_close(found, attention.segment_attention(query, key, value, segments, None, dropout=0.5))
     assert (found == 0).any()
     wide = torch.cat((value, 2 * value), dim=3)
     found, _ = packed_attention(None, query, key, wide, None, document_lengths=[7, 5])
@@ -397,14 +298,6 @@ def test_padded_batch_and_generation_equal_sdpa():
     assert ours.generate(**kwargs, **settings).tolist() == reference.generate(**kwargs, **settings).tolist()
 
 
-def test_sliding_window_of_an_unpacked_row_equals_sdpa():
-    window = dict(use_sliding_window=True, sliding_window=3, no_rope_layer_interval=2)
-    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = (build(attn, **window).eval()(input_ids=ids).logits for attn in ("packed", "sdpa"))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_no_mask_is_built_for_packed_rows():
     assert packed_mask(q_length=8, kv_length=8, batch_size=1) is None
     one = torch.tensor([[True]])
@@ -433,10 +326,7 @@ def test_refuses_what_would_leak():
 
 @pytest.mark.parametrize("layout", [{}, {"document_lengths": [2, 2]}, {"pair_lengths": [(1, 1, 2)]}])
 def test_refuses_what_it_cannot_compute(layout):
-    ids, positions = torch.ones(1, 4, dtype=torch.long), torch.tensor([[0, 1, 0, 1]])
-    model = build("packed", use_sliding_window=True, sliding_window=2, no_rope_layer_interval=1)
-    with pytest.raises(ValueError, match="attn_implementation=packed has no sliding window; use sdpa for this model"):
-        model(input_ids=ids, position_ids=positions, use_cache=False, **layout)
+    positions = torch.tensor([[0, 1, 0, 1]])
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(ValueError, match=f"packed has no {name}; use eager for this model"):
             packed_attention(None, *inputs(4), None, position_ids=positions, **{name: 1.0}, **layout)

@@ -51,8 +51,22 @@ def build(tokenizer, seed=0, **changes):
     return SmolLM3ForCausalLM(config)
 
 
+def build_windowed(tokenizer, seed=0):
+    """A Mistral whose tokens see 16 positions; most documents, and the prompts of pairs, are longer."""
+    torch.manual_seed(seed)
+    config = transformers.MistralConfig(
+        **SHAPE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        sliding_window=16,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM._from_config(config, attn_implementation="packed")
+
+
 def stock(model):
-    """transformers' SmolLM3 with the same weights."""
+    """transformers' model with the same weights and masks."""
+    if isinstance(model, transformers.MistralForCausalLM):
+        peer = copy.deepcopy(model)
+        peer.set_attn_implementation("sdpa")
+        return peer
     fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
     peer = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**fields, attn_implementation="sdpa"))
     peer.load_state_dict(model.state_dict())
@@ -114,9 +128,10 @@ class SameDecay(SFTTrainer):
         return decayed_parameters(model)
 
 
-def test_sft_steps_equal_trls(tokenizer, tmp_path):
+@pytest.mark.parametrize("make", [build, build_windowed])
+def test_sft_steps_equal_trls(tokenizer, tmp_path, make):
     """Loss, gradient norm, accuracy and entropy of every step, the last one shorter than the others."""
-    model = build(tokenizer)
+    model = make(tokenizer)
     peer = stock(model)
     changes = {"max_seq_len": 420, "global_batch_size": 4, "shuffle_packs": False, "max_steps": 5}
     trainer, rows, stage = sft_trainer(tokenizer, tmp_path, model, **changes)
@@ -245,8 +260,16 @@ LOSSES = [
 @pytest.mark.parametrize(("ours", "trls"), LOSSES, ids=lambda case: "-".join(map(str, case.values())) or None)
 @pytest.mark.parametrize("pack_tokens", [60, 1000], ids=["many packs", "one pack"])
 def test_preference_steps_equal_trls(tokenizer, tmp_path, ours, trls, pack_tokens):
+    assert_preference_steps_equal(tokenizer, tmp_path, build, ours, trls, pack_tokens)
+
+
+def test_preference_steps_under_a_sliding_window_equal_trls(tokenizer, tmp_path):
+    assert_preference_steps_equal(tokenizer, tmp_path, build_windowed, {"loss": "apo_zero"}, {}, 1000)
+
+
+def assert_preference_steps_equal(tokenizer, tmp_path, make, ours, trls, pack_tokens):
     """Loss, gradient norm, rewards and log-probabilities of every step, with a reference unlike the policy."""
-    model, ref_model = build(tokenizer), build(tokenizer, seed=7)
+    model, ref_model = make(tokenizer), make(tokenizer, seed=7)
     peer, peer_ref = stock(model), stock(ref_model)
     changes = {**ours, "beta": 0.3, "max_steps": 4, "pack_tokens": pack_tokens}
     trainer, rows, stage = pair_trainer(tokenizer, tmp_path, model, ref_model, **changes)
