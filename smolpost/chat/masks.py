@@ -16,7 +16,7 @@ from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, 
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans, turn_end
 from smolpost.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", "all")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Policy:
 
     Attributes:
         roles: Whose turns, each from the first character after its header up to and including its stop token; of
-            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out.
+            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out. With
+            all, every token trains, the template's too.
         reasoning: False leaves out the non-empty think blocks of replies, tags included, and trains what follows.
         last_turn_only: Only the last turn that would train.
     Raises:
@@ -54,11 +55,13 @@ class Encoded(NamedTuple):
         input_ids: [L] token ids.
         fates: [L] `Fate` of each token; FIRST is for who lays out the documents.
         neutralised: Number of control tokens in the row's own texts that became plain text.
+        thinks: Whether reasoning trains: a reply's think block with something in it, by its text.
     """
 
     input_ids: list[int]
     fates: list[int]
     neutralised: int
+    thinks: bool = False
 
 
 class EncodedPair(NamedTuple):
@@ -72,6 +75,7 @@ class EncodedPair(NamedTuple):
         chosen_fates: [C] `Fate`: a completion of several turns also holds user and tool turns.
         rejected_fates: [R] See chosen_fates.
         neutralised: As `Encoded`; those of the prompt count once.
+        thinks: As `Encoded`, of the chosen side.
     """
 
     prompt_ids: list[int]
@@ -81,6 +85,7 @@ class EncodedPair(NamedTuple):
     chosen_fates: list[int]
     rejected_fates: list[int]
     neutralised: int
+    thinks: bool
 
 
 def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
@@ -160,6 +165,7 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
         chosen_fates[length:],
         rejected_fates[length:],
         len(neutral),
+        rows[0].thinks,
     )
 
 
@@ -219,6 +225,8 @@ class _Layout:
     ranges: list  # [(start, end, fate)], ascending; a later one paints over an earlier one
     neutral: list
     trained_starts: frozenset
+    thinks: bool
+    trains_all: bool
     boundary: int = 0
 
 
@@ -240,10 +248,14 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     ranges = [(c.start, c.end, c.fate) for c in contents or []]
     ranges += [(*_search_reply(conversation, text, i), Fate.REPLY) for i in unknown]
     words, only_text, trained = neutral.copy(), Ranges(neutral), set(turns)
+    thinks, trains_all = False, "all" in policy.roles
     for span in spans:
         ranges.append((span.start, span.end, Fate.TRAINED if span.message in trained else Fate.REPLY))
-        if span.message in trained and not policy.reasoning:
-            ranges += [(a, b, Fate.REASONING) for a, b in _reasoning(text, span, vocabulary, words)]
+        if span.message in trained or trains_all:
+            reasoning = _reasoning(text, span, vocabulary, words)
+            thinks = thinks or (bool(reasoning) and (policy.reasoning or trains_all))
+            if not policy.reasoning:
+                ranges += [(a, b, Fate.REASONING) for a, b in reasoning]
         neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, only_text)
     ranges += [(*_turn(conversation, text, contents, i, vocabulary), Fate.TRAINED) for i in others]
     ranges.sort(key=lambda painted: painted[0])
@@ -253,7 +265,7 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     edges = [edge for span in cut_at for edge in (span.start, span.end) if edge < len(text)]
     starts = frozenset(span.start for span in cut_at)
     neutral.sort()
-    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts)
+    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, trains_all)
 
 
 def _one_each(spans, conversation):
@@ -296,7 +308,8 @@ def _inner_stops(text, span, vocabulary, eos, only_text):
 
 
 def _reasoning(text, span, vocabulary, words):
-    """Where the reasoning of a reply stands. What length cut takes the stop token with it.
+    """Where the reasoning of a reply stands, by its text: tokenizers may know the tags or spell them out. What length
+    cut takes the stop token with it.
 
     Args:
         words: [(start, end)] of the control tokens that are only text, ascending.
@@ -335,11 +348,11 @@ def _role(message):
 class _Tokens:
     ids: list
     fates: list
-    neutralised: int
-    num_before: int  # tokens that begin before the layout's boundary
+    layout: _Layout
+    num_before: int = 0  # tokens that begin before the layout's boundary
 
     def encoded(self):
-        return Encoded(self.ids, self.fates, self.neutralised)
+        return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks)
 
 
 def _tokenize(tokenizer, layouts):
@@ -350,14 +363,14 @@ def _tokenize(tokenizer, layouts):
     results = iter(vocabulary.tokenize(pieces))
     tokens = []
     for layout, row in zip(layouts, painted, strict=True):
-        row_tokens = _Tokens([], [], len(layout.neutral), 0)
+        row_tokens = _Tokens([], [], layout)
         for piece, ranges in row:
             ids, num_before = next(results)
             fates = _fates(piece, ranges, ids, num_before, vocabulary)
             if piece.start < layout.boundary:
                 row_tokens.num_before += num_before(layout.boundary) if num_before else len(ids)
             row_tokens.ids += ids
-            row_tokens.fates += fates
+            row_tokens.fates += [Fate.TRAINED.value] * len(ids) if layout.trains_all else fates
         tokens.append(row_tokens)
     return tokens
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair
-from smolpost.chat.reasoning import OPEN, think_blocks
+from smolpost.chat.reasoning import OPEN
 from smolpost.chat.render import has_foreign_tags
 from smolpost.data.collate import PARTS
 from smolpost.data.columns import row_for
@@ -21,7 +21,6 @@ from smolpost.schema import SFTStage, Source, TrainStage
 BATCH_ROWS = 256  # of one tokenizer call, at most
 BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
 ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # of which a tokenizer has one, beside its end of a turn
-NUM_OPENING = 8  # tokens of a reply in which a think block begins, where the tags are no tokens of their own
 
 SCHEMA = pa.schema(
     [
@@ -32,7 +31,7 @@ SCHEMA = pa.schema(
         ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of an sft row, of all of it
         ("fate_counts", pa.list_(pa.int64(), len(Fate))),
         ("is_text", pa.bool_()),  # plain text, not a conversation
-        ("think", pa.bool_()),  # a think block trains
+        ("think", pa.bool_()),  # reasoning trains; of a pair, on its chosen side
         ("unknown", pa.int64()),  # tokens that stand for characters the tokenizer has no token for
         ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
         ("content", pa.uint64()),  # hash of ids and parts
@@ -125,19 +124,21 @@ def num_characters(value) -> int:
 class Tokenized:
     """A row: its parts' ids and fates, or why it is refused."""
 
-    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised")
+    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised", "thinks")
 
     def __init__(
         self,
         ids: list[np.ndarray],
         fates: list[np.ndarray],
         neutralised: int = 0,
+        thinks: bool = False,
         is_text: bool = False,
         fault: str | None = None,
     ):
         self.ids = ids
         self.fates = fates
         self.neutralised = neutralised
+        self.thinks = thinks
         self.is_text = is_text
         self.fault = fault
 
@@ -152,11 +153,6 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
     for row_fates in fates:
         row_fates[:1] = Fate.FIRST
     parts = [np.array([len(part) for part in row.ids], np.int32) for row in tokenized]
-    # A pair thinks where its chosen side does.
-    think = [
-        thinks(row_ids[: sum(sizes[:2])], row_fates[: sum(sizes[:2])], tokenizer)
-        for row_ids, row_fates, sizes in zip(ids, fates, parts, strict=True)
-    ]
     columns = {
         "path": [row.path for row in rows],
         "number": [row.number for row in rows],
@@ -165,7 +161,7 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         "parts": lists(parts, np.int32),
         "fate_counts": [np.bincount(row_fates, minlength=len(Fate)) for row_fates in fates],
         "is_text": [row.is_text for row in tokenized],
-        "think": think,
+        "think": [row.thinks for row in tokenized],
         "unknown": [int((row_ids == tokenizer.unk_token_id).sum()) for row_ids in ids],
         "neutralised": [row.neutralised for row in tokenized],
         "content": [content_hash(*pair) for pair in zip(ids, parts, strict=True)],
@@ -181,16 +177,6 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         for name, column in columns.items()
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-
-
-def thinks(ids: np.ndarray, fates: np.ndarray, tokenizer) -> bool:
-    """Whether a think block trains."""
-    trained = fates == Fate.TRAINED
-    think_id = tokenizer.convert_tokens_to_ids(OPEN)
-    if think_id is not None and think_id != tokenizer.unk_token_id:
-        return bool(((ids == think_id) & trained).any())
-    begins = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
-    return any(think_blocks(tokenizer.decode(ids[place : place + NUM_OPENING])) for place in begins.tolist())
 
 
 def lists(arrays: list[np.ndarray], dtype) -> pa.ListArray:
@@ -226,10 +212,8 @@ def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized
         if isinstance(row, str):
             tokenized.append(refused(row, 1))
             continue
-        fates = np.array(row.fates, np.int8)
-        if "all" in stage.train_roles:
-            fates[:] = Fate.TRAINED
-        tokenized.append(Tokenized([np.array(row.input_ids, np.int32)], [fates], row.neutralised, shape == "text"))
+        ids, fates = np.array(row.input_ids, np.int32), np.array(row.fates, np.int8)
+        tokenized.append(Tokenized([ids], [fates], row.neutralised, row.thinks, shape == "text"))
     return tokenized
 
 
@@ -275,8 +259,7 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
 
 
 def policy_of(stage: TrainStage) -> Policy:
-    roles = tuple(role for role in stage.train_roles if role != "all")
-    return Policy(roles=roles, reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
+    return Policy(roles=tuple(stage.train_roles), reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
 
 
 # ---------------------------------------------------------------- pairs
@@ -322,6 +305,7 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
         [np.concatenate((ids[0], ids[1][:shared])), ids[1][shared:], ids[2][shared:]],
         [np.concatenate((fates[0], fates[1][:shared])), fates[1][shared:], fates[2][shared:]],
         pair.neutralised,
+        pair.thinks,
     )
 
 
