@@ -13,7 +13,17 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.pieces import Piece, Ranges, check_encodable, vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, text_of
-from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans, turn_end
+from smolpost.chat.shown import Loss, losses
+from smolpost.chat.spans import (
+    EndlessTurn,
+    assistant_turns,
+    check_prefix,
+    check_stop,
+    differ,
+    generation_spans,
+    prefix_spans,
+    turn_end,
+)
 from smolpost.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool", "all")
@@ -56,12 +66,14 @@ class Encoded(NamedTuple):
         fates: [L] `Fate` of each token; FIRST is for who lays out the documents.
         neutralised: Number of control tokens in the row's own texts that became plain text.
         thinks: Whether reasoning trains: a reply's think block with something in it, by its text.
+        lost: What the template leaves out of the conversation.
     """
 
     input_ids: list[int]
     fates: list[int]
     neutralised: int
     thinks: bool = False
+    lost: tuple[Loss, ...] = ()
 
 
 class EncodedPair(NamedTuple):
@@ -76,6 +88,7 @@ class EncodedPair(NamedTuple):
         rejected_fates: [R] See chosen_fates.
         neutralised: As `Encoded`; those of the prompt count once.
         thinks: As `Encoded`, of the chosen side.
+        lost: As `Encoded`, of both sides.
     """
 
     prompt_ids: list[int]
@@ -86,6 +99,7 @@ class EncodedPair(NamedTuple):
     rejected_fates: list[int]
     neutralised: int
     thinks: bool
+    lost: tuple[Loss, ...]
 
 
 def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
@@ -166,6 +180,7 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
         rejected_fates[length:],
         len(neutral),
         rows[0].thinks,
+        tuple(dict.fromkeys(rows[0].lost + rows[1].lost)),
     )
 
 
@@ -226,6 +241,7 @@ class _Layout:
     neutral: list
     trained_starts: frozenset
     thinks: bool
+    lost: tuple
     trains_all: bool
     boundary: int = 0
 
@@ -240,18 +256,21 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     if by_prefixes or not _one_each(spans, conversation):
         spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
     turns = [i for i in policy.turns(flagged) if i >= first]
-    for i in turns:
-        if i in unknown:
-            raise UserError(unknown[i])
+    trains_all = "all" in policy.roles
+    for i, error in unknown.items():
+        if i in turns or (trains_all and isinstance(error, EndlessTurn)):
+            raise error
     others = [i for i in turns if _role(flagged[i]) != "assistant"]
     contents, neutral = locate(conversation, text, spans, vocabulary, exact=bool(others))
     ranges = [(c.start, c.end, c.fate) for c in contents or []]
     ranges += [(*_search_reply(conversation, text, i), Fate.REPLY) for i in unknown]
     words, only_text, trained = neutral.copy(), Ranges(neutral), set(turns)
-    thinks, trains_all = False, "all" in policy.roles
+    replies = [i for i in assistant_turns(flagged) if trains_all or i in trained]
+    thinks = False
     for span in spans:
         ranges.append((span.start, span.end, Fate.TRAINED if span.message in trained else Fate.REPLY))
         if span.message in trained or trains_all:
+            check_stop(text, span, vocabulary.stops)
             reasoning = _reasoning(text, span, vocabulary, words)
             thinks = thinks or (bool(reasoning) and (policy.reasoning or trains_all))
             if not policy.reasoning:
@@ -265,7 +284,8 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     edges = [edge for span in cut_at for edge in (span.start, span.end) if edge < len(text)]
     starts = frozenset(span.start for span in cut_at)
     neutral.sort()
-    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, trains_all)
+    lost = losses(conversation, text, spans, replies)
+    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, lost, trains_all)
 
 
 def _one_each(spans, conversation):
@@ -352,7 +372,7 @@ class _Tokens:
     num_before: int = 0  # tokens that begin before the layout's boundary
 
     def encoded(self):
-        return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks)
+        return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks, self.layout.lost)
 
 
 def _tokenize(tokenizer, layouts):

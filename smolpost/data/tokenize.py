@@ -13,6 +13,7 @@ from smolpost.chat.render import has_foreign_tags
 from smolpost.data.collate import PARTS
 from smolpost.data.columns import row_for
 from smolpost.data.prompts import mode_of
+from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
 from smolpost.data.rows import Row
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -38,6 +39,7 @@ SCHEMA = pa.schema(
         ("features", pa.binary()),  # what hygiene compares, or null
         ("fault", pa.string()),  # why the row is refused, and then it has no tokens; or null
         ("unread", pa.list_(pa.string())),  # its keys that nobody reads
+        ("notes", pa.list_(pa.string())),  # what its rendering makes of it, of `rendering.NOTES`
     ]
 )
 
@@ -124,7 +126,7 @@ def num_characters(value) -> int:
 class Tokenized:
     """A row: its parts' ids and fates, or why it is refused."""
 
-    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised", "thinks")
+    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised", "notes", "thinks")
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class Tokenized:
         thinks: bool = False,
         is_text: bool = False,
         fault: str | None = None,
+        notes: tuple[str, ...] = (),
     ):
         self.ids = ids
         self.fates = fates
@@ -141,6 +144,7 @@ class Tokenized:
         self.thinks = thinks
         self.is_text = is_text
         self.fault = fault
+        self.notes = notes
 
 
 def refused(fault: str, num_parts: int) -> Tokenized:
@@ -171,6 +175,7 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         ],
         "fault": [row.fault for row in tokenized],
         "unread": [row.unread for row in rows],
+        "notes": [row.notes for row in tokenized],
     }
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
@@ -207,13 +212,15 @@ def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized
     texts = encode_texts([row["text"] for row, s in zip(rows, shapes, strict=True) if s == "text"], tokenizer)
     encoded = {"messages": iter(chats), "text": iter(texts)}
     tokenized = []
-    for shape, fault in zip(shapes, faults, strict=True):
-        row = next(encoded[shape]) if shape else fault
-        if isinstance(row, str):
-            tokenized.append(refused(row, 1))
+    unasked = thinks_unasked(tokenizer, stage)
+    for row, shape, fault in zip(rows, shapes, faults, strict=True):
+        found = next(encoded[shape]) if shape else fault
+        if isinstance(found, str):
+            tokenized.append(refused(found, 1))
             continue
-        ids, fates = np.array(row.input_ids, np.int32), np.array(row.fates, np.int8)
-        tokenized.append(Tokenized([ids], [fates], row.neutralised, row.thinks, shape == "text"))
+        ids, fates = np.array(found.input_ids, np.int32), np.array(found.fates, np.int8)
+        notes = notes_of(row, found, unasked) if shape == "messages" else ()
+        tokenized.append(Tokenized([ids], [fates], found.neutralised, found.thinks, shape == "text", notes=notes))
     return tokenized
 
 
@@ -233,16 +240,19 @@ def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded | 
     kwargs = [row.get("chat_template_kwargs") for row in rows]
     tools = [row.get("tools") for row in rows]
     messages = [row["messages"] for row in rows]
+    encoded: list[Encoded | str] = []
     try:
-        return encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
+        encoded += encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
     except UserError:  # one by one, to tell which rows are refused
-        encoded: list[Encoded | str] = []
         for row, turns, variables, functions in zip(rows, messages, kwargs, tools, strict=True):
             try:
                 encoded.append(encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options))
             except UserError as error:
                 encoded.append(f"{row.where}: {error}")
-        return encoded
+    return [
+        found if isinstance(found, str) else fault_of(row, found.lost) or found
+        for row, found in zip(rows, encoded, strict=True)
+    ]
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
@@ -266,18 +276,22 @@ def policy_of(stage: TrainStage) -> Policy:
 
 
 def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokenized]:
-    tokenized = []
+    tokenized, unasked = [], thinks_unasked(tokenizer, stage)
     for row in rows:
         try:
-            tokenized.append(refused(row.fault, len(PARTS)) if row.fault else tokenize_pair(stage, row, tokenizer))
+            if row.fault:
+                raise UserError(row.fault)
+            tokenized.append(tokenize_pair(stage, row, tokenizer, unasked))
         except UserError as error:
             tokenized.append(refused(str(error), len(PARTS)))
     return tokenized
 
 
-def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
+def tokenize_pair(stage: TrainStage, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
 
+    Args:
+        unasked: As `notes_of`.
     Raises:
         UserError: The row is refused.
     """
@@ -298,6 +312,8 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
         )
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
+    if fault := fault_of(row, pair.lost):
+        raise UserError(fault)
     ids = [np.array(part, np.int32) for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
     fates = [np.array(part, np.int8) for part in (pair.prompt_fates, pair.chosen_fates, pair.rejected_fates)]
     shared = num_shared(ids[1:], fates[1:])
@@ -306,6 +322,7 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
         [np.concatenate((fates[0], fates[1][:shared])), fates[1][shared:], fates[2][shared:]],
         pair.neutralised,
         pair.thinks,
+        notes=notes_of(row, pair, unasked),
     )
 
 
