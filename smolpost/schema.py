@@ -44,6 +44,7 @@ class Source:
     rename: dict[str, str] = field(default_factory=dict)  # column of the file -> the column it stands for
     roles: dict[str, str] = field(default_factory=dict)  # role of the file -> system, user, assistant or tool
     last_user_is_reply: bool = False  # a last user turn right after another one is a reply with a wrong label
+    enable_thinking: bool | None = None  # the mode of conversations that do not say theirs; null: the template's own
     first_row: int = 0  # rows before this one are left out (a held-out tail and its training head share a file)
     max_rows: int | None = None  # at most this many rows, counted from first_row
     max_tokens: int | None = None  # at most this many tokens, of the rows kept by weight; training stages only

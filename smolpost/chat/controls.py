@@ -38,15 +38,15 @@ def controls(conversation, vocabulary):
 
 
 def reply_words(conversation, i, vocabulary):
-    """[(start, end)] of the control tokens in the content of reply i that are words: all special ones, and of
-    STRUCTURE those that do not stand as a think block of the reply or as one of its calls."""
+    """[(start, end)] of the control tokens in the content of reply i that are words: of STRUCTURE, those that do not
+    stand as a think block of the reply or as one of its calls, and all other special ones."""
     text = text_of(conversation.messages[i].get("content"))
     found = [match.span() for match in vocabulary.added.finditer(text)]
     if not found:
         return []
     structure = _structure(text, _calls_code(conversation, i))
-    is_special = {span: bool(vocabulary.special.fullmatch(text, *span)) for span in found}
-    return [s for s in found if is_special[s] or (text[slice(*s)] in STRUCTURE and s not in structure)]
+    words = [span for span in found if span not in structure]
+    return [s for s in words if text[slice(*s)] in STRUCTURE or vocabulary.special.fullmatch(text, *s)]
 
 
 def _structure(text, calls_code):

@@ -13,10 +13,20 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.pieces import Piece, Ranges, check_encodable, vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, clean_messages, conversation_of, text_of
-from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans, turn_end
+from smolpost.chat.shown import Loss, losses
+from smolpost.chat.spans import (
+    EndlessTurn,
+    assistant_turns,
+    check_prefix,
+    check_stop,
+    differ,
+    generation_spans,
+    prefix_spans,
+    turn_end,
+)
 from smolpost.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", "all")
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class Policy:
 
     Attributes:
         roles: Whose turns, each from the first character after its header up to and including its stop token; of
-            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out.
+            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out. With
+            all, every token trains, the template's too.
         reasoning: False leaves out the non-empty think blocks of replies, tags included, and trains what follows.
         last_turn_only: Only the last turn that would train.
     Raises:
@@ -54,11 +65,15 @@ class Encoded(NamedTuple):
         input_ids: [L] token ids.
         fates: [L] `Fate` of each token; FIRST is for who lays out the documents.
         neutralised: Number of control tokens in the row's own texts that became plain text.
+        thinks: Whether reasoning trains: a reply's think block with something in it, by its text.
+        lost: What the template leaves out of the conversation.
     """
 
     input_ids: list[int]
     fates: list[int]
     neutralised: int
+    thinks: bool = False
+    lost: tuple[Loss, ...] = ()
 
 
 class EncodedPair(NamedTuple):
@@ -72,6 +87,8 @@ class EncodedPair(NamedTuple):
         chosen_fates: [C] `Fate`: a completion of several turns also holds user and tool turns.
         rejected_fates: [R] See chosen_fates.
         neutralised: As `Encoded`; those of the prompt count once.
+        thinks: As `Encoded`, of the chosen side.
+        lost: As `Encoded`, of both sides.
     """
 
     prompt_ids: list[int]
@@ -81,6 +98,8 @@ class EncodedPair(NamedTuple):
     chosen_fates: list[int]
     rejected_fates: list[int]
     neutralised: int
+    thinks: bool
+    lost: tuple[Loss, ...]
 
 
 def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=Policy()):
@@ -160,6 +179,8 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
         chosen_fates[length:],
         rejected_fates[length:],
         len(neutral),
+        rows[0].thinks,
+        tuple(dict.fromkeys(rows[0].lost + rows[1].lost)),
     )
 
 
@@ -219,6 +240,9 @@ class _Layout:
     ranges: list  # [(start, end, fate)], ascending; a later one paints over an earlier one
     neutral: list
     trained_starts: frozenset
+    thinks: bool
+    lost: tuple
+    trains_all: bool
     boundary: int = 0
 
 
@@ -232,18 +256,25 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     if by_prefixes or not _one_each(spans, conversation):
         spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
     turns = [i for i in policy.turns(flagged) if i >= first]
-    for i in turns:
-        if i in unknown:
-            raise UserError(unknown[i])
+    trains_all = "all" in policy.roles
+    for i, error in unknown.items():
+        if i in turns or (trains_all and isinstance(error, EndlessTurn)):
+            raise error
     others = [i for i in turns if _role(flagged[i]) != "assistant"]
     contents, neutral = locate(conversation, text, spans, vocabulary, exact=bool(others))
     ranges = [(c.start, c.end, c.fate) for c in contents or []]
     ranges += [(*_search_reply(conversation, text, i), Fate.REPLY) for i in unknown]
     words, only_text, trained = neutral.copy(), Ranges(neutral), set(turns)
+    replies = [i for i in assistant_turns(flagged) if trains_all or i in trained]
+    thinks = False
     for span in spans:
         ranges.append((span.start, span.end, Fate.TRAINED if span.message in trained else Fate.REPLY))
-        if span.message in trained and not policy.reasoning:
-            ranges += [(a, b, Fate.REASONING) for a, b in _reasoning(text, span, vocabulary, words)]
+        if span.message in trained or trains_all:
+            check_stop(text, span, vocabulary.stops)
+            reasoning = _reasoning(text, span, vocabulary, words)
+            thinks = thinks or (bool(reasoning) and (policy.reasoning or trains_all))
+            if not policy.reasoning:
+                ranges += [(a, b, Fate.REASONING) for a, b in reasoning]
         neutral += _inner_stops(text, span, vocabulary, tokenizer.eos_token, only_text)
     ranges += [(*_turn(conversation, text, contents, i, vocabulary), Fate.TRAINED) for i in others]
     ranges.sort(key=lambda painted: painted[0])
@@ -253,7 +284,8 @@ def _layout(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     edges = [edge for span in cut_at for edge in (span.start, span.end) if edge < len(text)]
     starts = frozenset(span.start for span in cut_at)
     neutral.sort()
-    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts)
+    lost = losses(conversation, text, spans, replies)
+    return _Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, lost, trains_all)
 
 
 def _one_each(spans, conversation):
@@ -296,7 +328,8 @@ def _inner_stops(text, span, vocabulary, eos, only_text):
 
 
 def _reasoning(text, span, vocabulary, words):
-    """Where the reasoning of a reply stands. What length cut takes the stop token with it.
+    """Where the reasoning of a reply stands, by its text: tokenizers may know the tags or spell them out. What length
+    cut takes the stop token with it.
 
     Args:
         words: [(start, end)] of the control tokens that are only text, ascending.
@@ -335,11 +368,11 @@ def _role(message):
 class _Tokens:
     ids: list
     fates: list
-    neutralised: int
-    num_before: int  # tokens that begin before the layout's boundary
+    layout: _Layout
+    num_before: int = 0  # tokens that begin before the layout's boundary
 
     def encoded(self):
-        return Encoded(self.ids, self.fates, self.neutralised)
+        return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks, self.layout.lost)
 
 
 def _tokenize(tokenizer, layouts):
@@ -350,14 +383,14 @@ def _tokenize(tokenizer, layouts):
     results = iter(vocabulary.tokenize(pieces))
     tokens = []
     for layout, row in zip(layouts, painted, strict=True):
-        row_tokens = _Tokens([], [], len(layout.neutral), 0)
+        row_tokens = _Tokens([], [], layout)
         for piece, ranges in row:
             ids, num_before = next(results)
             fates = _fates(piece, ranges, ids, num_before, vocabulary)
             if piece.start < layout.boundary:
                 row_tokens.num_before += num_before(layout.boundary) if num_before else len(ids)
             row_tokens.ids += ids
-            row_tokens.fates += fates
+            row_tokens.fates += [Fate.TRAINED.value] * len(ids) if layout.trains_all else fates
         tokens.append(row_tokens)
     return tokens
 

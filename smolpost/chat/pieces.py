@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from smolpost.chat.controls import STRUCTURE
 from smolpost.errors import UserError
 
 _known = WeakKeyDictionary()
@@ -68,14 +69,15 @@ class Vocabulary:
         added: Matches any added token in text, white space apart: runs of blanks are no control tokens.
         special: Matches the added tokens that are special.
         added_ids, special_ids: Their ids, the unknown token's left out.
-        stops: The added tokens' texts.
+        stops: The added tokens' texts that may end a turn: those that are no structure of a reply. Longest first.
     """
 
     def __init__(self, tokenizer):
         self._backend = tokenizer.backend_tokenizer
         tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
-        self.stops = sorted((token.content for token in tokens.values()), key=len, reverse=True)
-        self.added = _matcher(self.stops)
+        texts = sorted((token.content for token in tokens.values()), key=len, reverse=True)
+        self.stops = [text for text in texts if text not in STRUCTURE]
+        self.added = _matcher(texts)
         self.special = _matcher([token.content for token in tokens.values() if token.special])
         self.added_ids = set(tokens) - {tokenizer.unk_token_id}
         self.special_ids = {i for i, token in tokens.items() if token.special} - {tokenizer.unk_token_id}

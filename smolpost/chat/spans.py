@@ -11,6 +11,10 @@ from typing import NamedTuple
 from smolpost.errors import UserError
 
 
+class EndlessTurn(UserError):
+    """A turn that trains ends without a stop token, so that a model could not learn to stop."""
+
+
 class Span(NamedTuple):
     """A reply in the text.
 
@@ -71,14 +75,14 @@ def prefix_spans(conversation, text, stops):
         text: Its rendering.
         stops: Tokens of which one ends each reply.
     Returns:
-        [Span], and {message: why its span cannot be told}.
+        [Span], and {message: UserError, why its span cannot be told}.
     """
     spans, unknown = [], {}
     for i in assistant_turns(conversation.messages):
         try:
             start, end = _reply(conversation, text, i, stops)
         except UserError as error:
-            unknown[i] = str(error)
+            unknown[i] = error
         else:
             spans.append(Span(start, end, i))
     return spans, unknown
@@ -88,17 +92,33 @@ def turn_end(conversation, text, i, stops):
     """Past the last character of message i's stop token.
 
     Raises:
-        UserError: The rendering up to message i is no beginning of the text, or ends without a stop token.
+        UserError: The rendering up to message i is no beginning of the text.
+        EndlessTurn: It ends without a stop token.
     """
     turn = replace(conversation, messages=conversation.messages[: i + 1], add_generation_prompt=False).text()
     check_prefix(text, turn)
     end = len(turn.rstrip("\n"))
     if not text.endswith(tuple(stops), 0, end):
-        raise UserError(
-            f"messages[{i}]: the chat template ends the turn with {text[:end][-12:]!r}, which is no stop token of the "
-            "tokenizer, so a model could not learn to stop; use a template that writes one"
-        )
+        raise _endless(text, end, i, stops)
     return end
+
+
+def check_stop(text, span, stops):
+    """Refuse a reply that ends without a stop token. One that its span leaves outside is the tags' fault.
+
+    Raises:
+        EndlessTurn: Names what the reply ends with.
+    """
+    if not text.endswith(tuple(stops), span.start, span.end) and not text[span.end :].lstrip().startswith(tuple(stops)):
+        raise _endless(text, span.end, span.message, stops)
+
+
+def _endless(text, end, i, stops):
+    return EndlessTurn(
+        f"messages[{i}]: the chat template ends the turn with {text[max(0, end - 12) : end]!r}, which is no stop token "
+        "of the tokenizer, so a model could not learn to stop; use a template that ends turns with one of its control "
+        f"tokens ({', '.join(stops[:4]) or 'it has none: add one to the checkpoint'})"
+    )
 
 
 def assistant_turns(messages):

@@ -266,7 +266,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
         content[key], given = own_turns(turns, f"{where}: {key}", source.roles, unread)
         tools += [(f"{key}[].tools", value) for value in given]
     if found:
-        content = with_system(with_mode(content, where), found, where)
+        content = with_system(with_mode(content, where, source.enable_thinking), found, where)
         if source.last_user_is_reply:
             content |= {key: with_last_reply(content[key]) for key in found}
     if tools:
@@ -311,8 +311,12 @@ def with_row_marks(messages: list, marks: dict[str, Any], where: str) -> list:
     return messages
 
 
-def with_mode(row: dict, where: str) -> dict:
-    """What the row's own columns say of its mode: enable_thinking, and Llama-Nemotron's reasoning and system prompt."""
+def with_mode(row: dict, where: str, usual: bool | None) -> dict:
+    """What the row's own columns say of its mode: enable_thinking, and Llama-Nemotron's reasoning and system prompt.
+
+    Args:
+        usual: The mode of rows that do not say, or None.
+    """
     said: dict[str, bool] = {}
     if isinstance(row.get("enable_thinking"), bool):
         said["enable_thinking"] = row["enable_thinking"]
@@ -322,11 +326,13 @@ def with_mode(row: dict, where: str) -> dict:
         if isinstance(row.get(key), str) and (word := MODE_WORDS.fullmatch(row[key].strip())):
             said[key] = word[1] == "on"
     kwargs = row.get("chat_template_kwargs")
-    if said and (kwargs is None or isinstance(kwargs, dict)):
+    if kwargs is None or isinstance(kwargs, dict):
         stated = {**said, **({"chat_template_kwargs": kwargs["enable_thinking"]} if _says_mode(kwargs) else {})}
         if len(set(stated.values())) > 1:
             raise UserError(f"{where}: {' and '.join(stated)} disagree on whether the reply thinks; keep one of them")
-        row = {**row, "chat_template_kwargs": {**(kwargs or {}), "enable_thinking": next(iter(said.values()))}}
+        thinks = next(iter(said.values()), usual if "enable_thinking" not in (kwargs or {}) else None)
+        if thinks is not None:
+            row = {**row, "chat_template_kwargs": {**(kwargs or {}), "enable_thinking": thinks}}
     return without(row, *said)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smolpost.chat.masks import ROLES
 from smolpost.data import mixtures
 from smolpost.data.hygiene import Hygiene, Removal, features
 from smolpost.data.prepare_apo import prepare_apo
@@ -18,8 +19,6 @@ from smolpost.data.taken import REFUSED, Taken, check_refused
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.schema import Mixture, Source, TrainStage
-
-ROLES = ("system", "user", "assistant", "tool", "all")
 
 
 def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:

@@ -47,18 +47,19 @@ def split_last_reply(messages: list[dict]) -> tuple[list[dict], str]:
 
 
 def mode_of(row: dict) -> str:
-    """think | no_think | text: the mode that a row asks its template for; a pair, by its chosen side.
-
-    Conversations think where they do not say; words /think and /no_think of the system message go before
-    `enable_thinking`, as in the smollm3 template.
-    """
-    messages = row.get("chosen") or row.get("messages")
-    if not messages:
+    """think | no_think | text: the mode that a row asks its template for; conversations think where they do not say."""
+    if not (row.get("chosen") or row.get("messages")):
         return "text"
-    thinks = (row.get("chat_template_kwargs") or {}).get("enable_thinking") is not False
-    words = text_of(messages[0].get("content")).split() if messages[0].get("role") == "system" else []
-    if "/no_think" in words:
-        thinks = False
-    elif "/think" in words:
-        thinks = True
-    return "think" if thinks else "no_think"
+    return "no_think" if stated_mode(row) is False else "think"
+
+
+def stated_mode(row: dict) -> bool | None:
+    """Whether a conversation says that it thinks, a pair by its chosen side; None where it does not say.
+
+    Words /think and /no_think of the system message go before `enable_thinking`, as in the smollm3 template.
+    """
+    first = (row.get("chosen") or row["messages"])[0]
+    words = text_of(first.get("content")).split() if first.get("role") == "system" else []
+    if "/no_think" in words or "/think" in words:
+        return "/no_think" not in words
+    return (row.get("chat_template_kwargs") or {}).get("enable_thinking")

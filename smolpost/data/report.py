@@ -11,6 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from smolpost.data.rendering import NOTES
+
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
 TITLES = ("rows", "think", "tokens", "trained", "masked", "cut", "dropped", "p50/p99/max")
@@ -33,6 +35,7 @@ COUNTS = (
     "tokens_dropped",
     "tokens_shared",
 )
+COUNTERS = ("masked", "dropped", "unread", "notes")  # of a source: name -> number
 
 
 def new_source() -> dict:
@@ -42,9 +45,10 @@ def new_source() -> dict:
     of the tokens of an earlier row. think_rows train a think block; texts are neither think nor no-think rows.
     Tokens: unknown, of those read, stand for characters the tokenizer has no token for; neutralised were control
     tokens in a row's own text; shared, of a pair's prompt, serve both of its sides. `masked` says why tokens_masked
-    are not trained, `unread` which keys of its rows nobody reads, and how many rows have them.
+    are not trained, `unread` which keys of its rows nobody reads, and how many rows have them, `notes` what rendering
+    makes of how many of the kept ones (`rendering.NOTES`).
     """
-    return {**dict.fromkeys(COUNTS, 0), "masked": {}, "dropped": {}, "unread": {}, "length_percentiles": {}}
+    return {**dict.fromkeys(COUNTS, 0), **{key: {} for key in COUNTERS}, "length_percentiles": {}}
 
 
 def percentiles(lengths) -> dict[str, int]:
@@ -64,7 +68,7 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
         The report: {"settings", "sources", "totals"}.
     """
     sums: dict = {key: sum(entry[key] for entry in sources.values()) for key in COUNTS}
-    for key in ("masked", "dropped", "unread"):
+    for key in COUNTERS:
         sums[key] = dict(sum((Counter(entry[key]) for entry in sources.values()), Counter()))
     report = {"settings": settings, "sources": sources, "totals": {**sums, **totals}}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -79,7 +83,7 @@ def format_report(report: dict) -> Group:
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
         tables.append(source_table(report, reasons, masked, title="masked tokens by reason"))
-    return Group(*tables, Text(caption(totals)), *map(Text, unread_lines(report)))
+    return Group(*tables, Text(caption(totals)), *map(Text, [*unread_lines(report), *note_lines(report)]))
 
 
 def unread_lines(report: dict) -> list[str]:
@@ -90,6 +94,16 @@ def unread_lines(report: dict) -> list[str]:
         for name, entry in report["sources"].items()
         if entry.get("unread")
     ]
+
+
+def note_lines(report: dict) -> list[str]:
+    """A line for each note of a source, with the rows that have it and what to do."""
+    lines = []
+    for name, entry in report["sources"].items():
+        for note, count in entry.get("notes", {}).items():
+            share = f"{count:,} of {entry['rows_kept']:,} rows ({count / entry['rows_kept']:.0%})"
+            lines.append(f"{name}: {share} {NOTES[note]}")
+    return lines
 
 
 def source_table(report: dict, titles: tuple[str, ...], cells_of: Callable[[dict], list[str]], **texts) -> Table:

@@ -129,7 +129,8 @@ def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dic
             "tokens_dropped": int(lost[~is_cut].sum() + tokens.lengths()[was_removed].sum()),
             "tokens_shared": int(ends.shared[here].sum()),
             "dropped": dropped,
-            "unread": unread_keys(tokens, rows),
+            "unread": count_names(tokens.unread, rows),
+            "notes": count_names(tokens.notes, rows[is_kept]),
             "loss_weight": mixture.sources[name].loss_weight,
             "length_percentiles": percentiles(read[here]),
         }
@@ -139,9 +140,9 @@ def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dic
     return sources
 
 
-def unread_keys(tokens: Tokens, rows: np.ndarray) -> dict[str, int]:
-    """Key that nobody reads -> rows that have it, of those taken."""
-    counts = tokens.unread.take(pa.array(rows)).combine_chunks().flatten().value_counts().to_pylist()
+def count_names(lists: pa.ChunkedArray, rows: np.ndarray) -> dict[str, int]:
+    """Name -> rows that have it in their list, of those taken."""
+    counts = lists.take(pa.array(rows)).combine_chunks().flatten().value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
 
 

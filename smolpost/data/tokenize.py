@@ -8,11 +8,12 @@ import pyarrow as pa
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair
-from smolpost.chat.reasoning import OPEN, think_blocks
+from smolpost.chat.reasoning import OPEN
 from smolpost.chat.render import has_foreign_tags
 from smolpost.data.collate import PARTS
 from smolpost.data.columns import row_for
 from smolpost.data.prompts import mode_of
+from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
 from smolpost.data.rows import Row
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -21,7 +22,6 @@ from smolpost.schema import SFTStage, Source, TrainStage
 BATCH_ROWS = 256  # of one tokenizer call, at most
 BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
 ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # of which a tokenizer has one, beside its end of a turn
-NUM_OPENING = 8  # tokens of a reply in which a think block begins, where the tags are no tokens of their own
 
 SCHEMA = pa.schema(
     [
@@ -32,13 +32,14 @@ SCHEMA = pa.schema(
         ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of an sft row, of all of it
         ("fate_counts", pa.list_(pa.int64(), len(Fate))),
         ("is_text", pa.bool_()),  # plain text, not a conversation
-        ("think", pa.bool_()),  # a think block trains
+        ("think", pa.bool_()),  # reasoning trains; of a pair, on its chosen side
         ("unknown", pa.int64()),  # tokens that stand for characters the tokenizer has no token for
         ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
         ("content", pa.uint64()),  # hash of ids and parts
         ("features", pa.binary()),  # what hygiene compares, or null
         ("fault", pa.string()),  # why the row is refused, and then it has no tokens; or null
         ("unread", pa.list_(pa.string())),  # its keys that nobody reads
+        ("notes", pa.list_(pa.string())),  # what its rendering makes of it, of `rendering.NOTES`
     ]
 )
 
@@ -125,21 +126,25 @@ def num_characters(value) -> int:
 class Tokenized:
     """A row: its parts' ids and fates, or why it is refused."""
 
-    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised")
+    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised", "notes", "thinks")
 
     def __init__(
         self,
         ids: list[np.ndarray],
         fates: list[np.ndarray],
         neutralised: int = 0,
+        thinks: bool = False,
         is_text: bool = False,
         fault: str | None = None,
+        notes: tuple[str, ...] = (),
     ):
         self.ids = ids
         self.fates = fates
         self.neutralised = neutralised
+        self.thinks = thinks
         self.is_text = is_text
         self.fault = fault
+        self.notes = notes
 
 
 def refused(fault: str, num_parts: int) -> Tokenized:
@@ -152,11 +157,6 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
     for row_fates in fates:
         row_fates[:1] = Fate.FIRST
     parts = [np.array([len(part) for part in row.ids], np.int32) for row in tokenized]
-    # A pair thinks where its chosen side does.
-    think = [
-        thinks(row_ids[: sum(sizes[:2])], row_fates[: sum(sizes[:2])], tokenizer)
-        for row_ids, row_fates, sizes in zip(ids, fates, parts, strict=True)
-    ]
     columns = {
         "path": [row.path for row in rows],
         "number": [row.number for row in rows],
@@ -165,7 +165,7 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         "parts": lists(parts, np.int32),
         "fate_counts": [np.bincount(row_fates, minlength=len(Fate)) for row_fates in fates],
         "is_text": [row.is_text for row in tokenized],
-        "think": think,
+        "think": [row.thinks for row in tokenized],
         "unknown": [int((row_ids == tokenizer.unk_token_id).sum()) for row_ids in ids],
         "neutralised": [row.neutralised for row in tokenized],
         "content": [content_hash(*pair) for pair in zip(ids, parts, strict=True)],
@@ -175,22 +175,13 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         ],
         "fault": [row.fault for row in tokenized],
         "unread": [row.unread for row in rows],
+        "notes": [row.notes for row in tokenized],
     }
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
         for name, column in columns.items()
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-
-
-def thinks(ids: np.ndarray, fates: np.ndarray, tokenizer) -> bool:
-    """Whether a think block trains."""
-    trained = fates == Fate.TRAINED
-    think_id = tokenizer.convert_tokens_to_ids(OPEN)
-    if think_id is not None and think_id != tokenizer.unk_token_id:
-        return bool(((ids == think_id) & trained).any())
-    begins = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
-    return any(think_blocks(tokenizer.decode(ids[place : place + NUM_OPENING])) for place in begins.tolist())
 
 
 def lists(arrays: list[np.ndarray], dtype) -> pa.ListArray:
@@ -221,15 +212,15 @@ def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized
     texts = encode_texts([row["text"] for row, s in zip(rows, shapes, strict=True) if s == "text"], tokenizer)
     encoded = {"messages": iter(chats), "text": iter(texts)}
     tokenized = []
-    for shape, fault in zip(shapes, faults, strict=True):
-        row = next(encoded[shape]) if shape else fault
-        if isinstance(row, str):
-            tokenized.append(refused(row, 1))
+    unasked = thinks_unasked(tokenizer, stage)
+    for row, shape, fault in zip(rows, shapes, faults, strict=True):
+        found = next(encoded[shape]) if shape else fault
+        if isinstance(found, str):
+            tokenized.append(refused(found, 1))
             continue
-        fates = np.array(row.fates, np.int8)
-        if "all" in stage.train_roles:
-            fates[:] = Fate.TRAINED
-        tokenized.append(Tokenized([np.array(row.input_ids, np.int32)], [fates], row.neutralised, shape == "text"))
+        ids, fates = np.array(found.input_ids, np.int32), np.array(found.fates, np.int8)
+        notes = notes_of(row, found, unasked) if shape == "messages" else ()
+        tokenized.append(Tokenized([ids], [fates], found.neutralised, found.thinks, shape == "text", notes=notes))
     return tokenized
 
 
@@ -249,16 +240,19 @@ def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded | 
     kwargs = [row.get("chat_template_kwargs") for row in rows]
     tools = [row.get("tools") for row in rows]
     messages = [row["messages"] for row in rows]
+    encoded: list[Encoded | str] = []
     try:
-        return encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
+        encoded += encode_batch(tokenizer, messages, template_kwargs=kwargs, tools=tools, **options)
     except UserError:  # one by one, to tell which rows are refused
-        encoded: list[Encoded | str] = []
         for row, turns, variables, functions in zip(rows, messages, kwargs, tools, strict=True):
             try:
                 encoded.append(encode(tokenizer, turns, template_kwargs=variables, tools=functions, **options))
             except UserError as error:
                 encoded.append(f"{row.where}: {error}")
-        return encoded
+    return [
+        found if isinstance(found, str) else fault_of(row, found.lost) or found
+        for row, found in zip(rows, encoded, strict=True)
+    ]
 
 
 def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
@@ -275,26 +269,29 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
 
 
 def policy_of(stage: TrainStage) -> Policy:
-    roles = tuple(role for role in stage.train_roles if role != "all")
-    return Policy(roles=roles, reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
+    return Policy(roles=tuple(stage.train_roles), reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
 
 
 # ---------------------------------------------------------------- pairs
 
 
 def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokenized]:
-    tokenized = []
+    tokenized, unasked = [], thinks_unasked(tokenizer, stage)
     for row in rows:
         try:
-            tokenized.append(refused(row.fault, len(PARTS)) if row.fault else tokenize_pair(stage, row, tokenizer))
+            if row.fault:
+                raise UserError(row.fault)
+            tokenized.append(tokenize_pair(stage, row, tokenizer, unasked))
         except UserError as error:
             tokenized.append(refused(str(error), len(PARTS)))
     return tokenized
 
 
-def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
+def tokenize_pair(stage: TrainStage, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
 
+    Args:
+        unasked: As `notes_of`.
     Raises:
         UserError: The row is refused.
     """
@@ -315,6 +312,8 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
         )
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
+    if fault := fault_of(row, pair.lost):
+        raise UserError(fault)
     ids = [np.array(part, np.int32) for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
     fates = [np.array(part, np.int8) for part in (pair.prompt_fates, pair.chosen_fates, pair.rejected_fates)]
     shared = num_shared(ids[1:], fates[1:])
@@ -322,6 +321,8 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer) -> Tokenized:
         [np.concatenate((ids[0], ids[1][:shared])), ids[1][shared:], ids[2][shared:]],
         [np.concatenate((fates[0], fates[1][:shared])), fates[1][shared:], fates[2][shared:]],
         pair.neutralised,
+        pair.thinks,
+        notes=notes_of(row, pair, unasked),
     )
 
 

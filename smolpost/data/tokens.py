@@ -23,6 +23,7 @@ class Tokens:
         number, unknown, neutralised, content, is_text, think: [N], as in `tokenize.SCHEMA`.
         features: [N] bytes or None.
         unread: [N] lists of str, the row's keys that nobody reads.
+        notes: [N] lists of str, what its rendering makes of it.
         faults: Refused row -> why; it has no tokens.
     """
 
@@ -40,7 +41,7 @@ class Tokens:
         for name in ("number", "unknown", "neutralised", "content", "is_text", "think"):
             setattr(self, name, table[name].to_numpy())
         self.features = table["features"]
-        self.unread = table["unread"]
+        self.unread, self.notes = table["unread"], table["notes"]
         fault = table["fault"]
         self.faults = {row: fault[row].as_py() for row in np.flatnonzero(fault.is_valid().to_numpy()).tolist()}
 

@@ -13,14 +13,11 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Policy, encode, trained_by_prefixes
 from smolpost.chat.pieces import vocabulary_of
-from smolpost.chat.reasoning import split_reasoning
-from smolpost.chat.render import clean_messages, text_of
+from smolpost.chat.render import clean_messages
 from smolpost.data.collate import IGNORE_INDEX
-from smolpost.data.prompts import mode_of
 from smolpost.data.tokenize import check_tags, policy_of
 from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
-from smolpost.model.generation import REPLY_TOKENS
 
 
 class Derived(NamedTuple):
@@ -129,13 +126,13 @@ def check_earlier(case: Case) -> None:
 
 
 def mask_is_policy(case: Case) -> tuple[bool, str]:
-    """The text under the labels of the collated batch is what the policy names, and holds the messages' own text."""
+    """The text under the labels of the collated batch is what the policy names."""
     check_policy(case)
     check_earlier(case)
     check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_labelled, num_named, num_checked, num_left = [], 0, 0, 0, 0
     for document in documents(case):
-        row, ids, labels, flags, is_whole = document
+        row, ids, labels, flags, _ = document
         if not conversations(row) or case.config.train_roles == ["all"]:
             flags = np.arange(len(ids)) > 0
         if flags is None:
@@ -146,41 +143,19 @@ def mask_is_policy(case: Case) -> tuple[bool, str]:
         num_labelled += int(is_labelled.sum())
         num_named += int(flags.sum())
         found, expected = texts_of(case, labels, is_labelled), texts_of(case, ids, flags)
-        missing = [word for word in words_of(case, row) if word not in "".join(found)] if is_whole else []
         if found != expected:
             faults.append(f"{row.where}: {difference(''.join(expected), ''.join(found))}")
-        elif missing and case.tokenizer.unk_token_id not in ids:  # unknown ones: see vocabulary
-            faults.append(f"{row.where}: the template leaves out {missing[0]!r:.60}")
     if num_left and not num_checked:
         raise NotChecked(f"the template rewrites earlier turns in all {num_left} documents, see template")
     detail = f"{num_labelled:,} tokens labelled, {num_named:,} named by the policy, in {num_checked} documents"
     return not faults, f"{detail}; {len(faults)} differ" + (f", the first {faults[0]}" if faults else "")
 
 
-def words_of(case: Case, row: dict) -> list[str]:
-    """What a conversation's messages themselves say that the policy has to produce."""
-    replies = [m for m in clean_messages(row.get("messages", [])) if m["role"] == "assistant"]
-    if case.config.last_turn_only:
-        replies = [m for m in replies if m.get("train") is not False and m.get("training") is not False][-1:]
-    found = []
-    for message in replies:
-        if False in (message.get("train"), message.get("training")):
-            continue
-        content = text_of(message.get("content"))
-        thinks = mode_of(row) == "think" and case.config.train_reasoning
-        reasoning, answer = split_reasoning(content)  # a template may set other line breaks between them
-        found += [answer, (reasoning or "") if thinks else ""]
-        found.append((message.get("reasoning_content") or message.get("reasoning") or "") if thinks else "")
-        calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-        found += [(call.get("function") or call).get("name") or "" for call in calls]
-    return [word.strip() for word in found if word.strip()]
-
-
 def replies_stop(case: Case) -> tuple[bool, str]:
     """Every reply ends with a control token, which trains, and the trained model will stop there."""
     from smolpost.training.stop_tokens import stop_tokens
 
-    known, ends = [token for token in vocabulary_of(case.tokenizer).stops if token not in REPLY_TOKENS], []
+    known, ends = vocabulary_of(case.tokenizer).stops, []
     for row in case.need("sample", "rows"):
         for messages in conversations(row):
             replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -1,6 +1,7 @@
 """A training stage under examination: a sample of its rows and all that training would make of them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -42,6 +43,7 @@ class Case:
     Attributes:
         failed: Names of the checks that failed so far.
         refused: A line per row that `smolpost prepare` would not take.
+        notes: What its ledger would say of how many of the sampled rows (`data.rendering.NOTES`).
         num_scanned: Rows that were read.
         num_taken: Rows that the mixture takes, repeats included.
     """
@@ -58,6 +60,7 @@ class Case:
         self.tokenizer.chat_template = self.template
         self.failed: set[str] = set()
         self.refused: list[str] = []
+        self.notes: Counter[str] = Counter()
         self.num_scanned = self.num_taken = 0
 
     def need(self, what: str, checked_by: str):
@@ -132,6 +135,7 @@ class Case:
                 self.refused.append(tokens.fault)
             else:
                 found.append(row)
+                self.notes.update(tokens.notes)
         return found
 
     def render(self, row: dict, messages: list[dict], *, tokenizer=None, **options) -> str:

@@ -38,8 +38,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "mask": (
         SFT,
         batch.mask_is_policy,
-        "put {{% generation %}} around the reply and its stop token alone, and render all of each message; "
-        "stages.{stage}.template",
+        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
     "shared prompt": (APO, batch.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
     "pair mask": (

@@ -13,6 +13,7 @@ from smolpost import schema
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.prompts import mode_of
+from smolpost.data.rendering import NOTES
 from smolpost.doctor.case import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 
@@ -25,6 +26,7 @@ def rows_are_valid(case: Case) -> tuple[bool, str]:
     if case.num_scanned < case.num_taken:
         rows = f"the {case.num_scanned} rows looked at, of {case.num_taken:,} that the mixture takes,"
     detail = f"{len(case.refused)} of {rows} refused; sample of {len(modes)}: {counts}"
+    detail += "".join(f"; {count} {NOTES[note]}" for note, count in case.notes.items())
     return not case.refused, detail + (f"; the first refused: {case.refused[0]}" if case.refused else "")
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from smolpost.chat.reasoning import OPEN, ends_thinking, split_reasoning
 from smolpost.errors import UserError
 
-PROMPT_END = 8  # tokens: the opening of a think block and what may follow it
+PROMPT_END = 16  # tokens: the opening of a think block, a byte each, and the line breaks after it
 
 
 class Parts(NamedTuple):

@@ -30,7 +30,7 @@ def cut_slowly(vocabulary, text, edges, neutral):
         stretch = text[start:end]
         owner, i = [None] * len(stretch), 0  # the token that a character is of, where it is one
         while i < len(stretch):
-            token = next((t for t in vocabulary.stops if stretch.startswith(t, i)), None)
+            token = (match := vocabulary.added.match(stretch, i)) and match[0]
             size = len(token) if token else 1
             is_real = token and any(only_text[start:end]) and not any(only_text[start + i : start + i + size])
             owner[i : i + size] = [start + i if is_real else None] * size

@@ -50,6 +50,6 @@ def test_split_where_the_prompt_opened_the_block(text, expected):
 @given(st.lists(st.sampled_from(["a", " ", "\n", "\r\n", "<think>", "</think>", "é"]), max_size=10).map("".join))
 def test_answer_is_what_the_template_renders_in_no_think_mode(bpe, text):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-    ids, fates, _ = encode(bpe, messages, template_kwargs={"enable_thinking": False}, today="d")
+    ids, fates, *_ = encode(bpe, messages, template_kwargs={"enable_thinking": False}, today="d")
     reply = bpe.decode([token for token, fate in zip(ids, fates, strict=True) if fate == Fate.TRAINED])
     assert reply == split_reasoning(text)[1] + "<|im_end|>"

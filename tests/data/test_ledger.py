@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.render import load_template
 from smolpost.data.mixtures import within_shares
 from smolpost.errors import UserError
 from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
+from tests.families import byte_level
 from tests.prepared import prepared
 
 SHARED = {"init_from": "x", "data": "y", "max_seq_len": 64, "global_batch_size": 1, "num_workers": 1}
@@ -178,26 +176,9 @@ def test_roles_are_checked(tokenizer, tmp_path):
         prepared(APOStage(**SHARED, train_roles=["all"]), [pair], tokenizer, tmp_path / "two")
 
 
-def other_familys(*special):
-    """A ChatML tokenizer without SmolLM3's own tokens, but with these."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
-    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>", *special])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=load_template("smollm3"))
-
-
-def test_think_rows_are_counted_without_tokens_for_the_tags(tmp_path):
-    """Most tokenizers spell <think> out."""
-    rows = [chat("u", "<think>\nx\n</think>\ny"), chat("u", "y", think=False), chat("u", "Write <think> first.")]
-    _, report = prepared(sft(max_seq_len=256), rows, other_familys(), tmp_path)
-    assert (report["totals"]["think_rows"], report["totals"]["no_think_rows"]) == (1, 2)
-
-
 @pytest.mark.parametrize("special, end", [(["<|endoftext|>"], "<|endoftext|>"), ([], "<|im_end|>")])
 def test_texts_end_with_the_familys_end_of_text(tmp_path, special, end):
     """Not with the end of a turn, which is the eos_token of a chat model."""
-    tokenizer = other_familys(*special)
+    tokenizer = byte_level(*special)
     dataset, _ = prepared(sft(), [{"text": "abc"}], tokenizer, tmp_path)
     assert tokenizer.decode(dataset[0]["input_ids"]) == "abc" + end

@@ -181,7 +181,7 @@ def token_batch(rows):
         "fate_counts": [np.bincount(row_fates, minlength=len(Fate)).tolist() for row_fates in fates],
         "is_text": [False] * len(rows), "think": [False] * len(rows), "unknown": [0] * len(rows),
         "neutralised": [0] * len(rows), "content": [0] * len(rows), "features": [None] * len(rows),
-        "fault": [None] * len(rows), "unread": [[]] * len(rows),
+        "fault": [None] * len(rows), "unread": [[]] * len(rows), "notes": [[]] * len(rows),
     }  # fmt: skip
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 

@@ -93,7 +93,7 @@ def test_chase_walks_one_cycle_of_all_nodes(rng):
 def test_rows_train_exactly_their_answer_after_a_prompt_without_header(row, tokenizer):
     assert validate_row(row, "f:1") == "messages"
     kwargs = row["chat_template_kwargs"]
-    ids, fates, _ = encode(tokenizer, row["messages"], template_kwargs=kwargs, today="1 May 2025")
+    ids, fates, *_ = encode(tokenizer, row["messages"], template_kwargs=kwargs, today="1 May 2025")
     user, assistant = turns(row)
     assert tokenizer.decode(np.array(ids)[np.array(fates) == Fate.TRAINED]) == assistant + "<|im_end|>"
     assert tokenizer.decode(ids).startswith(f"<|im_start|>user\n{user}<|im_end|>")

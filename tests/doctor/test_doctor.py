@@ -125,8 +125,8 @@ def test_a_template_that_drops_tool_calls_is_found(clinic):
     found = clinic.diagnose(
         "sft", f"stages.sft.{clinic.template(('if calls and text', 'if text'), (') ~ calls -}}', ') -}}'))}"
     )
-    assert failed(found) == {"mask"}
-    assert "1 differ" in found["mask"].detail and "the template leaves out 'mul'" in found["mask"].detail
+    assert failed(found) == {"rows"}
+    assert "messages[1]: the chat template leaves the call of 'mul' out of the reply" in found["rows"].detail
 
 
 def test_a_collate_that_trains_user_turns_is_found(clinic, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_stop_token_that_does_not_train_is_found(clinic, monkeypatch):
 def test_a_template_without_stop_token_is_found(clinic):
     spoilt = clinic.template((REPLY, REPLY.replace(' ~ "<|im_end|>"', "")))
     found = clinic.diagnose("sft", f"stages.sft.{spoilt}")
-    assert failed(found) == {"stop token"}
+    assert failed(found) == {"rows", "stop token"}
     assert "0 of 12 replies end with a control token" in found["stop token"].detail
 
 

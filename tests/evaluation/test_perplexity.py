@@ -50,7 +50,7 @@ def reference(model, tokenizer, rows):
     """Nats per trained token by transformers' own loss, row by row."""
     nats = num_tokens = 0
     for _, row in rows:
-        ids, fates, _ = encode(tokenizer, row["messages"], template_kwargs=row["chat_template_kwargs"], today=TODAY)
+        ids, fates, *_ = encode(tokenizer, row["messages"], template_kwargs=row["chat_template_kwargs"], today=TODAY)
         trained = [fate == Fate.TRAINED for fate in fates]
         labels = [token if mine else -100 for token, mine in zip(ids, trained, strict=True)]
         with torch.no_grad():

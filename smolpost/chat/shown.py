@@ -1,0 +1,124 @@
+"""What of a conversation its rendering shows. A template is a program that may leave out what it does not know: calls,
+reasoning, the system's words. Whoever trains has to hear of it.
+
+What a reply says is compared up to white space, as templates set line breaks of their own; of other texts, which some
+templates write as JSON, the longest words are looked for.
+"""
+
+import re
+from typing import NamedTuple
+
+from smolpost.chat.reasoning import split_reasoning
+from smolpost.chat.render import RESULT_ROLES, render, text_of
+from smolpost.chat.spans import assistant_turns
+from smolpost.errors import UserError
+
+_FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # a word to the template, such as /no_think
+_BREAKS = re.compile(r'[\s"\\]+')  # what JSON writes otherwise
+_NUM_WORDS = 3
+_QUESTION = [{"role": "user", "content": "?"}]
+
+
+class Loss(NamedTuple):
+    """Something that a conversation holds and its rendering does not.
+
+    Attributes:
+        kind: Of a reply that trains: "call", "text", "text beside calls", "reasoning" or, where other replies follow,
+            "earlier reasoning". Of the conversation: "system", "user", "tool results" or "tools".
+        message: Index of the reply, or of the first message of its kind; None for tools.
+        what: A few words of it.
+    """
+
+    kind: str
+    message: int | None
+    what: str
+
+
+def losses(conversation, text, spans, replies):
+    """What the rendering leaves out, as a tuple of Loss; of the conversation, one of each kind.
+
+    Args:
+        conversation: A `smolpost.chat.render.Conversation`.
+        text: Its rendering.
+        spans: [smolpost.chat.spans.Span] of its replies. Where one has none, all of the text is searched.
+        replies: Indices of the replies that train. Without any, nobody trains on what is lost.
+    """
+    if not replies:
+        return ()
+    messages, found = conversation.messages, []
+    shown = {span.message: text[span.start : span.end] for span in spans}
+    last = assistant_turns(messages)[-1]
+    for i in replies:
+        found += [Loss(kind, i, what) for kind, what in _of_reply(messages[i], shown.get(i, text), i == last)]
+    return (*found, *_of_others(conversation, _between(text, spans)))
+
+
+def _of_reply(message, shown, is_last):
+    """(kind, what) of each loss."""
+    content = text_of(message.get("content"))
+    reasoning, answer = split_reasoning(content) if "think>" in content else (None, content)
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or reasoning
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    lost_calls = [name for name, parts in map(_call, calls) if not all(part in shown for part in parts)]
+    yield from (("call", name) for name in lost_calls[:1])
+    if not _holds(shown, answer):
+        yield "text beside calls" if calls and not lost_calls else "text", answer
+    if isinstance(reasoning, str) and not _holds(shown, reasoning):
+        yield "reasoning" if is_last else "earlier reasoning", reasoning
+
+
+def _call(call):
+    """A call's name, and what every way to write it holds: the names of function and arguments."""
+    function = call.get("function") or call
+    arguments = function.get("arguments")
+    names = [function.get("name"), *(arguments if isinstance(arguments, dict) else ())]
+    return str(names[0]), [name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.A)]
+
+
+def _holds(shown, part):
+    part = part.strip()
+    return part in shown or "".join(part.split()) in "".join(shown.split())
+
+
+def _of_others(conversation, text):
+    kinds = {"system": "system", "user": "user", **dict.fromkeys(RESULT_ROLES, "tool results")}
+    texts = [(kinds.get(m.get("role")), i, text_of(m.get("content"))) for i, m in enumerate(conversation.messages)]
+    variables = conversation.variables
+    texts.append(("system", 0, variables.get("custom_instructions")))
+    for given in (conversation.tools, variables.get("xml_tools"), variables.get("python_tools")):
+        tools = given if isinstance(given, list) else [given]
+        texts += [("tools", None, (t.get("function") or t).get("name") if isinstance(t, dict) else t) for t in tools]
+    lost = {}
+    for kind, i, said in texts:
+        if kind and kind not in lost and isinstance(said, str) and not _mentions(text, said):
+            lost[kind] = Loss(kind, i, said)
+    return lost.values()
+
+
+def _mentions(text, said):
+    if said in text:
+        return True
+    words = {word for word in _BREAKS.split(_FLAG.sub(" ", said)) if word}
+    return all(word in text for word in sorted(words, key=len)[-_NUM_WORDS:])
+
+
+def _between(text, spans):
+    """The text without the replies."""
+    parts, done = [], 0
+    for span in spans:
+        parts.append(text[done : span.start])
+        done = span.end
+    return "".join([*parts, text[done:]])
+
+
+def thinks_unasked(tokenizer, today):
+    """Whether the chat template has a think and a no-think mode by `enable_thinking`, and thinks without it."""
+
+    def prompt(**variables):
+        options = {"template_kwargs": variables, "today": today, "add_generation_prompt": True}
+        return render(tokenizer, _QUESTION, **options)
+
+    try:
+        return prompt() == prompt(enable_thinking=True) != prompt(enable_thinking=False)
+    except UserError:  # it reads what only rows have
+        return False
