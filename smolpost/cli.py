@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from smolpost import __version__, screen
+from smolpost import __version__, screen, signals
 from smolpost.errors import UserError
 from smolpost.merging.command import add_arguments as add_merge_arguments
 
@@ -33,15 +34,18 @@ stage=NAME chooses a stage; every other field by its full key, e.g. stages.sft.l
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """The one place where a user's mistake, a full disk and ctrl-C become a line and an exit code."""
+    """The one place where a user's mistake, a full disk and a signal become a line and an exit code."""
     try:
-        yield
+        with signals.handled_by(signals.stop):
+            yield
     except UserError as error:
         print(f"smolpost: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("smolpost: stopped; the same command continues here", file=sys.stderr)
-        sys.exit(130)
+    except signals.Stopped as stop:
+        code = signals.exit_code(stop.signum)
+        if signals.UNDER_RUN not in os.environ:
+            print(signals.stopped_line(code, stop.where), file=sys.stderr)
+        sys.exit(code)
     except Exception as error:
         if not _disk_full(error):
             raise

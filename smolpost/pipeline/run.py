@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.rule import Rule
 
-from smolpost import schema
+from smolpost import schema, signals
 from smolpost.atomic import write_json
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
@@ -31,6 +31,7 @@ ENVIRONMENT = {  # unless the user has set them
     # Threads that wait for each other spin this long before they sleep. libgomp's own 300,000 turns make a miniature's
     # step several times slower as soon as anything else runs on the machine; sleeping at once costs half the speed.
     "GOMP_SPINCOUNT": "10000",
+    signals.UNDER_RUN: "1",
 }
 
 
@@ -89,7 +90,7 @@ def run(request: Request, console: Console) -> int:
         for owner, command in commands:
             code = execute(command, console)
             if code:
-                return _stopped(owner, command, code, console)
+                return _stopped(lineage.stages[owner], command, code, console)
     return _conclude(lineage, wanted, time.monotonic() - began, console)
 
 
@@ -113,27 +114,30 @@ def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
 
 
 def execute(command: tuple[str, ...], console: Console) -> int:
-    """Run one command of a plan in the foreground; its exit code, negative for a signal.
+    """Run one command of a plan in the foreground; its exit code, negative for a signal that killed it.
 
-    On ctrl-C the command gets the signal from the terminal, too; it is waited for, so nothing runs on unseen.
+    A signal for this process goes on to the command, which is waited for, so nothing runs on unseen. The exit code is
+    then the signal's, whatever the command made of it.
     """
     console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
-    process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-        raise
+    with signals.PassedOn() as asked:
+        with signals.no_ctrl_c():
+            process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
+        code = process.wait()
+    return signals.exit_code(asked.signum) if asked.signum else code
 
 
-def _stopped(name: str, command: tuple[str, ...], code: int, console: Console) -> int:
+def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Console) -> int:
     if code == 2:  # the command has said in one line what is wrong
         return 2
+    if signals.is_stop(code):
+        word, reason = status(stage)
+        at = f" {reason}" if word == "resume" and reason.startswith("at step") else ""
+        print(signals.stopped_line(code, f" in stage {stage.plan.name}{at}"), file=sys.stderr)
+        return code
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    console.print(f"stage {name}: `{' '.join(command[:2])}` {how}; the same command continues here", soft_wrap=True)
+    where = f"stage {stage.plan.name}: `{' '.join(command[:2])}` {how}"
+    console.print(f"{where}; the same command continues here", soft_wrap=True)
     return 1
 
 

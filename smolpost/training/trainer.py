@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import signal
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from smolpost.signals import Kept, Stopped
 from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
@@ -43,11 +45,24 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches)],
+            callbacks=[*callbacks, NewOrder(batches), stop := StopAtStep()],
         )
+        self.stop = stop
         self.collate = collate
         self.batches = batches
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train to the end, or to the end of the step in which a signal came; what a resume needs is saved then.
+
+        Raises:
+            Stopped: By the signal.
+        """
+        super().train(resume_from_checkpoint=resume_from_checkpoint)
+        if self.stop.agreed:
+            # The launcher ends all ranks with the first that is gone: none goes before the checkpoint is marked.
+            self.accelerator.wait_for_everyone()
+            raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
     @abc.abstractmethod
     def count(self, batch: dict) -> list[float]:
@@ -60,7 +75,7 @@ class StageTrainer(Trainer, abc.ABC):
         Args:
             batch: From `collate`, on the device.
             counts: False where the pass must add nothing, in gradients and metrics.
-            totals: `count` summed over all passes of all ranks.
+            totals: `count` summed over all passes of all ranks; further numbers follow.
         """
 
     def get_train_dataloader(self) -> DataLoader:
@@ -77,8 +92,10 @@ class StageTrainer(Trainer, abc.ABC):
             [number * counts for number in (*self.count(batch), batch["input_ids"].numel())] for batch, counts in inputs
         ]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.args.device).sum(0)
+        totals = torch.nn.functional.pad(totals, (0, 1), value=self.stop.asked.signum is not None)
         totals = self.accelerator.reduce(totals, "sum")
-        self.state.num_input_tokens_seen += int(totals[-1])
+        self.state.num_input_tokens_seen += int(totals[-2])
+        self.stop.agreed = bool(totals[-1])
         loss = torch.zeros((), device=self.args.device)
         for i, one_pass in enumerate(inputs):
             is_last = i == len(inputs) - 1
@@ -118,6 +135,30 @@ class NewOrder(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.batches.set_epoch(int(state.epoch or 0))
+
+
+class StopAtStep(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint.
+
+    Attributes:
+        asked: What came to this rank.
+        agreed: A signal has come to some rank: all ranks know it at the same step.
+    """
+
+    def __init__(self):
+        self.asked, self.agreed = Kept(), False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.asked.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed |= args.world_size == 1 and self.asked.signum is not None  # one rank has nobody to agree with
+        if self.agreed:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.agreed:  # otherwise the rank still waits for the others
+            self.asked.close()
 
 
 class PassRows(torch.utils.data.Dataset):
