@@ -72,12 +72,15 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 @contextlib.contextmanager
 def no_ctrl_c() -> Iterator[None]:
-    """A process started in this block never gets ctrl-C: a terminal sends it to all, this process passes it on."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A process started in this block never gets ctrl-C: a terminal sends it to all, this process passes it on.
+
+    Blocked rather than ignored: one that comes to this process in the meantime is not lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Kept(contextlib.ExitStack):

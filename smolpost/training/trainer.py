@@ -45,7 +45,7 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches), stop := StopAtStep()],
+            callbacks=[*callbacks, NewOrder(batches), EndOnce(), stop := StopAtStep()],
         )
         self.stop = stop
         self.collate = collate
@@ -58,11 +58,14 @@ class StageTrainer(Trainer, abc.ABC):
         Raises:
             Stopped: By the signal.
         """
-        super().train(resume_from_checkpoint=resume_from_checkpoint)
-        if self.stop.agreed:
-            # The launcher ends all ranks with the first that is gone: none goes before the checkpoint is marked.
-            self.accelerator.wait_for_everyone()
-            raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
+        with contextlib.closing(self.stop.asked):
+            with contextlib.suppress(NothingLeft):
+                super().train(resume_from_checkpoint=resume_from_checkpoint)
+            if self.stop.agreed:
+                # The launcher ends all ranks with the first that is gone: none goes before the checkpoint is marked.
+                self.accelerator.wait_for_everyone()
+            if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
+                raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
     @abc.abstractmethod
     def count(self, batch: dict) -> list[float]:
@@ -137,6 +140,18 @@ class NewOrder(TrainerCallback):
         self.batches.set_epoch(int(state.epoch or 0))
 
 
+class NothingLeft(Exception):
+    """Training was cut between its last step and the end of its stage."""
+
+
+class EndOnce(TrainerCallback):
+    """Keeps transformers from one step more where it goes on from the checkpoint of the last one."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+
 class StopAtStep(TrainerCallback):
     """Ends training after the step in which a signal came, with a checkpoint.
 
@@ -155,10 +170,6 @@ class StopAtStep(TrainerCallback):
         self.agreed |= args.world_size == 1 and self.asked.signum is not None  # one rank has nobody to agree with
         if self.agreed:
             control.should_log = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if not self.agreed:  # otherwise the rank still waits for the others
-            self.asked.close()
 
 
 class PassRows(torch.utils.data.Dataset):
