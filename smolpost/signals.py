@@ -1,7 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP: raised where a process can end at once, kept where a step must end first, passed on."""
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -111,7 +110,7 @@ class Kept(contextlib.ExitStack):
 
 
 class PassedOn(Kept):
-    """Passes the first signal on to the children, which end in their own time; a second one kills all that they started.
+    """Passes the first signal on to the children, which end in their own time; a second one kills them and theirs.
 
     The children get SIGTERM for each of the signals: it ends a process silently that has no handler for it yet.
     """
@@ -131,7 +130,7 @@ class PassedOn(Kept):
 
 
 def default_in_fork() -> None:
-    """For a forked worker: end at the signals that its parent handles, but not at ctrl-C, after which the parent ends it."""
+    """In a forked worker: end at the signals that its parent handles, ctrl-C apart, after which the parent ends it."""
     for number in ENDING:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

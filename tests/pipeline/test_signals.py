@@ -151,7 +151,7 @@ def test_ranks_stop_at_the_same_step(whole, tmp_path, config, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "num_ranks"), [("single", 1), ("ddp", 2)])
 def test_ranks_of_a_pasted_launch_stop_at_their_own_signal(whole, tmp_path, config, num_ranks):
-    """accelerate's own launcher passes nothing on, and schedulers signal the ranks themselves: one of them is enough."""
+    """accelerate's own launcher passes nothing on, but schedulers signal the ranks too: one of them is enough."""
     small = untrained(whole, tmp_path)
     run = Run(small, tmp_path / "log", command=small.launch_command("sft", config, num_ranks))
     run.until("'loss'")

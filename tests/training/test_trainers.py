@@ -171,7 +171,7 @@ class SignalAt(transformers.TrainerCallback):
 
 @pytest.mark.parametrize("step", [3, 5, 9], ids=["inside an epoch", "at its end", "the last step"])
 def test_a_signal_ends_training_after_its_step_and_changes_nothing(tokenizer, tmp_path, step):
-    """No save was due: the checkpoint is of the step in which the signal came. Copies of it at once are the same wish."""
+    """No save was due: the checkpoint is of the step in which the signal came. Copies at once are the same wish."""
     words = {"max_steps": 9, "global_batch_size": 1, "save_steps": 100, "logging_steps": 4, "max_seq_len": 420}
     model = build(tokenizer)
     whole, _, _ = sft_trainer(tokenizer, tmp_path / "whole", copy.deepcopy(model), **words)
@@ -195,7 +195,7 @@ def test_a_signal_ends_training_after_its_step_and_changes_nothing(tokenizer, tm
 
 def test_a_second_signal_ends_training_at_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "COPIES", 0.0)
-    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, global_batch_size=1, max_seq_len=420)
+    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, max_seq_len=420)
     trainer.add_callback(SignalAt(1, signal.SIGTERM, signal.SIGTERM))
     with signals.handled_by(signals.stop), pytest.raises(signals.Stopped):
         trainer.train()
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_training_at_once(tokenizer, tmp_path, monkeypatch)
 
 
 def test_a_signal_before_the_first_step_waits_for_no_step(tokenizer, tmp_path, monkeypatch):
-    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, global_batch_size=1, max_seq_len=420)
+    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, max_seq_len=420)
     monkeypatch.setattr(trainer, "create_optimizer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with signals.handled_by(signals.stop), pytest.raises(signals.Stopped):
         trainer.train()
