@@ -11,10 +11,11 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from smolpost.signals import Kept, Stopped
+from smolpost.signals import Stopped
 from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
+from smolpost.training.stop import EndOnce, NothingLeft, StopAtStep
 
 
 class StageTrainer(Trainer, abc.ABC):
@@ -138,38 +139,6 @@ class NewOrder(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.batches.set_epoch(int(state.epoch or 0))
-
-
-class NothingLeft(Exception):
-    """Training was cut between its last step and the end of its stage."""
-
-
-class EndOnce(TrainerCallback):
-    """Keeps transformers from one step more where it goes on from the checkpoint of the last one."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            raise NothingLeft
-
-
-class StopAtStep(TrainerCallback):
-    """Ends training after the step in which a signal came, with a checkpoint.
-
-    Attributes:
-        asked: What came to this rank.
-        agreed: A signal has come to some rank: all ranks know it at the same step.
-    """
-
-    def __init__(self):
-        self.asked, self.agreed = Kept(), False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.asked.__enter__()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.agreed |= args.world_size == 1 and self.asked.signum is not None  # one rank has nobody to agree with
-        if self.agreed:
-            control.should_log = control.should_save = control.should_training_stop = True
 
 
 class PassRows(torch.utils.data.Dataset):
