@@ -11,18 +11,20 @@ import subprocess
 import sys
 
 from smolpost import signals
+from smolpost.cli import one_line_errors
 
 REFUSED = 2  # exit code of a rank that has said in one line what is wrong
 
 
 def main() -> None:
     asked, code = signals.PassedOn(), 1
-    try:
-        with asked:  # before the imports, which take seconds
-            code = launch()
-    except BaseException:
-        if not asked.signum:  # what comes after a signal comes of it
-            raise
+    with one_line_errors():
+        try:
+            with asked:  # before the imports, which take seconds
+                code = launch()
+        except BaseException:
+            if not asked.signum:  # what comes after a signal comes of it
+                raise
     sys.exit(signals.exit_code(asked.signum) if asked.signum else code)
 
 

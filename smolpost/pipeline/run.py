@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.rule import Rule
 
-from smolpost import schema, signals
+from smolpost import disks, schema, signals
 from smolpost.atomic import write_json
+from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage, Located
@@ -74,6 +75,8 @@ def run(request: Request, console: Console) -> int:
     if request.recipe.evaluation.tasks:
         _check_tasks(request.recipe.evaluation.tasks)
     wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
+    if any(status(lineage.stages[name])[0] != "done" for name in wanted):
+        disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
     began = time.monotonic()
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
@@ -91,6 +94,7 @@ def run(request: Request, console: Console) -> int:
             code = execute(command, console)
             if code:
                 return _stopped(lineage.stages[owner], command, code, console)
+        _check_made(lineage.stages[name], [lineage.stages[model] for model in ready])
     return _conclude(lineage, wanted, time.monotonic() - began, console)
 
 
@@ -101,6 +105,16 @@ def _check_tasks(tasks: dict[str, schema.EvaluationTask]) -> None:
 
     for name, task in tasks.items():
         build(name, task, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
+
+
+def _check_made(stage: Located, measured: list[Located]) -> None:
+    """Refuse to go on where commands that ended well have made results under other keys than this run knows."""
+    missing = [s for s in (stage, *measured) if not s.finished()] + [s for s in measured if not s.evaluated()]
+    if missing:
+        raise UserError(
+            f"stage {missing[0].plan.name}: its commands ended well, but {missing[0].folder} is not finished: code, "
+            "recipe or data changed while this ran; the same command goes on with what is there now"
+        )
 
 
 def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
@@ -144,27 +158,39 @@ def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Conso
 def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Console) -> int:
     from smolpost.evaluation.table import results_table
 
-    stages, evaluations = {}, {}
-    for name in names:
-        stage = lineage.stages[name]
-        found = manifest.read(stage.folder)
-        stages[name] = {
-            "kind": found["kind"],
-            "folder": str(stage.folder),
-            "key": stage.key,
-            "seconds": found["seconds"],
-        }
-        if stage.evaluation:
-            evaluations[name] = {task: results.read(folder) for task, folder in stage.evaluation.items()}
-            stages[name]["evaluation"] = evaluations[name]
-    models = [name for name in names if stages[name]["kind"] in schema.MODEL_KINDS]
-    final = stages[models[-1]]["folder"] if models else None
-    summary = Path(lineage.root) / "results.json"
-    write_json(summary, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
+    file = lineage.root / "results.json"
+    before = _earlier_results(file)
+    stages = {name: _result(s, before.get(name, {})) for name, s in lineage.stages.items() if s.finished()}
+    models = [stage["folder"] for stage in stages.values() if stage["kind"] in schema.MODEL_KINDS]
+    final = models[-1] if models else None
+    if disks.is_writable(lineage.root):  # what is finished can be read on a disk that is read-only
+        write_json(file, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
+    evaluations = {name: stages[name]["evaluation"] for name in names if lineage.stages[name].evaluation}
     if evaluations:
         console.print(results_table(evaluations))
-    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {summary}; final model: {final}", soft_wrap=True)
+    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {file}; final model: {final}", soft_wrap=True)
     return 0
+
+
+def _earlier_results(file: Path) -> dict[str, dict]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
+        return {}
+
+
+def _result(stage: Located, before: dict) -> dict:
+    """What the pipeline's results say of a finished stage.
+
+    Args:
+        before: What they said; its evaluation stays where this run measures nothing of the same model.
+    """
+    found = manifest.read(stage.folder)
+    result = {"kind": found["kind"], "folder": str(stage.folder), "key": stage.key, "seconds": found["seconds"]}
+    measured = {task: results.read(folder) for task, folder in stage.evaluation.items()}
+    if stage.evaluation and all(measured.values()):
+        result["evaluation"] = measured
+    return (before if before.get("key") == stage.key else {}) | result
 
 
 def describe(request: Request, console: Console) -> None:
