@@ -3,8 +3,8 @@
 python merge/greedy.py pipeline=tiny stage=greedy
 """
 
-from smolpost.files import write_json
 from smolpost.cli import job
+from smolpost.files import write_json
 from smolpost.merging.greedy import greedy
 from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point

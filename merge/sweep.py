@@ -3,8 +3,8 @@
 python merge/sweep.py pipeline=tiny stage=sweep
 """
 
-from smolpost.files import write_json
 from smolpost.cli import job
+from smolpost.files import write_json
 from smolpost.merging.measured import Objective, Points
 from smolpost.merging.points import evaluator, write_point
 from smolpost.merging.sweep import sweep

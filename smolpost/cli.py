@@ -2,14 +2,16 @@
 
 import argparse
 import contextlib
-import errno
+import importlib.metadata
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from smolpost import __version__, screen
+from smolpost import __version__, disks, screen, signals
 from smolpost.errors import UserError
 from smolpost.merging.command import add_arguments as add_merge_arguments
 
@@ -33,29 +35,38 @@ stage=NAME chooses a stage; every other field by its full key, e.g. stages.sft.l
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """The one place where a user's mistake, a full disk and ctrl-C become a line and an exit code."""
+    """The one place where a user's mistake, a disk that takes no more and a signal become a line and an exit code."""
     try:
-        yield
+        with signals.handled_by(signals.stop):
+            yield
     except UserError as error:
         print(f"smolpost: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("smolpost: stopped; the same command continues here", file=sys.stderr)
-        sys.exit(130)
+    except signals.Stopped as stop:
+        code = signals.exit_code(stop.signum)
+        if signals.UNDER_RUN not in os.environ:
+            print(signals.stopped_line(code, stop.where), file=sys.stderr)
+        sys.exit(code)
     except Exception as error:
-        if not _disk_full(error):
+        line = _missing_package(error) if isinstance(error, ImportError) else disks.explained(error)
+        if line is None:
             raise
-        where = getattr(error, "filename", None) or Path.cwd()
-        print(
-            f"smolpost: no space left on the disk of {where}; free some, or set run_dir=FOLDER elsewhere",
-            file=sys.stderr,
-        )
+        print(f"smolpost: {line}", file=sys.stderr)
         sys.exit(2)
 
 
-def _disk_full(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+def _missing_package(error: ImportError) -> str | None:
+    """What is not there, and what installs it: the extra that brings it, or its own name; None for other faults."""
+    if not isinstance(error, ModuleNotFoundError):  # a library's own check
+        return " ".join(str(error).split()) if "install" in str(error) else None
+    package = (error.name or "smolpost").partition(".")[0].replace("_", "-")
+    if package == "smolpost":
+        return None
+    for requirement in importlib.metadata.requires("smolpost"):
+        found = re.match(rf"{re.escape(package)}\b(?!-).*extra == \"([\w-]+)\"", requirement)
+        if found:
+            return f"{error}; pip install 'smolpost[{found[1]}]'"
+    return f"{error}; pip install {package}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,7 +170,8 @@ def _evaluate(lineage, stage: str, console: Console) -> int:
     for task, result in found.items():
         if any(DEPTH in metric for metric in result["scores"]):
             console.print(heat_map_table(result["scores"], f"{stage}: {task} by length and depth"))
-            save_heat_map(result["scores"], root / f"{task}.png", f"{stage}: {task}")
+            if disks.is_writable(root):
+                save_heat_map(result["scores"], root / f"{task}.png", f"{stage}: {task}")
     console.print(f"{stage}: scores in {root}, every sample beside them", soft_wrap=True)
     return 0
 

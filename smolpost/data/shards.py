@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from smolpost.data.sources import read_piece
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
 from smolpost.schema import Source, TrainStage
+from smolpost.signals import default_in_fork
 
 SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
 
@@ -158,7 +158,7 @@ def receive(tokenize: Tokenize) -> None:
     """In a new worker: what it does, and how it ends."""
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all processes; the parent ends the others
+    default_in_fork()
     threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenize = tokenize
 

@@ -5,7 +5,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-WITHOUT_RESULT = ("schema.py", "errors.py")  # a recipe's values are in the key as such, messages in none
+WITHOUT_RESULT = ("schema.py", "errors.py", "signals.py")  # a recipe's values are in the key as such
 
 
 @cache

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolpost import schema
+from smolpost import disks, schema
 from smolpost.chat.render import load_template
 from smolpost.data.mixtures import rows_alone
 from smolpost.data.sources import fingerprint
@@ -90,7 +90,7 @@ class Lineage:
 
     def __init__(self, request: Request):
         self.recipe, self.overrides = request.recipe, request.overrides
-        self.root = Path(self.recipe.run_dir) / self.recipe.pipeline
+        self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages: dict[str, Located] = {}
         self._fingerprints: dict[str, str] = {}
         for stage in plan(request):

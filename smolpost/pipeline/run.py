@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.rule import Rule
 
-from smolpost import schema
+from smolpost import disks, schema, signals
+from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.files import write_json
 from smolpost.pipeline import manifest
@@ -31,6 +32,7 @@ ENVIRONMENT = {  # unless the user has set them
     # Threads that wait for each other spin this long before they sleep. libgomp's own 300,000 turns make a miniature's
     # step several times slower as soon as anything else runs on the machine; sleeping at once costs half the speed.
     "GOMP_SPINCOUNT": "10000",
+    signals.UNDER_RUN: "1",
 }
 
 
@@ -73,6 +75,8 @@ def run(request: Request, console: Console) -> int:
     if request.recipe.evaluation.tasks:
         _check_tasks(request.recipe.evaluation.tasks)
     wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
+    if any(status(lineage.stages[name])[0] != "done" for name in wanted):
+        disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
     began = time.monotonic()
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
@@ -89,7 +93,8 @@ def run(request: Request, console: Console) -> int:
         for owner, command in commands:
             code = execute(command, console)
             if code:
-                return _stopped(owner, command, code, console)
+                return _stopped(lineage.stages[owner], command, code, console)
+        _check_made(lineage.stages[name], [lineage.stages[model] for model in ready])
     return _conclude(lineage, wanted, time.monotonic() - began, console)
 
 
@@ -100,6 +105,16 @@ def _check_tasks(tasks: dict[str, schema.EvaluationTask]) -> None:
 
     for name, task in tasks.items():
         build(name, task, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
+
+
+def _check_made(stage: Located, measured: list[Located]) -> None:
+    """Refuse to go on where commands that ended well have made results under other keys than this run knows."""
+    missing = [s for s in (stage, *measured) if not s.finished()] + [s for s in measured if not s.evaluated()]
+    if missing:
+        raise UserError(
+            f"stage {missing[0].plan.name}: its commands ended well, but {missing[0].folder} is not finished: code, "
+            "recipe or data changed while this ran; the same command goes on with what is there now"
+        )
 
 
 def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
@@ -113,54 +128,69 @@ def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
 
 
 def execute(command: tuple[str, ...], console: Console) -> int:
-    """Run one command of a plan in the foreground; its exit code, negative for a signal.
+    """Run one command of a plan in the foreground; its exit code, negative for a signal that killed it.
 
-    On ctrl-C the command gets the signal from the terminal, too; it is waited for, so nothing runs on unseen.
+    A signal for this process goes on to the command, which is waited for, so nothing runs on unseen. The exit code is
+    then the signal's, whatever the command made of it.
     """
     console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
-    process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-        raise
+    with signals.PassedOn() as asked:
+        with signals.no_ctrl_c():
+            process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
+        code = process.wait()
+    return signals.exit_code(asked.signum) if asked.signum else code
 
 
-def _stopped(name: str, command: tuple[str, ...], code: int, console: Console) -> int:
+def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Console) -> int:
     if code == 2:  # the command has said in one line what is wrong
         return 2
+    if signals.is_stop(code):
+        word, reason = status(stage)
+        at = f" {reason}" if word == "resume" and reason.startswith("at step") else ""
+        print(signals.stopped_line(code, f" in stage {stage.plan.name}{at}"), file=sys.stderr)
+        return code
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    console.print(f"stage {name}: `{' '.join(command[:2])}` {how}; the same command continues here", soft_wrap=True)
+    where = f"stage {stage.plan.name}: `{' '.join(command[:2])}` {how}"
+    console.print(f"{where}; the same command continues here", soft_wrap=True)
     return 1
 
 
 def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Console) -> int:
     from smolpost.evaluation.table import results_table
 
-    stages, evaluations = {}, {}
-    for name in names:
-        stage = lineage.stages[name]
-        found = manifest.read(stage.folder)
-        stages[name] = {
-            "kind": found["kind"],
-            "folder": str(stage.folder),
-            "key": stage.key,
-            "seconds": found["seconds"],
-        }
-        if stage.evaluation:
-            evaluations[name] = {task: results.read(folder) for task, folder in stage.evaluation.items()}
-            stages[name]["evaluation"] = evaluations[name]
-    models = [name for name in names if stages[name]["kind"] in schema.MODEL_KINDS]
-    final = stages[models[-1]]["folder"] if models else None
-    summary = Path(lineage.root) / "results.json"
-    write_json(summary, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
+    file = lineage.root / "results.json"
+    before = _earlier_results(file)
+    stages = {name: _result(s, before.get(name, {})) for name, s in lineage.stages.items() if s.finished()}
+    models = [stage["folder"] for stage in stages.values() if stage["kind"] in schema.MODEL_KINDS]
+    final = models[-1] if models else None
+    if disks.is_writable(lineage.root):  # what is finished can be read on a disk that is read-only
+        write_json(file, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
+    evaluations = {name: stages[name]["evaluation"] for name in names if lineage.stages[name].evaluation}
     if evaluations:
         console.print(results_table(evaluations))
-    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {summary}; final model: {final}", soft_wrap=True)
+    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {file}; final model: {final}", soft_wrap=True)
     return 0
+
+
+def _earlier_results(file: Path) -> dict[str, dict]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
+        return {}
+
+
+def _result(stage: Located, before: dict) -> dict:
+    """What the pipeline's results say of a finished stage.
+
+    Args:
+        before: What they said; its evaluation stays where this run measures nothing of the same model.
+    """
+    found = manifest.read(stage.folder)
+    result = {"kind": found["kind"], "folder": str(stage.folder), "key": stage.key, "seconds": found["seconds"]}
+    measured = {task: results.read(folder) for task, folder in stage.evaluation.items()}
+    if stage.evaluation and all(measured.values()):
+        result["evaluation"] = measured
+    return (before if before.get("key") == stage.key else {}) | result
 
 
 def describe(request: Request, console: Console) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from smolpost import schema, screen
+from smolpost import disks, schema, screen
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.mixtures import mix, rows_alone
 from smolpost.data.prompts import named
@@ -263,7 +263,8 @@ def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
     found = {name: results.read(folder) for name, folder in folders.items()}
     if lineage.recipe.harness.kind != "none":
         found |= _harness(lineage, stage, root)
-    write_json(root / results.SCORES, found)
+    if unmeasured or disks.is_writable(root):  # what is measured can be read on a disk that is read-only
+        write_json(root / results.SCORES, found)
     return root, found
 
 

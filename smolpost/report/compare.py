@@ -22,7 +22,10 @@ def read_stages(folder: Path) -> dict[str, dict]:
     file = folder / RESULTS
     if not file.is_file():
         raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the whole pipeline is done")
-    return json.loads(file.read_text(encoding="utf-8"))["stages"]
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{file} holds no stages; remove it, and `smolpost run` writes it again") from None
 
 
 def evaluations(folder: Path) -> dict[str, dict]:
@@ -44,6 +47,11 @@ def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tu
     """
     shapes = [{stage: list(headlines(tasks)) for stage, tasks in run.items()} for run in runs]
     for number, shape in enumerate(shapes[1:], 2):
+        if lacking := shapes[0].keys() ^ shape.keys():
+            raise UserError(
+                f"only one of run 1 and run {number} has measured {', '.join(sorted(lacking))}; `smolpost run` without "
+                "stage= measures what is missing"
+            )
         if shape != shapes[0]:
             raise UserError(
                 f"run {number} has other stages or metrics than run 1; compare runs of one pipeline and evaluation"

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from smolpost.signals import Stopped
 from smolpost.training import checkpoints
 from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.environment import backend_name
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
 from smolpost.training.state import state_of
+from smolpost.training.stop import EndOnce, NothingLeft, StopAtStep
 
 
 class StageTrainer(Trainer, abc.ABC):
@@ -48,12 +51,28 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches), Restored(self)],
+            callbacks=[*callbacks, NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep()],
         )
+        self.stop = stop
         self.collate = collate
         self.batches = batches
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
         self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train to the end, or to the end of the step in which a signal came; what a resume needs is saved then.
+
+        Raises:
+            Stopped: By the signal.
+        """
+        with contextlib.closing(self.stop.asked):
+            with contextlib.suppress(NothingLeft):
+                super().train(resume_from_checkpoint=resume_from_checkpoint)
+            if self.stop.agreed:
+                # The launcher ends all ranks with the first that is gone: none goes before the checkpoint is marked.
+                self.accelerator.wait_for_everyone()
+            if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
+                raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
     @abc.abstractmethod
     def count(self, batch: dict) -> list[float]:
@@ -66,7 +85,7 @@ class StageTrainer(Trainer, abc.ABC):
         Args:
             batch: From `collate`, on the device.
             counts: False where the pass must add nothing, in gradients and metrics.
-            totals: `count` summed over all passes of all ranks.
+            totals: `count` summed over all passes of all ranks; further numbers follow.
         """
 
     def get_train_dataloader(self) -> DataLoader:
@@ -83,8 +102,10 @@ class StageTrainer(Trainer, abc.ABC):
             [number * counts for number in (*self.count(batch), batch["input_ids"].numel())] for batch, counts in inputs
         ]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.args.device).sum(0)
+        totals = torch.nn.functional.pad(totals, (0, 1), value=self.stop.asked.signum is not None)
         totals = self.accelerator.reduce(totals, "sum")
-        self.state.num_input_tokens_seen += int(totals[-1])
+        self.state.num_input_tokens_seen += int(totals[-2])
+        self.stop.agreed = bool(totals[-1])
         loss = torch.zeros((), device=self.args.device)
         for i, one_pass in enumerate(inputs):
             is_last = i == len(inputs) - 1

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from datasets import load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from smolpost import signals
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import collate_packs
 from smolpost.errors import UserError
@@ -110,7 +113,7 @@ def conversation(reply):
 
 def packs(tokenizer, folder, stage):
     rows = [("a", {"messages": conversation("x" * n), "chat_template_kwargs": NO_THINK}) for n in range(1, 13)]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return prepared(stage, rows, tokenizer, folder)[0]
 
 
@@ -168,6 +171,59 @@ def test_resuming_inside_a_later_epoch_changes_nothing(tokenizer, tmp_path):
     assert logged(other, keys) == logged(trainer, keys)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor, atol=1e-7, rtol=0)
+
+
+class SignalAt(transformers.TrainerCallback):
+    """A signal in the middle of a step."""
+
+    def __init__(self, step, *signals):
+        self.step, self.signals = step, signals
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("step", [3, 5, 9], ids=["inside an epoch", "at its end", "the last step"])
+def test_a_signal_ends_training_after_its_step_and_changes_nothing(tokenizer, tmp_path, step):
+    """No save was due: the checkpoint is of the step in which the signal came. Copies at once are the same wish."""
+    words = {"max_steps": 9, "global_batch_size": 1, "save_steps": 100, "logging_steps": 4, "max_seq_len": 420}
+    model = build(tokenizer)
+    whole, _, _ = sft_trainer(tokenizer, tmp_path / "whole", copy.deepcopy(model), **words)
+    whole.train()
+    before = [signal.getsignal(number) for number in signals.ENDING]
+    cut, rows, stage = sft_trainer(tokenizer, tmp_path / "cut", copy.deepcopy(model), **words)
+    cut.add_callback(SignalAt(step, signal.SIGHUP, signal.SIGTERM, signal.SIGINT))
+    with signals.handled_by(signals.stop), pytest.raises(signals.Stopped) as stop:
+        cut.train()
+    assert (stop.value.signum, stop.value.where) == (signal.SIGHUP, f" at step {step}")
+    assert [signal.getsignal(number) for number in signals.ENDING] == before
+    assert [folder.name for folder in (tmp_path / "cut" / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    arguments = training_arguments(stage, 1, len(rows), tmp_path / "cut" / "out", CPU)
+    again = sft.trainer(stage, copy.deepcopy(model), tokenizer, rows, arguments, 1, CPU, [])
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "out" / f"checkpoint-{step}"))
+    assert again.state.global_step == 9
+    assert again.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_a_second_signal_ends_training_at_once(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "COPIES", 0.0)
+    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, max_seq_len=420)
+    trainer.add_callback(SignalAt(1, signal.SIGTERM, signal.SIGTERM))
+    with signals.handled_by(signals.stop), pytest.raises(signals.Stopped):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_a_signal_before_the_first_step_waits_for_no_step(tokenizer, tmp_path, monkeypatch):
+    trainer, _, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), max_steps=9, max_seq_len=420)
+    monkeypatch.setattr(trainer, "create_optimizer", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with signals.handled_by(signals.stop), pytest.raises(signals.Stopped):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("out/checkpoint-*"))
 
 
 def test_batches_are_the_prepared_packs(tokenizer, tmp_path):

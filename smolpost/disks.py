@@ -1,0 +1,80 @@
+"""Disks that do not take what is written: found before the work, and named where it fails in the middle."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from smolpost.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What safetensors, torch and numpy say of a full disk, without its number and without the file.
+SAY_FULL = re.compile(r"No space left on device|unexpected pos \d+ vs \d+|\d+ requested and \d+ written")
+
+run_dir: Path | None = None  # the folder of this process's pipeline, once its recipe is read
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or in the one in which it would be made; on a full disk, too."""
+    return os.access(_existing(folder), os.W_OK | os.X_OK)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Try whether files can be made in the folder, or in the one in which it would be made.
+
+    Args:
+        setting: The words that chose it, for the message.
+    Raises:
+        UserError: They cannot.
+    """
+    place = _existing(folder)
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(
+            f"{setting}: cannot write in {place} ({error.strerror}); give this user the right to, or set "
+            "run_dir=FOLDER elsewhere"
+        ) from error
+
+
+def explained(error: BaseException) -> str | None:
+    """An error as one line where a disk caused it: which one, and what helps; None for any other error."""
+    for link in (error, error.__cause__):
+        if isinstance(link, OSError) and link.errno in REFUSED and link.filename:
+            return f"{link.filename}: {link.strerror}; give this user the right to write there, or name another folder"
+    full = [link for link in _chain(error) if getattr(link, "errno", None) in FULL or SAY_FULL.search(str(link))]
+    if not full:
+        return None
+    file = next((link.filename for link in full if isinstance(link, OSError) and link.filename), None)
+    place, remedy = _full_place(Path(os.fsdecode(file)) if file else None)
+    return f"no space left on the disk of {place}; free some, or {remedy}"
+
+
+def _full_place(file: Path | None) -> tuple[Path, str]:
+    """The file's, or where the error names none, that with the least room of all places that a run writes to."""
+    places = {
+        Path(tempfile.gettempdir()): "set TMPDIR=FOLDER elsewhere",
+        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser(): "set HF_HOME=FOLDER elsewhere",
+        Path.cwd(): "work in another folder",
+    }
+    if run_dir:  # the first of several on one disk
+        places = {run_dir: "set run_dir=FOLDER elsewhere"} | places
+    if file is None:
+        return min(places.items(), key=lambda item: shutil.disk_usage(_existing(item[0])).free)
+    above = [place for place in places if file.absolute().is_relative_to(place.absolute())]
+    return file, places[max(above, key=lambda place: len(place.parts))] if above else "name another folder"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
