@@ -7,10 +7,13 @@ import logging
 import subprocess
 import sys
 
+from smolpost import third_party
+
 REFUSED = 2  # exit code of a rank that has said in one line what is wrong
 
 
 def main() -> None:
+    third_party.silence()
     from accelerate.commands.accelerate_cli import main as accelerate
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
+
+from smolpost.screen import Blocks
 
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
@@ -92,17 +92,12 @@ def unread_lines(report: dict) -> list[str]:
     ]
 
 
-def source_table(report: dict, titles: tuple[str, ...], cells_of: Callable[[dict], list[str]], **texts) -> Table:
-    table = Table(**texts, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("source")
-    for name in titles:
-        table.add_column(name, justify="right")
-    for name, entry in report["sources"].items():
-        table.add_row(Text(name), *cells_of(entry))  # a name is no markup
-    if len(report["sources"]) > 1:
-        table.add_section()
-        table.add_row("all", *cells_of(report["totals"]))
-    return table
+def source_table(report: dict, heads: tuple[str, ...], cells_of: Callable[[dict], list[str]], title: str) -> Blocks:
+    rows = [[name, *cells_of(entry)] for name, entry in report["sources"].items()]
+    several = len(rows) > 1
+    if several:
+        rows.append(["all", *cells_of(report["totals"])])
+    return Blocks(["source", *heads], rows, title=title, last_is_sum=several)
 
 
 def cells(entry: dict) -> list[str]:
