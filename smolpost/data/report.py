@@ -75,11 +75,11 @@ def format_report(report: dict) -> Group:
     """A row per source and one for the whole, in rounded numbers that fit a terminal; data_report.json has them all."""
     settings, totals = report["settings"], report["totals"]
     title = ", ".join(f"{key} {value}" for key, value in settings.items())
-    tables = [source_table(report, TITLES, cells, title=title)]
+    tables: list[Blocks | str] = [source_table(report, TITLES, cells, title=title)]
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
-        tables.append(source_table(report, reasons, masked, title="masked tokens by reason"))
-    return Group(*tables, Text(caption(totals)), *map(Text, unread_lines(report)))
+        tables += ["", source_table(report, reasons, masked, title="masked tokens by reason")]
+    return Group(*tables, "", Text(caption(totals)), *map(Text, unread_lines(report)))
 
 
 def unread_lines(report: dict) -> list[str]:
