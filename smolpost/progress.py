@@ -80,8 +80,8 @@ class Progress:
 
     def __str__(self) -> str:
         inside = self._open[self._open.index(self) + 1 :] if self in self._open else []
-        parts = f" ({', '.join(part.what for part in inside)})" if inside else ""
-        return f"{self.what}, {self.done:,} of {self.total:,} {plural(self.unit, self.total)}{parts}"
+        at_work = f" ({inside[-1].what})" if inside else ""
+        return f"{self.what}, {self.done:,} of {self.total:,} {plural(self.unit, self.total)}{at_work}"
 
     def _moved(self) -> None:
         if self._outer and not self.aside:
