@@ -143,7 +143,7 @@ class Lines:
 
     def show(self) -> None:
         now = time.monotonic()
-        if now - self.last < LINES or self.progress.done >= self.progress.total:
+        if now - self.last < LINES or self.progress.fraction == 1:
             return
         self.last = now
         left = self.progress.left(now - self.began)

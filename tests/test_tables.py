@@ -36,7 +36,7 @@ def has_numbers(text, numbers):
         left.remove(number)
 
 
-@settings(max_examples=12)
+@settings(max_examples=40)
 @given(st.data(), WIDTHS)
 def test_results_and_comparisons_of_any_size(data, width):
     tasks = data.draw(st.lists(NAMES, min_size=1, max_size=12, unique=True))
@@ -60,7 +60,7 @@ def test_results_and_comparisons_of_any_size(data, width):
     has_numbers(shown(compare_table(runs), width), means)
 
 
-@settings(max_examples=12)
+@settings(max_examples=40)
 @given(st.data(), WIDTHS)
 def test_scores_sweeps_and_soups_of_any_size(data, width):
     def estimate():
@@ -82,7 +82,7 @@ def test_scores_sweeps_and_soups_of_any_size(data, width):
     has_numbers(text, [f"{t['change']['value']:.3f}" for t in trials])
 
 
-@settings(max_examples=12)
+@settings(max_examples=40)
 @given(st.data(), WIDTHS)
 def test_ledgers_of_any_size(data, width):
     sources = data.draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
