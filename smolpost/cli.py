@@ -11,9 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from smolpost import __version__, disks, screen, signals
+from smolpost import __version__, disks, screen, signals, third_party
 from smolpost.errors import UserError
 from smolpost.merging.command import add_arguments as add_merge_arguments
+
+third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
 VERBS = {
     "plan": "print the stages with their settings and exact commands; runs nothing",
@@ -28,7 +30,6 @@ VERBS = {
     "export": "write a checkpoint for another runtime and score it there against ours",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WIDE = 112  # characters of a table of several runs
 EPILOG = """Words are Hydra overrides: pipeline=, model=, data= and accelerate=NAME choose files under recipes/;
 stage=NAME chooses a stage; every other field by its full key, e.g. stages.sft.learning_rate=1e-4."""
 
@@ -184,8 +185,8 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     if options.markdown:
         print(markdown_table(runs))
     else:
-        # Wider than a narrow terminal rather than cut: a range without its end says nothing.
-        screen.console(max(console.width, WIDE)).print(compare_table(runs))
+        console.print(compare_table(runs))
+        console.print("n and 95% intervals of each run: results.json in its folder", soft_wrap=True)
     if options.plot:
         reports = [report for folder in options.folders for report in sweeps(folder)]
         if not reports:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from smolpost import signals
+from smolpost import signals, third_party
 from smolpost.cli import one_line_errors
 
 REFUSED = 2  # exit code of a rank that has said in one line what is wrong
@@ -34,6 +34,7 @@ def launch() -> int:
     Raises:
         ChildFailedError: One of several ranks failed and has not said in one line why.
     """
+    third_party.silence()
     from accelerate.commands.accelerate_cli import main as accelerate
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -1,9 +1,15 @@
-"""The console that commands print on: texts of users, paths and names appear as they are."""
+"""The console that commands print on: texts of users, paths and names appear as they are, and no number is cut."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | Text
 
 
 def console(width: int | None = None) -> Console:
@@ -18,3 +24,82 @@ def console(width: int | None = None) -> Console:
 def command_line(words: Iterable[str]) -> str:
     """The words as a shell takes them: pasted, they are the same words again."""
     return shlex.join(map(str, words))
+
+
+class Blocks:
+    """A table for any width: columns that do not fit stand in a further block below, under the names of their rows.
+
+    Names fold where they must. A cell is never cut: a number without its last digits is another number.
+
+    Args:
+        heads: Of every column, in one line, or in two where columns side by side share the first one: it is then
+            written once.
+        rows: As many cells each, of any number of lines.
+        names: The first columns, which name the rows and come with every block.
+        styles: Of the rows.
+        last_is_sum: Set the last row apart.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *,
+        names: int = 1,
+        title: str | None = None,
+        styles: Sequence[str | None] | None = None,
+        last_is_sum: bool = False,
+    ):
+        self.heads, self.rows, self.names, self.title = heads, rows, names, title
+        self.styles = styles or [None] * len(rows)
+        self.last_is_sum = last_is_sum
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+        gap, blocks = 2, self._blocks(options.max_width, gap=2)
+        if len(blocks) > 1:
+            gap, blocks = 1, self._blocks(options.max_width, gap=1)
+        for number, widths in enumerate(blocks):
+            if number:
+                yield ""
+            yield self._table(widths, gap, self.title if number == 0 else None)
+
+    def _blocks(self, width: int, gap: int) -> list[dict[int, int]]:
+        """Column -> its characters, of each block."""
+        columns = range(self.names, len(self.heads))
+        names = {column: self._width(column) for column in range(self.names)}
+        room = max(width // 2, width - sum(self._width(column) + gap for column in columns))
+        while sum(names.values()) + gap * (self.names - 1) > room:
+            names[max(names, key=names.__getitem__)] -= 1
+        left = width - sum(names.values()) - gap * (self.names - 1)
+        blocks, free = [dict(names)], left
+        for column in columns:
+            shared = column - 1 in blocks[-1] and self._shared(column)
+            if self._width(column, shared) + gap > free and len(blocks[-1]) > self.names:
+                blocks.append(dict(names))
+                free, shared = left, False
+            blocks[-1][column] = min(self._width(column, shared), left - gap)
+            free -= blocks[-1][column] + gap
+        return blocks
+
+    def _shared(self, column: int) -> bool:
+        """Whether the head's first line repeats the one to its left."""
+        first, *more = self.heads[column].split("\n")
+        return bool(more) and column > self.names and self.heads[column - 1].startswith(f"{first}\n")
+
+    def _width(self, column: int, shared: bool = False) -> int:
+        head = self.heads[column].split("\n")[shared:]
+        return max(map(cell_len, head + [line for row in self.rows for line in str(row[column]).split("\n")]))
+
+    def _table(self, widths: dict[int, int], gap: int, title: str | None) -> Table:
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1), title=title)
+        for column, width in widths.items():
+            justify = "left" if column < self.names else "right"
+            first, *more = self.heads[column].split("\n")
+            head = ["" if column - 1 in widths and self._shared(column) else first, *more]
+            table.add_column(Text("\n".join(head)), width=width, justify=justify, overflow="fold")
+        for number, (row, style) in enumerate(zip(self.rows, self.styles, strict=True), 1):
+            if self.last_is_sum and number == len(self.rows):
+                table.add_section()
+            cells = [row[column] for column in widths]
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
+        return table

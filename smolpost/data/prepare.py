@@ -18,6 +18,7 @@ from smolpost.data.sources import pieces
 from smolpost.data.taken import REFUSED, Taken, check_refused
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
+from smolpost.progress import Progress
 from smolpost.schema import Mixture, Source, TrainStage
 
 
@@ -106,9 +107,11 @@ def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> li
 def remove(checker: Hygiene, tokens: Tokens) -> dict[int, Removal]:
     """Row of tokens -> why hygiene removes it; the first of a set of duplicates is kept."""
     removed = {}
-    for row, found in enumerate(tokens.features):
-        if row not in tokens.faults and (removal := checker.check(found.as_py(), tokens.where(row))):
-            removed[row] = removal
+    with Progress("hygiene", len(tokens), "row") as progress:
+        for row, found in enumerate(tokens.features):
+            if row not in tokens.faults and (removal := checker.check(found.as_py(), tokens.where(row))):
+                removed[row] = removal
+            progress.update()
     return removed
 
 

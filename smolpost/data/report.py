@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from smolpost.data.rendering import NOTES
+from smolpost.screen import Blocks
 
 REPORT = "data_report.json"
 PERCENTILES = (50, 90, 99, 100)
@@ -79,11 +78,11 @@ def format_report(report: dict) -> Group:
     """A row per source and one for the whole, in rounded numbers that fit a terminal; data_report.json has them all."""
     settings, totals = report["settings"], report["totals"]
     title = ", ".join(f"{key} {value}" for key, value in settings.items())
-    tables = [source_table(report, TITLES, cells, title=title)]
+    tables: list[Blocks | str] = [source_table(report, TITLES, cells, title=title)]
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
-        tables.append(source_table(report, reasons, masked, title="masked tokens by reason"))
-    return Group(*tables, Text(caption(totals)), *map(Text, [*unread_lines(report), *note_lines(report)]))
+        tables += ["", source_table(report, reasons, masked, title="masked tokens by reason")]
+    return Group(*tables, "", Text(caption(totals)), *map(Text, [*unread_lines(report), *note_lines(report)]))
 
 
 def unread_lines(report: dict) -> list[str]:
@@ -106,17 +105,12 @@ def note_lines(report: dict) -> list[str]:
     return lines
 
 
-def source_table(report: dict, titles: tuple[str, ...], cells_of: Callable[[dict], list[str]], **texts) -> Table:
-    table = Table(**texts, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("source")
-    for name in titles:
-        table.add_column(name, justify="right")
-    for name, entry in report["sources"].items():
-        table.add_row(Text(name), *cells_of(entry))  # a name is no markup
-    if len(report["sources"]) > 1:
-        table.add_section()
-        table.add_row("all", *cells_of(report["totals"]))
-    return table
+def source_table(report: dict, heads: tuple[str, ...], cells_of: Callable[[dict], list[str]], title: str) -> Blocks:
+    rows = [[name, *cells_of(entry)] for name, entry in report["sources"].items()]
+    several = len(rows) > 1
+    if several:
+        rows.append(["all", *cells_of(report["totals"])])
+    return Blocks(["source", *heads], rows, title=title, last_is_sum=several)
 
 
 def cells(entry: dict) -> list[str]:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.data.piece import Piece
 from smolpost.data.sources import read_piece
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
+from smolpost.progress import Progress
 from smolpost.schema import Source, TrainStage
 from smolpost.signals import default_in_fork
 
@@ -135,17 +135,17 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
     total = sum(len(shard.rows) for shard in shards)
     done = total - sum(len(shard.rows) for shard in missing)
     num_workers = min(num_workers, len(missing))
-    with tqdm(total=total, initial=done, desc=description, unit="row", disable=None) as bar:
+    with Progress(description, total, "row", done=done) as progress:
         if num_workers <= 1:
             for shard in missing:
-                bar.update(tokenize(shard))
+                progress.update(tokenize(shard))
             return
         # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
             try:
                 for num_rows in pool.map(tokenize_here, missing):
-                    bar.update(num_rows)
+                    progress.update(num_rows)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -11,7 +11,6 @@ from collections import defaultdict
 from functools import cached_property, partial
 from typing import NamedTuple, NoReturn
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.masks import encode_prompt
@@ -24,6 +23,7 @@ from smolpost.evaluation.haystack import text_pieces
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, Problem, Question
 from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.model.generation import derive_seed
+from smolpost.progress import Progress
 from smolpost.schema import RulerTask, Source
 
 QUESTION_TASKS = ("qa_1", "qa_2")
@@ -81,21 +81,23 @@ class Ruler:
             UserError: A file cannot be used, or a length cannot hold a task.
         """
         config = self.config
-        places = itertools.product(sorted(config.lengths), config.tasks, range(config.num_prompts))
+        places = list(itertools.product(sorted(config.lengths), config.tasks, range(config.num_prompts)))
         self.notes = {_REPEATED: 0}
         known: dict[int, int] = {}  # one object for each token id: long prompts take a quarter of the memory
         items = []
-        for length, task, i in tqdm(list(places), desc=f"{self.key}: prompts", unit="prompt", disable=None):
-            problem = self.problem(task, i, length)
-            room = self._room(tokenizer, problem)
-            found = fitted(problem.message, partial(self.encode, tokenizer), length - room, problem.smallest)
-            if found is None:
-                self._refuse(tokenizer, length)
-            size, ids = found
-            self.notes[_REPEATED] += problem.supply is not None and size > problem.supply
-            opened = opens_thinking(tokenizer, ids)
-            about = Asked(task, length, problem.depth, problem.question, problem.references, size, opened)
-            items.append(Item(f"{length}/{task}/{i}", [known.setdefault(t, t) for t in ids], room, about=about))
+        with Progress(f"{self.key}: prompts", len(places), "prompt", aside=True) as progress:
+            for length, task, i in places:
+                problem = self.problem(task, i, length)
+                room = self._room(tokenizer, problem)
+                found = fitted(problem.message, partial(self.encode, tokenizer), length - room, problem.smallest)
+                if found is None:
+                    self._refuse(tokenizer, length)
+                size, ids = found
+                self.notes[_REPEATED] += problem.supply is not None and size > problem.supply
+                opened = opens_thinking(tokenizer, ids)
+                about = Asked(task, length, problem.depth, problem.question, problem.references, size, opened)
+                items.append(Item(f"{length}/{task}/{i}", [known.setdefault(t, t) for t in ids], room, about=about))
+                progress.update()
         return items
 
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:

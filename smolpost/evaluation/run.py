@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
@@ -16,17 +15,21 @@ from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Item, Sample, Task
 from smolpost.files import write_json
+from smolpost.progress import Progress
 
 
-def run_task(name: str, task: Task, engine: Engine, folder: Path, *, batch_tokens: int, seed: int) -> dict[str, Any]:
+def run_task(
+    name: str, task: Task, engine: Engine, folder: Path, *, batch_tokens: int, seed: int, label: str | None = None
+) -> dict[str, Any]:
     """Measure a task, or go on where `folder` says an earlier run was cut; a finished one is read.
 
     Args:
-        name: For the progress bar and messages.
+        name: For messages.
         task: What is measured; the same as at the earlier run, which its folder's name has to stand for.
         folder: Of this task, this model and all settings.
         batch_tokens: Prompts and longest replies of a batch, padding included, at most; an item above it comes alone.
         seed: Of the bootstrap.
+        label: For the progress bar; None: the name.
     Returns:
         "kind", "scores" (metric -> value, n, low, high), "notes" (what the task counted beside its metrics),
         "num_items", "seconds" (of measuring, all runs together).
@@ -45,7 +48,7 @@ def run_task(name: str, task: Task, engine: Engine, folder: Path, *, batch_token
     samples = {sample.id: sample for sample in kept}
     with (
         open(folder / SAMPLES, "a", encoding="utf-8") as file,
-        tqdm(total=len(items), initial=len(samples), desc=name, unit="item", disable=None) as bar,
+        Progress(label or name, len(items), "item", done=len(samples)) as progress,
     ):
         for batch in batches:
             if batch[0].id in samples:
@@ -60,7 +63,7 @@ def run_task(name: str, task: Task, engine: Engine, folder: Path, *, batch_token
             file.flush()
             os.fsync(file.fileno())
             samples |= {sample.id: sample for sample in measured}
-            bar.update(len(batch))
+            progress.update(len(batch))
     result = {
         "kind": task.config.kind,
         "scores": aggregate((samples[item.id] for item in items), seed),

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from smolpost.screen import Blocks
 
 DEPTH = "/depth_"  # in the name of a score by depth in the context
 SHORT = {"no_think": "no-th", "accuracy": "acc.", "margin": "marg."}  # in column heads, where width is scarce
@@ -17,26 +16,26 @@ def headlines(tasks: Mapping[str, dict]) -> Iterator[tuple[str, str]]:
                 yield task, metric
 
 
-def results_table(results: Mapping[str, Mapping[str, dict]]) -> Table:
+def results_table(results: Mapping[str, Mapping[str, dict]]) -> Blocks:
     """Models side by side by their headline metrics.
 
     Args:
         results: Model -> task -> what `evaluation.run.run_task` returned.
     Returns:
-        One row per model, `-` where there is no number.
+        One row per model, `-` where there is no number; without n and intervals, which `scores_table` has.
     """
     columns = list(dict.fromkeys(column for tasks in results.values() for column in headlines(tasks)))
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("stage", no_wrap=True)
-    named = set()
-    for task, metric in columns:
-        head = "" if task in named else task  # once a task: eleven columns have to fit 80 characters
-        named.add(task)
-        table.add_column(f"{head}\n{SHORT.get(metric, metric)}", justify="right", no_wrap=True)
+    rows = []
     for model, tasks in results.items():
         scores = [tasks.get(task, {}).get("scores", {}).get(metric) for task, metric in columns]
-        table.add_row(model, *("-" if score is None else _shown(score["value"]) for score in scores))
-    return table
+        rows.append([model, *("-" if score is None else _shown(score["value"]) for score in scores)])
+    return Blocks(["stage", *map(head, columns)], rows)
+
+
+def head(column: tuple[str, str]) -> str:
+    """Of a column of a task's metric."""
+    task, metric = column
+    return f"{task}\n{SHORT.get(metric, metric)}"
 
 
 def _shown(value: float) -> str:
@@ -44,22 +43,20 @@ def _shown(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def scores_table(tasks: Mapping[str, dict]) -> Table:
+def scores_table(tasks: Mapping[str, dict]) -> Blocks:
     """Every score of one model with its interval and number of samples; those by depth are a heat map's."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("task", "metric"):
-        table.add_column(head, no_wrap=True)
-    for head in ("score", "95% interval", "n"):
-        table.add_column(head, justify="right", no_wrap=True)
+    rows, styles = [], []
     for task, result in tasks.items():
         for metric, score in result["scores"].items():
             if DEPTH in metric:
                 continue
             interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-            table.add_row(task, metric, f"{score['value']:.3f}", interval, f"{score['n']:,}")
+            rows.append([task, metric, f"{score['value']:.3f}", interval, f"{score['n']:,}"])
+            styles.append(None)
         for note, said in result["notes"].items():
             if isinstance(said, dict):  # a harness's, by mode; its settings are in the file
                 said = said.get("skipped", 0)
             if said:
-                table.add_row(task, note, f"{said:,}" if isinstance(said, int) else said, "", "", style="yellow")
-    return table
+                rows.append([task, note, f"{said:,}" if isinstance(said, int) else said, "", ""])
+                styles.append("yellow")
+    return Blocks(["task", "metric", "score", "95% interval", "n"], rows, names=2, styles=styles)

@@ -14,6 +14,7 @@ from typing import Any
 
 from smolpost.errors import UserError
 from smolpost.merging.measured import Estimate, Objective, Points
+from smolpost.progress import Progress
 
 RULE = (
     "Candidates by their own held-out score, best first; each is kept where the mean of those kept and it scores at "
@@ -43,17 +44,18 @@ def greedy(candidates: Sequence[str], points: Points, objective: Objective) -> d
     if not candidates or len(set(candidates)) < len(candidates):
         raise UserError(f"candidates={list(candidates)} must name at least one checkpoint, each once")
 
-    alone = {name: objective.of(points.measure(f"alone-{name}", {name: 1.0})) for name in candidates}
-    order = sorted(candidates, key=lambda name: -alone[name].value)
-    kept, soup = [order[0]], alone[order[0]]
-    trials = []
-    for number, name in enumerate(order[1:], 1):
-        weights = equal([*kept, name])
-        trial = objective.of(points.measure(f"trial-{number}-{name}", weights))
-        better = trial.value >= soup.value
-        trials.append(_trial(name, weights, trial, trial - soup) | {"kept": better})
-        if better:
-            kept, soup = [*kept, name], trial
+    with Progress("greedy soup", 2 * len(candidates) - 1, "point") as progress:
+        alone = {name: objective.of(points.measure(f"alone-{name}", {name: 1.0}, progress)) for name in candidates}
+        order = sorted(candidates, key=lambda name: -alone[name].value)
+        kept, soup = [order[0]], alone[order[0]]
+        trials = []
+        for number, name in enumerate(order[1:], 1):
+            weights = equal([*kept, name])
+            trial = objective.of(points.measure(f"trial-{number}-{name}", weights, progress))
+            better = trial.value >= soup.value
+            trials.append(_trial(name, weights, trial, trial - soup) | {"kept": better})
+            if better:
+                kept, soup = [*kept, name], trial
     return {
         "rule": RULE,
         "metrics": objective.metrics,

@@ -14,6 +14,7 @@ import numpy as np
 
 from smolpost.errors import UserError
 from smolpost.files import write_json
+from smolpost.progress import Progress
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -104,8 +105,10 @@ class Points:
         self._folder, self._evaluate, self._objectives = folder, evaluate, objectives
         self._clusters: dict[str, set[str]] = {}
 
-    def measure(self, name: str, weights: dict[str, float]) -> Measured:
+    def measure(self, name: str, weights: dict[str, float], progress: Progress | None = None) -> Measured:
         """
+        Args:
+            progress: Of the points; learns of this one.
         Raises:
             UserError: An objective's score is not among the scores or not finite, or a point was measured on other
                 prompts than the ones before it.
@@ -115,8 +118,12 @@ class Points:
         if kept is None or kept["weights"] != weights:
             measured = self._measured(self._evaluate(weights, self._folder / name))
             write_json(file, {"weights": weights, **measured._asdict()})
+            if progress:
+                progress.update()
         else:
             measured = Measured(kept["scores"], kept["sums"])
+            if progress:
+                progress.find()
         for metric, sums in measured.sums.items():
             if self._clusters.setdefault(metric, set(sums)) != set(sums):
                 raise UserError(f"{file}: {metric} was measured on other prompts than at the other points; delete it")

@@ -25,6 +25,7 @@ import numpy as np
 
 from smolpost.errors import UserError
 from smolpost.merging.measured import CONFIDENCE, Estimate, Measured, Objective, Points
+from smolpost.progress import Progress
 
 ROUNDING = 1e-9  # of differences of means: 0.95 - 0.93 is not to cost more than 0.02
 
@@ -74,11 +75,13 @@ def sweep(
     """
     _check(weights, max_cost)
     ordered = sorted({0.0, 1.0, *map(float, weights)})
-    measured = [points.measure(f"weight-{weight!r}", mixed(sides, weight)) for weight in ordered]
+    alone = dict.fromkeys(name for side in sides if len(side) > 1 for name in side)
+    with Progress("sweep", len(ordered) + len(alone), "point") as progress:
+        measured = [points.measure(f"weight-{weight!r}", mixed(sides, weight), progress) for weight in ordered]
+        ingredients = {name: points.measure(f"alone-{name}", {name: 1.0}, progress) for name in alone}
     longs, rests = ([objective.of(point) for point in measured] for objective in (long, rest))
     allowed, picked = choose(longs, rests, max_cost=max_cost, confident=confident)
     front = pareto([(a.value, b.value) for a, b in zip(longs, rests, strict=True)])
-    alone = [name for side in sides if len(side) > 1 for name in side]
     return {
         "rule": rule(max_cost, confident),
         "caveat": CAVEAT,
@@ -94,9 +97,7 @@ def sweep(
             | {"allowed": allowed[i], "pareto": front[i], "picked": i == picked, "scores": measured[i].scores}
             for i, weight in enumerate(ordered)
         ],
-        "ingredients": [
-            _ingredient(name, points.measure(f"alone-{name}", {name: 1.0}), long, rest) for name in dict.fromkeys(alone)
-        ],
+        "ingredients": [_ingredient(name, measured, long, rest) for name, measured in ingredients.items()],
     }
 
 

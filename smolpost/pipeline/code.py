@@ -5,7 +5,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-WITHOUT_RESULT = ("schema.py", "errors.py", "signals.py")  # a recipe's values are in the key as such
+# A recipe's values are in the key as such; messages and bars change no result.
+WITHOUT_RESULT = ("schema.py", "errors.py", "progress.py", "screen.py", "signals.py")
 
 
 @cache

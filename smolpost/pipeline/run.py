@@ -1,13 +1,13 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.rule import Rule
 
@@ -15,9 +15,10 @@ from smolpost import disks, schema, signals
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.files import write_json
-from smolpost.pipeline import manifest
+from smolpost.pipeline import estimate, manifest
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.plan import select
+from smolpost.progress import duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
 
@@ -51,15 +52,10 @@ def status(stage: Located) -> tuple[str, str]:
 
 def _changes(stage: Located) -> str:
     """How the stage differs from its newest finished namesake."""
-    earlier = []
-    for folder in stage.folder.parent.glob(f"{stage.plan.name}-*"):
-        found = manifest.read(folder) if folder.is_dir() else None
-        if found and found.get("stage") == stage.plan.name:
-            earlier.append(found)
+    earlier = [found for found in estimate.finished_before(stage) if found["stage"] == stage.plan.name]
     if not earlier:
         return "new"
-    last = max(earlier, key=lambda m: m["finished"])
-    now = json.loads(json.dumps(dataclasses.asdict(stage.plan.config)))
+    last, now = earlier[-1], estimate.as_stored(stage.plan.config)
     changed = [f"{k} {last['config'].get(k)} -> {v}" for k, v in now.items() if last["config"].get(k) != v]
     changed += [f"{name} is another" for name, key in stage.parent_keys.items() if last["parents"].get(name) != key]
     return f"changed: {', '.join(changed) or 'data or code'} ({stage.plan.name}-{last['key']} is kept)"
@@ -78,10 +74,14 @@ def run(request: Request, console: Console) -> int:
     if any(status(lineage.stages[name])[0] != "done" for name in wanted):
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
     began = time.monotonic()
+    todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
+    todo = [(stage, word) for stage, word in todo if word != "done"]
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
         word, reason = status(lineage.stages[name])
-        console.print(Rule(f"{number}/{len(wanted)} {name}: {word}{f' ({reason})' if reason else ''}", align="left"))
+        left = estimate.seconds_left(todo, set(wanted[: number - 1]), time.monotonic() - began)
+        about = f", about {duration(left)} left" if left is not None and word != "done" else ""
+        heading(f"{number}/{len(wanted)} {name}: {word}{about}{f' ({reason})' if reason else ''}", console)
         plan = lineage.stages[name].plan
         commands = [(name, command) for command in plan.making] if word in ("run", "resume") else []
         if plan.measuring and word != "done":
@@ -168,7 +168,11 @@ def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Conso
     evaluations = {name: stages[name]["evaluation"] for name in names if lineage.stages[name].evaluation}
     if evaluations:
         console.print(results_table(evaluations))
-    console.print(f"{len(names)} stages in {seconds:.0f} s; results: {file}; final model: {final}", soft_wrap=True)
+        console.print(f"n and 95% intervals: {file}, and `smolpost eval` of a stage shows them", soft_wrap=True)
+    for line in _pictures(lineage, names):
+        console.print(line, soft_wrap=True)
+    parts = [f"{len(names)} {plural('stage', len(names))} in {duration(seconds)}", f"results: {file}"]
+    console.print("; ".join([*parts, f"final model: {final}"] if final else parts), soft_wrap=True)
     return 0
 
 
@@ -193,6 +197,24 @@ def _result(stage: Located, before: dict) -> dict:
     return (before if before.get("key") == stage.key else {}) | result
 
 
+def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
+    """Lines that name the plots of these stages and the command that shows their training, where there are any."""
+    folders = [lineage.stages[name].folder for name in names]
+    plots = [str(file) for folder in folders for file in sorted(folder.glob("*.png"))]
+    measured = lineage.root / "evaluations"
+    maps = {file.name for folder in folders for file in (measured / folder.name).glob("*.png")}
+    plots += [f"{measured}/*/{name}" for name in sorted(maps)]
+    lines = [f"plots: {', '.join(plots)}"] if plots else []
+    if any(True for folder in folders for _ in folder.glob("**/events.out.tfevents.*")):
+        lines.append(f"training curves: `{command_line(['tensorboard', '--logdir', lineage.root])}`")
+    return lines
+
+
+def heading(text: str, console: Console) -> None:
+    """A rule across the screen that begins with the text, or the bare text where a rule would cut it."""
+    console.print(Rule(text, align="left") if cell_len(text) + 4 <= console.width else text, soft_wrap=True)
+
+
 def describe(request: Request, console: Console) -> None:
     """Print the stages in order: what will be done and why, their settings and their exact commands.
 
@@ -205,9 +227,7 @@ def describe(request: Request, console: Console) -> None:
     for number, plan in enumerate(plans, 1):
         stage = lineage.stages[plan.name]
         word, reason = status(stage)
-        console.print(
-            Rule(f"{number}. {plan.name} ({plan.config.kind}): {word}{f', {reason}' if reason else ''}", align="left")
-        )
+        heading(f"{number}. {plan.name} ({plan.config.kind}): {word}{f', {reason}' if reason else ''}", console)
         for line in _settings(stage, lineage.recipe):
             console.print(f"  {line}", soft_wrap=True)
         for command in plan.commands:

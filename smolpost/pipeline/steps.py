@@ -16,6 +16,7 @@ from smolpost.files import MANIFEST, hashes, verify, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.lineage import CODE, Lineage, Located
+from smolpost.progress import Progress
 
 SHOWN_ROWS = 20  # of those that are refused
 PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
@@ -298,9 +299,10 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
         engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)
     else:
         engine = LocalEngine(*load_for_inference(checkpoint))
-    for name, task in tasks.items():
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        label = f"eval {stage}: {name} (task {number} of {len(tasks)})"
         with manifest.lock(folders[name]):
-            run_task(name, task, engine, folders[name], batch_tokens=spec.batch_tokens, seed=spec.seed)
+            run_task(name, task, engine, folders[name], batch_tokens=spec.batch_tokens, seed=spec.seed, label=label)
 
 
 def measurer(lineage: Lineage, stage: Located) -> Callable:
@@ -320,9 +322,11 @@ def measurer(lineage: Lineage, stage: Located) -> Callable:
 
     def measure(model, tokenizer, folder: Path) -> dict[str, dict]:
         engine, found = LocalEngine(model, tokenizer), {}
-        for name, task in tasks.items():
-            found[name] = run_task(name, task, engine, folder / name, **options)
-            found[name]["samples"] = results.samples(folder / name)
+        with Progress("tasks", len(tasks), "task") as progress:
+            for name, task in tasks.items():
+                found[name] = run_task(name, task, engine, folder / name, **options)
+                found[name]["samples"] = results.samples(folder / name)
+                progress.update()
         return found
 
     return measure

@@ -1,13 +1,11 @@
-"""Several runs of one pipeline, one seed each: the table of their means and ranges."""
+"""Runs of one pipeline, one seed each: the table of their means and ranges."""
 
 import json
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from smolpost.errors import UserError
-from smolpost.evaluation.table import SHORT, headlines
+from smolpost.evaluation.table import head, headlines
+from smolpost.screen import Blocks
 
 SWEEP = "sweep.json"  # what a sweep stage leaves beside its weights
 RESULTS = "results.json"  # what `smolpost run` leaves in its pipeline's folder
@@ -63,21 +61,25 @@ def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tu
     return table
 
 
-def compare_table(runs: list[dict[str, dict]]) -> Table:
-    """Mean of each headline metric, and below it the lowest and highest run; eleven metrics take 110 characters."""
+def compare_table(runs: list[dict[str, dict]]) -> Blocks:
+    """Mean of each headline metric, and below it the lowest and highest run; the values of a single run."""
+    rows, columns = _rows_and_columns(runs)
+    single = len(runs) == 1
+    cells = [
+        [stage, *("-" if column not in row else _cell(*row[column], single) for column in columns)]
+        for stage, row in rows.items()
+    ]
+    title = "values of 1 run" if single else f"mean and range of {len(runs)} runs"
+    return Blocks(["stage", *map(head, columns)], cells, title=title)
+
+
+def _rows_and_columns(runs: list[dict[str, dict]]):
     rows = over_runs(runs)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, title=f"mean and range of {len(runs)} runs")
-    table.add_column("stage", no_wrap=True)
-    for task, metric in columns:
-        table.add_column(f"{task}\n{SHORT.get(metric, metric)}", justify="right", no_wrap=True)
-    for stage, row in rows.items():
-        cells = []
-        for column in columns:
-            mean, low, high = row.get(column, (None, None, None))
-            cells.append("-" if mean is None else f"{mean:.2f}\n{_range(low, high)}")
-        table.add_row(stage, *cells)
-    return table
+    return rows, list(dict.fromkeys(column for row in rows.values() for column in row))
+
+
+def _cell(mean: float, low: float, high: float, single: bool) -> str:
+    return f"{mean:.2f}" if single else f"{mean:.2f}\n{_range(low, high)}"
 
 
 def _range(low: float, high: float) -> str:
@@ -90,15 +92,15 @@ def _short(value: float) -> str:
 
 
 def markdown_table(runs: list[dict[str, dict]]) -> str:
-    """The same for a README: mean (lowest to highest)."""
-    rows = over_runs(runs)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    """The same for a README: mean (lowest to highest), or the value of a single run."""
+    rows, columns = _rows_and_columns(runs)
     lines = ["| stage | " + " | ".join(f"{task} {metric}" for task, metric in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for stage, row in rows.items():
         cells = []
         for column in columns:
             mean, low, high = row.get(column, (None, None, None))
-            cells.append("" if mean is None else f"{mean:.2f} ({low:.2f} to {high:.2f})")
+            spread = "" if len(runs) == 1 or mean is None else f" ({low:.2f} to {high:.2f})"
+            cells.append("" if mean is None else f"{mean:.2f}{spread}")
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from rich.style import Style
-from rich.table import Table
 from rich.text import Text
 
 from smolpost.errors import UserError
+from smolpost.screen import Blocks
 
 SUFFIXES = (".png", ".svg")
 
@@ -32,7 +32,7 @@ _CELL = (0.62, 0.34)
 _MARGIN = (2.3, 1.5)
 
 
-def heat_map_table(scores: dict[str, dict[str, float]], title: str) -> Table:
+def heat_map_table(scores: dict[str, dict[str, float]], title: str) -> Blocks:
     """The map as a table of numbers on colours.
 
     Args:
@@ -42,13 +42,8 @@ def heat_map_table(scores: dict[str, dict[str, float]], title: str) -> Table:
         UserError: There is none.
     """
     lengths, depths, values = _grid(scores, title)
-    table = Table(title=title, title_justify="left")
-    table.add_column("depth", justify="right")
-    for length in lengths:
-        table.add_column(str(length), justify="right")
-    for depth, row in zip(depths, values, strict=True):
-        table.add_row(f"{depth:.2f}", *(_cell(value) for value in row))
-    return table
+    rows = [[f"{depth:.2f}", *map(_cell, row)] for depth, row in zip(depths, values, strict=True)]
+    return Blocks(["depth", *map(str, lengths)], rows, title=title)
 
 
 def save_heat_map(scores: dict[str, dict[str, float]], file: Path, title: str) -> None:

@@ -10,8 +10,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from smolpost.screen import Blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,39 +55,34 @@ def save_pareto(reports: Mapping[str, Any] | Sequence[Mapping[str, Any]], file: 
         _legend(panels)
 
 
-def sweep_table(report: Mapping[str, Any]) -> Table:
+def sweep_table(report: Mapping[str, Any]) -> Blocks:
     """The points of a sweep by weight and its ingredients, with 95% intervals, and what became of each.
 
     "front" marks the Pareto front, "over" what costs more than the rule allows.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("weight", no_wrap=True)
-    for head in ("long", "rest", "cost in rest"):
-        table.add_column(f"{head}\n95% interval", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    rows, styles = [], []
     for point in report["points"]:
         marks = {"picked": point["picked"], "front": point["pareto"], "over": not point["allowed"]}
         cells = (_estimate(point[key]) for key in ("long", "rest", "cost"))
         words = " ".join(mark for mark, holds in marks.items() if holds)
-        table.add_row(f"{point['weight']:g}", *cells, words, style="bold" if point["picked"] else None)
+        rows.append([f"{point['weight']:g}", *cells, words])
+        styles.append("bold" if point["picked"] else None)
     for ingredient in report["ingredients"]:
-        table.add_row(ingredient["name"], _estimate(ingredient["long"]), _estimate(ingredient["rest"]))
-    return table
+        rows.append([ingredient["name"], _estimate(ingredient["long"]), _estimate(ingredient["rest"]), "", ""])
+        styles.append(None)
+    heads = [f"{head}\n95% interval" for head in ("long", "rest", "cost in rest")]
+    return Blocks(["weight", *heads, ""], rows, styles=styles)
 
 
-def greedy_table(report: Mapping[str, Any]) -> Table:
+def greedy_table(report: Mapping[str, Any]) -> Blocks:
     """The candidates of a greedy soup in the order of trial: alone, and as the soup with them."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("candidate", no_wrap=True)
-    for head in ("alone", "soup with it", "change"):
-        table.add_column(f"{head}\n95% interval", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
     first, *others = report["alone"]
-    table.add_row(first["name"], _estimate(first), _estimate(first), "", "kept")
+    rows = [[first["name"], _estimate(first), _estimate(first), "", "kept"]]
     for alone, trial in zip(others, report["trials"], strict=True):
         cells = (_estimate(alone), _estimate(trial), _estimate(trial["change"]))
-        table.add_row(alone["name"], *cells, "kept" if trial["kept"] else "left out")
-    return table
+        rows.append([alone["name"], *cells, "kept" if trial["kept"] else "left out"])
+    heads = [f"{head}\n95% interval" for head in ("alone", "soup with it", "change")]
+    return Blocks(["candidate", *heads, ""], rows)
 
 
 @contextmanager

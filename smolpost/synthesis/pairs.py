@@ -10,8 +10,6 @@ import os
 from copy import copy
 from itertools import takewhile
 
-from tqdm import tqdm
-
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import load_template, render
@@ -19,6 +17,7 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
 from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.progress import Progress
 
 SIDES = ("chosen", "rejected")
 
@@ -126,7 +125,7 @@ def _all_replies(stage, prompts, checkpoints, path):
     done = _recovered(path, _fingerprint(stage, prompts, _stop_tokens(checkpoints)))
     with (
         path.open("a", encoding="utf-8") as file,
-        tqdm(total=num_rows, desc="preference pairs", unit="row", disable=None) as bar,
+        Progress("preference pairs", num_rows, "row", done=sum(map(len, batches[: len(done)]))) as progress,
     ):
         for index, batch in enumerate(batches):
             if index < len(done):
@@ -134,10 +133,10 @@ def _all_replies(stage, prompts, checkpoints, path):
             else:
                 sampled = {side: _sample(stage, checkpoints[side], prompts[side], side, index, batch) for side in SIDES}
                 _append(file, sampled)
+                progress.update(len(batch))
             for side in SIDES:
                 for i, reply in zip(batch, sampled[side], strict=True):
                     replies[side][i] = reply
-            bar.update(len(batch))
     return replies
 
 

@@ -51,6 +51,7 @@ def training_arguments(
         save_steps=stage.save_steps,
         save_total_limit=stage.save_total_limit,
         report_to=list(stage.report_to),
+        disable_tqdm=True,  # StageTrainer shows its steps itself
         remove_unused_columns=False,  # the prepared columns are exactly what the collator needs
         dataloader_pin_memory=not environment.use_cpu,
         eval_strategy="no",

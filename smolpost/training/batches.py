@@ -91,6 +91,11 @@ class GlobalBatches(Sampler[list[MicroBatch]]):
         dealt += [MicroBatch([shortest], counts=False)] * (-len(dealt) % self.num_ranks)
         return [dealt[rank :: self.num_ranks] for rank in range(self.num_ranks)]
 
+    def num_rows(self, steps: range) -> int:
+        """Rows that these optimizer steps take, counted from 0 over all epochs."""
+        last = len(self.lengths) - (len(self) - 1) * self.global_batch_size
+        return sum(self.global_batch_size if (step + 1) % len(self) else last for step in steps)
+
     def idle_share(self) -> float:
         """Share of a full step's forward passes that do not count, in [0, 1)."""
         rows = self.order()[: self.global_batch_size].tolist()

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from smolpost.data.collate import PARTS, collate_pairs
 from smolpost.data.dataset_folder import list_lengths, list_sums
+from smolpost.progress import Progress
 from smolpost.training.batches import by_tokens
 from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
@@ -78,14 +78,14 @@ def fill(
     score_tokens(model)
     arrays, lengths = rows.with_format("numpy"), pair_lengths(rows)
     total = sum(len(cache.pairs_of(chunk)) for chunk in chunks)
-    with tqdm(total=total, desc="reference", unit="pair", disable=None if environment.rank == 0 else True) as bar:
+    with Progress("reference log-probabilities", total, "pair", shown=environment.rank == 0) as progress:
         for chunk in chunks:
             pairs = cache.pairs_of(chunk)
             found: dict[int, np.ndarray] = {}
             for taken in by_tokens(list(pairs), lengths, pack_tokens):
                 logps = score_pairs(model, [arrays[pair] for pair in taken], environment)
                 found |= dict(zip(taken, logps, strict=True))
-                bar.update(len(taken))
+                progress.update(len(taken))
             cache.write(chunk, [found[pair] for pair in pairs])
     return total
 

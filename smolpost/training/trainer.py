@@ -11,8 +11,18 @@ import transformers
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
+from smolpost.progress import Progress
 from smolpost.signals import Stopped
 from smolpost.training import checkpoints
 from smolpost.training.batches import GlobalBatches, MicroBatch
@@ -46,13 +56,15 @@ class StageTrainer(Trainer, abc.ABC):
         callbacks: list[TrainerCallback],
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.steps = Steps()
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep()],
+            callbacks=[*callbacks, NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
         )
+        self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
         self.stop = stop
         self.collate = collate
         self.batches = batches
@@ -151,7 +163,22 @@ class StageTrainer(Trainer, abc.ABC):
             ratios = (sums[:, 0] / sums[:, 1]).tolist()  # nan where nothing was observed
             logs |= dict(zip(self.sums, ratios, strict=True)) | {"num_tokens": self.state.num_input_tokens_seen}
             self.sums = {}
+        if "train_runtime" in logs:
+            logs |= self._speed(logs["train_runtime"])
         super().log(logs, start_time)
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of the steps since the last resume. In place of transformers' own numbers, to which a step is one sample.
+
+        Tokens are those read, padding included, as in `num_tokens`.
+        """
+        steps = range(self.steps.first, self.state.global_step)
+        counts = {
+            "samples": self.batches.num_rows(steps),
+            "steps": len(steps),
+            "tokens": self.state.num_input_tokens_seen - self.steps.first_tokens,
+        }
+        return {f"train_{what}_per_second": round(count / seconds, 3) for what, count in counts.items()}
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return decayed_parameters(model)
@@ -182,6 +209,34 @@ class Restored(TrainerCallback):
                 f"transformers {transformers.__version__} does not call StageTrainer._prepare_for_training; install "
                 "the version of constraints.txt"
             )
+
+
+class Steps(TrainerCallback):
+    """Shows how far the training has come, and its log in lines above that.
+
+    Attributes:
+        first: Optimizer steps that an earlier run has done.
+        first_tokens: Tokens that it read.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        logging.disable_progress_bar()  # of the writer of checkpoints: one bar at a time
+        what = f"train on {args.world_size} x {args.device.type}"
+        self.progress = Progress(what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero)
+        self.progress.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in logs.items() if key != "total_flos"}
+            tqdm.write(str(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.progress.__exit__(None, None, None)
+        logging.enable_progress_bar()
 
 
 class PassRows(torch.utils.data.Dataset):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_only_taken_rows_are_tokenized_and_only_once(tokenizer, tmp_path, many_s
     assert (thrice["totals"]["rows_read"], thrice["totals"]["rows_repeated"]) == (120, 80)
 
 
-def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards):
+def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards, capsys):
     mixture = Mixture(sources={"a": Source(path=write_texts(tmp_path / "a.jsonl", 20))})
     run(mixture, tokenizer, tmp_path / "one", num_workers=1)
     whole = made(tmp_path / "one")
@@ -107,6 +108,8 @@ def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards):
     (tmp_path / "one" / "rows").rename(tmp_path / "aside")
     run(mixture, tokenizer, tmp_path / "one", num_workers=1)
     assert made(tmp_path / "one") == whole
+    said = re.sub(r"\d+ s", "0 s", capsys.readouterr().err)
+    assert said == "tokenize y: 20 rows in 0 s\ntokenize y: 20 rows in 0 s (16 were there)\n"
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def test_scores_notes_and_every_sample_are_kept(tmp_path):
     again = Counting([3, 8, 5, 9])
     assert run_task("t", again, Engine(), tmp_path, batch_tokens=22, seed=0) == result
     assert again.asked == []
+
+
+def test_a_log_file_hears_of_each_task_and_of_what_was_there(tmp_path, capsys):
+    lengths = [3, 8, 5, 9, 4, 7]
+    options = {"batch_tokens": 22, "seed": 0, "label": "eval sft: t (task 1 of 2)"}
+    with pytest.raises(KeyboardInterrupt):
+        run_task("t", Counting(lengths, stop_after=2), Engine(), tmp_path, **options)
+    kept = (tmp_path / SAMPLES).read_bytes().count(b"\n")
+    run_task("t", Counting(lengths), Engine(), tmp_path, **options)
+    run_task("t", Counting(lengths), Engine(), tmp_path, **options)
+    said = re.sub(r"\d+ s ", "0 s ", capsys.readouterr().err)
+    assert said == f"eval sft: t (task 1 of 2): 6 items in 0 s ({kept} were there)\n"
 
 
 @pytest.mark.parametrize("torn", [0, 7, 60])

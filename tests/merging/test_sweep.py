@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -186,7 +187,7 @@ def test_report(tmp_path):
     assert run(tmp_path / "again") == report
 
 
-def test_killed_sweep_goes_on(tmp_path):
+def test_killed_sweep_goes_on(tmp_path, capsys):
     def killed(weights, folder):
         if weights.get("long") == 0.1:
             raise KeyboardInterrupt
@@ -197,6 +198,7 @@ def test_killed_sweep_goes_on(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"weight-0.0.json", "weight-0.05.json"}
     report = run(tmp_path, evaluate := Scripted(skill))
     assert evaluate.calls == ["weight-0.1", "weight-0.2", "weight-1.0", "alone-apo-1", "alone-apo-2"]
+    assert re.fullmatch(r"sweep: 7 points in \d+ s \(2 were there\)\n", capsys.readouterr().err)
     assert report == run(tmp_path / "uninterrupted")
     run(tmp_path, again := Scripted(skill))
     assert again.calls == []

@@ -284,13 +284,16 @@ def test_sides_and_batches_draw_different_numbers(tokenizer, models, tmp_path):
     assert len(set(replies)) == len(replies) == 2 * report["pairs"] > 4
 
 
-def test_finished_batches_are_not_sampled_again(tokenizer, models, uninterrupted, tmp_path, monkeypatch):
+def test_finished_batches_are_not_sampled_again(tokenizer, models, uninterrupted, tmp_path, monkeypatch, capsys):
     interrupted(tokenizer, models, tmp_path, 4, monkeypatch)
     calls = []
     generate = pairs.generate
     monkeypatch.setattr(pairs, "generate", lambda *a, **k: calls.append(len(a[1])) or generate(*a, **k))
     assert sampled(tokenizer, models, tmp_path) == uninterrupted
     assert calls == [4, 4, 2, 2]
+    assert re.search(
+        rf"preference pairs: {NUM_ROWS} rows in \d+ s \({NUM_ROWS - 6} were there\)\n", capsys.readouterr().err
+    )
 
 
 def test_replies_to_other_settings_are_discarded(tokenizer, models, uninterrupted, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ROOT, environment
+from small import PROGRAM, ROOT, call, environment
 
 from smolpost.files import write_json
 from smolpost.pipeline import manifest
@@ -52,6 +53,24 @@ def test_fsdp2_matches_one_process(started, single, tmp_path, stage):
     done = two.launch(stage, "fsdp2", 2, program=shim, ACCELERATE_TORCH_DEVICE="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(two, single, stage)
+
+
+@pytest.mark.parametrize("config", ["single", SLOW("ddp"), SLOW("zero2"), SLOW("zero3"), SLOW("fsdp2")])
+def test_a_log_file_holds_our_lines_and_no_library_warns(started, tmp_path, config):
+    """stderr is what `smolpost run > log 2>&1` would add to the log: no bar's control characters, no warning."""
+    small = started.copy(tmp_path)
+    shim = (str(ROOT / "tests" / "training" / "fsdp_on_cpu.py"),) if config == "fsdp2" else PROGRAM
+    command = small.launch_command(
+        "sft", config, 1 if config == "single" else 2, "stages.sft.max_steps=4", program=shim
+    )
+    command[2] = "smolpost.launch"  # accelerate, as `run` starts it
+    done = call(command, env=environment() | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if config == "fsdp2" else {}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = 1 if config == "single" else 2
+    assert [re.sub(r"\d+ s$", "", line) for line in done.stderr.split("\n")] == [
+        "tokenize sft: 120 rows in ", f"train on {ranks} x cpu: 4 steps in ", ""
+    ]  # fmt: skip
+    assert "WARN" not in done.stdout.upper() and "\r" not in done.stdout and "\x1b" not in done.stdout
 
 
 def test_training_moves_the_weights(started, single):

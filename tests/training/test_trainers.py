@@ -226,6 +226,27 @@ def test_a_signal_before_the_first_step_waits_for_no_step(tokenizer, tmp_path, m
     assert trainer.state.global_step == 0 and not list(tmp_path.glob("out/checkpoint-*"))
 
 
+def test_speed_counts_the_rows_steps_and_tokens_of_this_run(tokenizer, tmp_path):
+    """Two epochs whose last batches are smaller; then the same from the middle, where only what is new counts."""
+    changes = {"max_seq_len": 420, "global_batch_size": 4, "num_epochs": 2, "save_steps": 3, "shuffle_packs": False}
+    trainer, rows, stage = sft_trainer(tokenizer, tmp_path, build(tokenizer), **changes)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    size, last = len(rows), len(rows) % 4
+    assert len(trainer.batches) == 2 and last
+
+    def counted(trainer):
+        speed = trainer.state.log_history[-1]
+        seconds = speed["train_runtime"]
+        return [speed[f"train_{what}_per_second"] * seconds for what in ("samples", "steps", "tokens")]
+
+    trainer.train()
+    assert counted(trainer) == pytest.approx([2 * size, 4, 2 * sum(lengths)], rel=1e-2)
+    arguments = training_arguments(stage, 1, size, tmp_path / "out", CPU)
+    other = sft.trainer(stage, build(tokenizer), tokenizer, rows, arguments, 1, CPU, [])
+    other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert counted(other) == pytest.approx([last, 1, sum(lengths[-last:])], rel=1e-2)
+
+
 def test_batches_are_the_prepared_packs(tokenizer, tmp_path):
     trainer, rows, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), shuffle_packs=False)
     steps = list(trainer.get_train_dataloader())

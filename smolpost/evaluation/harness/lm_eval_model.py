@@ -1,13 +1,13 @@
 """A checkpoint as lm-evaluation-harness sees it: its likelihoods, our replies."""
 
 import json
+import sys
 from collections import defaultdict
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.chat.reasoning import ends_thinking
@@ -16,6 +16,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation.harness.replies import answer_of
 from smolpost.evaluation.task import MODES
 from smolpost.model.generation import generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.progress import Progress
 from smolpost.schema import Harness
 
 
@@ -59,14 +60,14 @@ class Checkpoint(HFLM):
         groups = defaultdict(list)
         for place, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(place)
-        with tqdm(total=len(requests), desc=requests[0].task_name, unit="reply", disable=disable_tqdm or None) as bar:
+        with Progress(requests[0].task_name, len(requests), "prompt", shown=not disable_tqdm) as progress:
             for places in groups.values():
                 asked = [requests[place] for place in places]
-                for place, answer in zip(places, self._answers(asked, bar), strict=True):
+                for place, answer in zip(places, self._answers(asked, progress), strict=True):
                     answers[place] = answer
         return answers
 
-    def _answers(self, requests, bar) -> list[str]:
+    def _answers(self, requests, progress) -> list[str]:
         """Answers to requests with one set of generation settings."""
         settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
         stops, longest = settings.pop("until"), settings.pop("max_gen_toks")
@@ -90,7 +91,7 @@ class Checkpoint(HFLM):
             eos_token_ids=self.stop_tokens,
             pad_token_id=padding_token_id(self.tokenizer),
             batch_size=self.batch_size,
-            progress=bar.update,
+            progress=progress.update,
         )
         made = [
             Made(reply_text(self.tokenizer, reply, self.stop_tokens), reply[-1] not in self.stop_tokens)
@@ -102,6 +103,7 @@ class Checkpoint(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         self._check_room("a task", max(len(context) + len(rest) for _, context, rest in requests), 0)
+        disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # its bar would fill a log file with control characters
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
 
     def _check_room(self, task: str, prompt: int, reply: int) -> None:

@@ -1,0 +1,31 @@
+"""What other libraries say that is no news to a user: silenced here and nowhere else, each with its reason.
+
+Exactly these messages: whatever else a library says stays visible.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+WARNINGS = (  # category, regular expression for the start of the text
+    # DeepSpeed calls torch's collectives by their former names, in every step; they do the same.
+    (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
+)
+RECORDS = (  # logger, start of the text
+    # Checkpoints of fast steps have one mtime, and then the numbers in their names give the order, which is right.
+    ("transformers.trainer_utils", "mtime may not be reliable on this filesystem"),
+    # DeepSpeed looks for an accelerator when it is imported, also where nothing trains; a training says its device.
+    ("DeepSpeed", "Setting accelerator to CPU."),
+)
+
+
+def silence() -> None:
+    """Let the messages above pass in silence, and keep bars out of log files. To be called before tqdm is imported."""
+    for category, text in WARNINGS:
+        warnings.filterwarnings("ignore", text, category)
+    for name, text in RECORDS:
+        logging.getLogger(name).addFilter(lambda record, text=text: not record.getMessage().startswith(text))
+    if not sys.stderr.isatty():
+        # The libraries' bars (weights loaded, shards written, rows mapped) redraw themselves with control characters.
+        os.environ.setdefault("TQDM_DISABLE", "1")
