@@ -1,6 +1,7 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
