@@ -77,7 +77,7 @@ class StageTrainer(Trainer, abc.ABC):
         Raises:
             Stopped: By the signal.
         """
-        with contextlib.closing(self.stop.asked):
+        with contextlib.closing(self.stop.asked), self.steps.shown:
             with contextlib.suppress(NothingLeft):
                 super().train(resume_from_checkpoint=resume_from_checkpoint)
             if self.stop.agreed:
@@ -217,14 +217,19 @@ class Steps(TrainerCallback):
     Attributes:
         first: Optimizer steps that an earlier run has done.
         first_tokens: Tokens that it read.
+        shown: Ends with the training, whatever ends it.
     """
+
+    def __init__(self):
+        self.shown = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.first_tokens = state.global_step, state.num_input_tokens_seen
         logging.disable_progress_bar()  # of the writer of checkpoints: one bar at a time
+        self.shown.callback(logging.enable_progress_bar)
         what = f"train on {args.world_size} x {args.device.type}"
-        self.progress = Progress(what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero)
-        self.progress.__enter__()
+        progress = Progress(what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero)
+        self.progress = self.shown.enter_context(progress)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update()
@@ -233,10 +238,6 @@ class Steps(TrainerCallback):
         if state.is_world_process_zero:
             shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in logs.items() if key != "total_flos"}
             tqdm.write(str(shown))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.__exit__(None, None, None)
-        logging.enable_progress_bar()
 
 
 class PassRows(torch.utils.data.Dataset):
