@@ -1,0 +1,6 @@
+"""YAML and command-line words in, one typed Recipe out. The only importer of hydra and omegaconf."""
+
+from smolpost.recipe.load import Request, as_yaml, load
+from smolpost.recipe.places import room
+
+__all__ = ["Request", "as_yaml", "load", "room"]
