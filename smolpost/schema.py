@@ -83,9 +83,7 @@ class Source:
     max_rows: int | None = count(None)  # at most this many rows, counted from first_row
     max_tokens: int | None = count(None)  # at most this many, of the rows kept by weight; training stages only
     weight: float = positive(1.0)  # epochs: share of the rows kept after a seeded shuffle; above 1 repeats rows
-    share: float | None = number(
-        "(0, 1]", None
-    )  # of the mixture, in share_of; rows that would go beyond it are left out
+    share: float | None = number("(0, 1]", None)  # of the mixture, in share_of; rows beyond it are left out
     loss_weight: float = positive(1.0)  # of each trained token's loss (apo: each pair's), relative to other sources
     think_share: float | None = number("[0, 1]", None)  # of kept rows, those that train a think block; to within 0.01
 

@@ -2,5 +2,6 @@
 
 from smolpost.recipe.load import Request, as_yaml, load
 from smolpost.recipe.places import room
+from smolpost.recipe.secrets import masked
 
-__all__ = ["Request", "as_yaml", "load", "room"]
+__all__ = ["Request", "as_yaml", "load", "masked", "room"]

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from smolpost import schema
-from smolpost.recipe.written import Wrong, Written, near, text
-
+from smolpost.recipe.written import Written, Wrong, near, text
 
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder or file under run_dir
 
@@ -23,9 +22,9 @@ def check(recipe: schema.Recipe, written: Written) -> None:
     """
     _check_names(recipe)
     _check_values(recipe, "")
-    num_processes = recipe.accelerate.get("num_processes", 1)
-    if type(num_processes) is not int or num_processes < 1:
-        raise Wrong("accelerate.num_processes", f"={text(num_processes)} is not a whole number of processes above 0")
+    processes = recipe.accelerate.get("num_processes", 1)
+    if type(processes) is not int or processes < 1:
+        raise Wrong("accelerate.num_processes", f"={processes!r} is not a whole number above 0; write 1 or more")
     if recipe.harness.tasks and recipe.harness.kind == "none":
         tasks = ",".join(recipe.harness.tasks)
         raise Wrong("harness.tasks", f"={tasks} needs a harness; add harness=lm_eval or harness=lighteval")
@@ -62,7 +61,7 @@ def _check_values(node: object, prefix: str) -> None:
         key, value = f"{prefix}{f.name}", getattr(node, f.name)
         options = f.metadata.get("choices")
         if options and value not in options:
-            raise Wrong(key, f"={value} is not a choice; {near('', value, options)}choose one of: {', '.join(options)}")
+            raise Wrong(key, f"={value} is not a choice; choose one of: {', '.join(options)}")
         if f.metadata.get("filled") and not value:
             raise Wrong(key, "=[] is empty; name one at least")
         if f.metadata.get("distinct") and len(set(value)) != len(value):

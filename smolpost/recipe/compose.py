@@ -76,9 +76,8 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     if OmegaConf.is_missing(config, "pipeline"):
         config.pipeline = Path(choices["pipeline"]).name
     if choices.get("accelerate") is None:
-        raise UserError(
-            f"pipeline {config.pipeline} chooses no accelerate config; add `- /accelerate: single` to its defaults"
-        )
+        file = places.file(f"pipeline/{choices['pipeline']}")
+        raise UserError(f"{shown(file)}: chooses no accelerate config; add `- /accelerate: single` to its defaults")
     names = [default.config_path for default in defaults.defaults]
     return Composed(config, written, places.file(f"accelerate/{choices['accelerate']}"), places.shadowed(names))
 
@@ -115,15 +114,10 @@ def _defaults(words: list[str], places: Places) -> Any:
         raise UserError(_missing(error, words, places)) from None
     except yaml.MarkedYAMLError as error:
         raise UserError(yaml_file.syntax(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, places)) from None
-    except (ValueError, TypeError, OSError) as error:  # Hydra's, of a file that it does not name
-        for file in (
-            *filter(None, [places.pipeline]),
-            *(f for own in places.own for f in sorted(own.glob("*/*.yaml"))),
-        ):
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
+        for file in places.own_files():  # faults of a file that Hydra does not name
             yaml_file.read(file)
-        raise UserError(_one_line(error, places)) from None
+        raise UserError(_one_line(error, places, from_files=True)) from None
 
 
 def _written(defaults: list, words: list[Override], places: Places, unmeasured: bool) -> Written:
@@ -135,12 +129,13 @@ def _written(defaults: list, words: list[Override], places: Places, unmeasured: 
         file = places.file(default.config_path)
         if group == "schema":
             if default.package.rpartition(".")[0] not in ("stages", "evaluation.tasks"):
-                raise UserError(_misplaced(default, places))
+                raise UserError(_misplaced(default, defaults, places))
             written.set_kind(default.package, (schema.STAGE_KINDS | schema.TASK_KINDS)[name])
         elif file is not None and group != "hydra":
+            content = yaml_file.read(file)
             if group == "pipeline" and default.package:
                 raise UserError(f"{shown(file)}: a pipeline file starts with the line `{PACKAGE}`")
-            contents.append((_nested(default.package, yaml_file.read(file)), shown(file)))
+            contents.append((_nested(default.package, content), shown(file)))
     if unmeasured:
         for content, _ in contents:
             content.get("evaluation", {}).pop("tasks", None)
@@ -159,12 +154,13 @@ def _written(defaults: list, words: list[Override], places: Places, unmeasured: 
     return written
 
 
-def _misplaced(default, places: Places) -> str:
-    group, _, name = default.parent.partition("/")
-    file = places.file(default.parent)
+def _misplaced(schema_entry: Any, defaults: list, places: Places) -> str:
+    group, _, name = schema_entry.parent.partition("/")
+    choosing = next((entry.parent for entry in defaults if entry.config_path == schema_entry.parent), None)
+    file = places.file(choosing or schema_entry.parent)
     return (
-        f"{shown(file) if file else default.parent}: /{default.config_path} stands at {default.package or 'the root'}; "
-        f"its place is stages.NAME or evaluation.tasks.NAME, as in `- /{group}@stages.NAME: {name}`"
+        f"{shown(file)}: {group}/{name} stands at {schema_entry.package or 'the root'}; its place is stages.NAME or "
+        f"evaluation.tasks.NAME, written as `- /{group}@stages.NAME: {name}`"
     )
 
 
@@ -205,16 +201,22 @@ def _merged(words: list[str], places: Places) -> DictConfig:
 
 
 def _missing(error: MissingConfigException, words: list[str], places: Places) -> str:
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    group, _, name = (error.missing_cfg_file or "").partition("/")
     asked = any(word.partition("=")[0].lstrip("+").partition("@")[0] == group for word in words)
     parent = re.match(r"In '(.+?)':", str(error))
     file = places.file(parent[1]) if parent and not asked else None
-    options = sorted(error.options or [])
-    line = f"{group}={name} does not exist; {near('', name, options)}choose one of: {', '.join(options) or '(none)'}"
+    groups = places.groups()
+    if group in groups or group == "schema":
+        options = places.options(group) or [*schema.STAGE_KINDS, *schema.TASK_KINDS]
+        line = f"{group}={name} does not exist; {near('', name, options)}choose one of: {', '.join(options)}"
+    elif name:
+        line = f"{group} is not a group; {near('', group, groups)}groups: {', '.join(groups)}"
+    else:
+        line = f"{group} is not a file beside it; write /GROUP/NAME, with one of the groups {', '.join(groups)}"
     return f"{shown(file)}: {line}" if file else line
 
 
-def _one_line(error: Exception, places: Places) -> str:
+def _one_line(error: Exception, places: Places, *, from_files: bool = False) -> str:
     """A fault that only Hydra or OmegaConf sees, with the file in place of its name in a defaults list."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -223,19 +225,20 @@ def _one_line(error: Exception, places: Places) -> str:
     if cause is not None:
         lines = [f"{cause.full_key}: {str(cause).splitlines()[0]}" if cause.full_key else str(cause).splitlines()[0]]
     named = re.match(r"In '?(.+?)'?:\s*(.*)", lines[0])
-    file = places.file(named[1]) if named else None
-    if file is None:
-        return lines[0]
+    if named is None:
+        return f"{shown(places.pipeline)}: {lines[0]}" if places.pipeline and from_files else lines[0]
+    file = places.file(named[1])
     said = lines[1] if named[2].endswith("raised while composing config:") and len(lines) > 1 else named[2]
-    return f"{shown(file)}: {said[:1].lower()}{said[1:]}"
+    return f"{shown(file) if file else named[1]}: {said[:1].lower()}{said[1:]}"
 
 
 def _unreadable(word: str) -> str:
     key, _, value = word.partition("=")
-    example = command_line([f"{key}='{_quoted(value or 'VALUE')}'"])
+    example = f"{key}='{_quoted(value or 'VALUE')}'"
+    for_shell = command_line([example]) if set(example) & set('$`"\\!') else f'"{example}"'
     return (
-        f"cannot read the argument {word!r}; write key=value, and quote values that hold spaces, letters beyond ASCII, "
-        f"= or , or brackets; for the shell: {example}"
+        f"cannot read the argument {word!r}; write key=value, and quote values that hold = or , or brackets, quotes or "
+        f"letters beyond ASCII; for the shell: {for_shell}"
     )
 
 

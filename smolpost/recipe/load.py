@@ -1,6 +1,7 @@
 """A command line's words in, one typed Recipe out."""
 
 import copy
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,10 +156,16 @@ def _set_kinds(nodes: DictConfig, kinds: dict[str, type]) -> None:
             nodes[name].merge_with(node)
 
 
-def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> UserError:
+def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> Wrong:
     key = (error.full_key or "").partition("[")[0]
     raw = OmegaConf.to_container(config)
     for name in key.split("."):
         raw = raw.get(name) if isinstance(raw, dict) else None
-    why = str(error).splitlines()[0].replace('"', "'")
+    why = str(error).splitlines()[0]
+    if found := re.search(r"Environment variable '(\w+)' not found", why):
+        why = f"the environment variable {found[1]} is not set; export it, or write ${{oc.env:{found[1]},DEFAULT}}"
+    elif found := re.search(r"Interpolation key '(.+?)' not found", why):
+        why = f"{found[1]} is not a key of the recipe; name a key from its root, such as ${{run_dir}}"
+    else:
+        why = why.rpartition("': ")[2]
     return Wrong(key, f"={text(raw)}: {why[:1].lower()}{why[1:]}")

@@ -57,6 +57,19 @@ class Places:
             return self.pipeline
         return next((f / f"{name}.yaml" for f in self.folders if (f / f"{name}.yaml").is_file()), None)
 
+    def own_files(self) -> list[Path]:
+        """The user's recipe files."""
+        grouped = [file for folder in self.own for file in sorted(folder.glob("*/*.yaml"))]
+        return [self.pipeline, *grouped] if self.pipeline else grouped
+
+    def groups(self) -> list[str]:
+        """Subfolders that hold recipe files."""
+        return sorted({file.parent.name for folder in self.folders for file in folder.glob("*/*.yaml")})
+
+    def options(self, group: str) -> list[str]:
+        """Names of a group's files."""
+        return sorted({file.stem for folder in self.folders for file in folder.glob(f"{group}/*.yaml")})
+
     @property
     def pipeline_name(self) -> str:
         """The name of the pipeline file in the words of a defaults list: it lies one folder above its group's."""

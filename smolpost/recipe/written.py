@@ -6,8 +6,8 @@ import types
 import typing
 from typing import Any
 
-from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
@@ -102,6 +102,8 @@ class Written:
     def _add(self, key: str, value: object, kind: Any, place: str, new: bool) -> None:
         kind, optional = _without_none(kind)
         unresolved = isinstance(value, str) and (value == schema.MISSING or "${" in value)
+        if unresolved:
+            _check_interpolation(key, value, place)
         if unresolved or kind is Any or (value is None and optional):
             self._note(key, value, place, new)
         elif dataclasses.is_dataclass(kind):
@@ -145,15 +147,16 @@ class Written:
         if said is not None and said not in kinds:
             raise _in_file(
                 place,
-                f"{key}.kind={text(said)} is not a {what} kind; {near('', said, kinds)}choose one of: {_list(kinds)}",
+                f"{key}.kind={text(said)} is not a {what} kind; choose one of: {_list(kinds)}",
             )
         found = self.kinds.get(key)
         if found is None:
             known = [k.rpartition(".")[2] for k in self.kinds if k.rpartition(".")[0] == parent]
             raise _in_file(
                 place,
-                f"{key} has no kind; {near(parent, name, known)}a new {what} needs `- /schema/KIND@{key}` in the "
-                f"defaults list, or {key}.kind=KIND; kinds: {_list(kinds)}",
+                f"{key} has no kind; {near(parent, name, known)}a new {what} states it, `kind: KIND` in its "
+                f"file or {key}.kind=KIND; "
+                f"choose one of: {_list(kinds)}",
             )
         if said is not None and found is not kinds[said]:
             raise _in_file(
@@ -163,7 +166,7 @@ class Written:
 
     def _add_items(self, key: str, value: object, kind: Any, place: str, new: bool) -> None:
         if not isinstance(value, list):
-            example = "[A, B]" if value is None or isinstance(value, dict) else f"[{value}]"
+            example = "[A, B]" if not value or isinstance(value, dict) else f"[{value}]"
             raise _in_file(place, f"{key}={text(value)} is not a list; write {key}={example}")
         for item in value:
             self._add(key, item, kind, place, new)
@@ -205,6 +208,13 @@ def _check_leaf(key: str, value: object, kind: type, place: str) -> None:
         node(value=value, is_optional=False)
     except OmegaConfBaseException:
         raise _in_file(place, f"{key}={text(value)} is not {what}") from None
+
+
+def _check_interpolation(key: str, value: str, place: str) -> None:
+    try:
+        OmegaConf.create([value])
+    except GrammarParseError:
+        raise _in_file(place, f"{key}={text(value)} cannot be read; write ${{KEY}} for another key's value") from None
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError
 
 from smolpost.errors import UserError
 from smolpost.screen import shown
@@ -24,11 +25,15 @@ def read(path: Path) -> dict:
         raise UserError(syntax(error)) from None
     except yaml.YAMLError as error:
         raise UserError(f"{shown(path)}: is not YAML ({str(error).splitlines()[0]})") from None
+    except GrammarParseError as error:
+        raise UserError(
+            f"{shown(path)}: {str(error).splitlines()[0]}; write ${{KEY}} for another key's value"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{shown(path)}: is not text in UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        why = error.strerror or "it holds a single value"
-        raise UserError(f"{shown(path)}: cannot be read ({why}); write KEY: VALUE lines") from None
+    except OSError as error:  # OmegaConf's own, without a reason of the system, for a number alone
+        what = f"cannot be read: {error.strerror}" if error.strerror else "holds a single value; write KEY: VALUE lines"
+        raise UserError(f"{shown(path)}: {what}") from None
     content = OmegaConf.to_container(config)
     if not content:
         raise UserError(f"{shown(path)}: is empty; write KEY: VALUE lines, or `tasks: {{}}` and the like for nothing")
@@ -37,10 +42,15 @@ def read(path: Path) -> dict:
     if list(content.values()) == [None] and ":" not in path.read_text(encoding="utf-8"):
         raise UserError(f"{shown(path)}: holds a single value; write KEY: VALUE lines")
     _check_defaults(path, content.pop("defaults", []))
-    for key in content:
-        if not isinstance(key, str):
-            raise UserError(f"{shown(path)}: the key {key} is read as a {type(key).__name__}; write '{key}' in quotes")
+    _check_keys(path, content)
     return content
+
+
+def _check_keys(path: Path, value: object) -> None:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise UserError(f"{shown(path)}: the key {key} is not text; write '{key}' in quotes")
+        _check_keys(path, item)
 
 
 def syntax(error: yaml.MarkedYAMLError) -> str:
