@@ -55,5 +55,5 @@ def mask(names: dict[str, str]) -> None:
         names: Text -> what is printed in its place; texts shorter than LEAST are printed as they are.
     """
     names = {hidden: names[hidden] for hidden in sorted(names, key=len, reverse=True) if len(hidden) >= LEAST}
-    if names:
-        sys.stdout, sys.stderr = _Masked(sys.stdout, names), _Masked(sys.stderr, names)
+    for stream in ("stdout", "stderr") if names else ():
+        setattr(sys, stream, _Masked(getattr(sys, stream), names))

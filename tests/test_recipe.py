@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from smolpost import recipe, schema
 from smolpost.errors import UserError
-from smolpost.recipe import checks, load
+from smolpost.recipe import checks, request
 from smolpost.recipe.written import Written
 
 ROOT = Path(__file__).parent.parent
@@ -121,8 +121,9 @@ def test_accelerate_values_become_launcher_flags():
         (["stages.sft.init_from=checkpoint"], "stages.sft.init_from=checkpoint, but model.checkpoint has no value"),
         (
             ["stages.merge.inputs.long_context=0.3"],
-            "stages.merge.inputs sum to 1.2, and weights of a linear merge sum to 1: soup 0.9 (recipes/stage/merge.yaml), "
-            "long_context 0.3 (the command line); change one as stages.merge.inputs.long_context=WEIGHT, or leave it out",
+            "stages.merge.inputs sum to 1.2, and weights of a linear merge sum to 1: soup 0.9 "
+            "(recipes/stage/merge.yaml), long_context 0.3 (the command line); change one as "
+            "stages.merge.inputs.long_context=WEIGHT, or leave it out with ~stages.merge.inputs.long_context",
         ),
         (
             ["stages.sft.kind=ppo"],
@@ -204,7 +205,7 @@ def test_a_stage_and_a_task_from_the_command_line():
         (["+data.mine=x.jsonl"], "data.mine=x.jsonl is not a mixture; give its fields"),
         (["data.mine.sources.a.path=x"], "data.mine is not a key of the recipe; "),
         (["+stages.more={kind:sft,lora:{rank:4}}"], "stages.more.lora.rank is not a key of the recipe; keys of"),
-        (["+stages.more={data:sft}"], "stages.more has no kind; a new stage states it as stages.more.kind=KIND; choose one of: tasks, init"),
+        (["+stages.more={data:sft}"], "stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more"),
         (["+stages.more={kind:sft}"], "stages.more.data has no value; give it as stages.more.data=VALUE"),
         (["+evaluation.tasks.loss={kind:perplexity,date:sft}"], "evaluation.tasks.loss.date is not a key of the"),
         (["+nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
@@ -261,13 +262,13 @@ NUMBERS = [
 
 def test_no_number_is_nan_or_infinite(monkeypatch):
     """Every float of the schema, in one recipe each; the files are composed once."""
-    composed = load.compose_recipe([TINY], load.Places((), None))
+    composed = request.compose_recipe([TINY], request.Places((), None))
     for key in NUMBERS:
         for value in ("nan", "inf", "-inf"):
             node = copy.deepcopy(composed.config)
             OmegaConf.update(node, key, float(value))
             with pytest.raises(UserError, match=f"{re.escape(key)}={value} is not a finite number$"):
-                load._checked(composed._replace(config=node))
+                request._checked(composed._replace(config=node))
     assert len(NUMBERS) > 50
 
 

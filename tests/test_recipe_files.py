@@ -1,12 +1,17 @@
+# ruff: noqa: E501 - whole lines are compared
 """Recipes of one's own: where they are found, and what a mistake in a YAML file says."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from smolpost import recipe, schema
+from smolpost import recipe
 from smolpost.errors import UserError
+from smolpost.recipe import room
+
+def keys(kind: type) -> str:
+    return ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
+
 
 HEAD = "# @package _global_\n"
 DEFAULTS = """defaults:
@@ -101,9 +106,7 @@ MISTAKES = {
 def test_a_mistake_in_a_pipeline_file_is_one_line(here, case):
     content, line = MISTAKES[case]
     write(here, {"mine.yaml": content})
-    found = refusal("pipeline=./mine.yaml")
-    print(case, "->", found)
-    assert found == line
+    assert refusal("pipeline=./mine.yaml") == line
 
 
 # Files of a recipes folder, chosen by tiny's pipeline or one beside them -> the line.
@@ -148,6 +151,64 @@ FOLDER_MISTAKES = {
 def test_a_mistake_in_a_recipes_folder_is_one_line(here, case):
     files, words, line = FOLDER_MISTAKES[case]
     write(here / "own", files)
-    found = refusal("--recipes=own", *words)
-    print(case, "->", found)
-    assert found == line
+    assert refusal("--recipes=own", *words) == line
+
+
+# ---------------------------------------------------------------- where recipes are found
+
+
+def test_a_pipeline_file_starts_from_a_shipped_one(here):
+    write(here, {"mine.yaml": TINY + "stages: {sft: {learning_rate: 5e-4}}\n", "tiny.yaml": TINY})
+    found = recipe.load(["pipeline=./mine.yaml"])
+    assert (found.recipe.pipeline, found.overrides) == ("tiny", ("pipeline=./mine.yaml",))
+    shipped = recipe.load(["pipeline=tiny"]).recipe
+    assert dataclasses.replace(found.recipe.stages["sft"], learning_rate=1e-3) == shipped.stages["sft"]
+    # A file with the name of a shipped pipeline is the file.
+    write(here, {"tiny.yaml": TINY + "pipeline: other\n"})
+    assert recipe.load(["pipeline=tiny.yaml"]).recipe.pipeline == "other"
+    assert recipe.load(["pipeline=tiny"]).recipe.pipeline == "tiny"
+
+
+def test_a_pipeline_without_a_name_is_called_as_its_file(here):
+    write(here, {"my plans/über.yaml": HEAD + DEFAULTS.replace("sft: sft", "sft: mine"), "my plans/stage/mine.yaml": MINE})
+    found = recipe.load([f"pipeline={here}/my plans/über.yaml"])
+    assert found.recipe.pipeline == "über"
+    assert found.recipe.stages["sft"] == schema.SFTStage(
+        init_from="mid", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=schema.LoRA(r=4)
+    )
+
+
+MINE = "kind: sft\ninit_from: mid\ndata: sft\nmax_seq_len: 64\nlearning_rate: 1e-3\nglobal_batch_size: 8\nlora: {r: 4}\n"
+
+
+def test_folders_are_searched_in_their_order_and_a_replaced_file_is_said(here):
+    write(here / "a", {"model/tiny.yaml": "architecture: {hidden_size: 32}\n"})
+    write(here / "b's", {"model/tiny.yaml": "architecture: {hidden_size: 16}\n", "accelerate/node.yaml": "num_processes: 2\n"})
+    words = ["--recipes", "a", "--recipes=b's", "accelerate=node"]
+    found = recipe.load(words)
+    assert found.recipe.model.architecture.hidden_size == 32
+    assert found.replaced == ("a/model/tiny.yaml replaces the library's model/tiny.yaml",)
+    assert found.accelerate == Path("b's/accelerate/node.yaml")
+    assert found.overrides == ("--recipes=a", "--recipes=b's", "accelerate=node")
+    assert recipe.load(["pipeline=tiny"]).replaced == ()
+    assert "did you mean stages.sft.learning_rate?" in refusal(*words, "stages.sft.lerning_rate=1")
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a/b", "/tmp/x", ".x", "a b"])
+def test_a_pipeline_s_name_does_not_lead_out_of_run_dir(here, name):
+    write(here, {"mine.yaml": TINY + f"pipeline: '{name}'\n"})
+    assert refusal("pipeline=mine.yaml") == (
+        f"mine.yaml: pipeline={name}, which becomes a folder or file; use letters, digits and _ . + - after the first"
+    )
+
+
+def test_a_sum_names_its_parts_and_who_wrote_them(here):
+    write(here, {"mine.yaml": TINY + "stages: {merge: {inputs: {mid: 0.9}}}\n"})
+    line = refusal("pipeline=mine.yaml", "stages.merge.inputs.long_context=0.2")
+    assert "stages.merge.inputs sum to 2, and weights of a linear merge sum to 1: soup 0.9 (" in line
+    assert line.partition("sum to 1: ")[2].startswith(
+        f"soup 0.9 ({room('recipes')}/stage/merge.yaml), long_context 0.2 (the command line), mid 0.9 (mine.yaml); change"
+    )
+    assert line.endswith("or leave it out with ~stages.merge.inputs.mid")
+    words = ["pipeline=mine.yaml", "~stages.merge.inputs.mid"]
+    assert recipe.load(words).recipe.stages["merge"].inputs == {"soup": 0.9, "long_context": 0.1}

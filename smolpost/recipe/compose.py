@@ -1,7 +1,6 @@
 """Hydra's part: files and words in, one untyped config out. Every fault is one line that names where it lies."""
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +56,7 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     folders = [str(folder.resolve()) for folder in places.folders]
     search = ",".join(f"'file://{_quoted(folder)}'" for folder in folders[1:])
     GlobalHydra.instance().clear()
-    with initialize_config_dir(folders[0], version_base="1.3"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # folders that are not there are refused in words of our own
+    with initialize_config_dir(folders[0], version_base="1.3"):
         defaults = _defaults([f"hydra.searchpath=[{search}]", *words], places)
         choices = defaults.overrides.known_choices
         unmeasured = any(word.key_or_group == "evaluation" and word.value() == "none" for word in parsed)
