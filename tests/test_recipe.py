@@ -202,10 +202,10 @@ def test_a_stage_and_a_task_from_the_command_line():
         (["+data.mine.sources.a.seed=1"], "data.mine.sources.a.seed is not a key of the recipe"),
         (["+data.mine.seed=1"], "data.mine has no sources; add one: +data.mine.sources.NAME.path=FILE"),
         (["+data.mine.sources.a.weight=1"], "data.mine.sources.a.path has no value; give it as"),
-        (["+data.mine=x.jsonl"], "data.mine=x.jsonl is not a mixture; give its fields"),
+        (["+data.mine=x.jsonl"], "data.mine=x.jsonl has no fields; give them, as 'data.mine={FIELD: VALUE}'"),
         (["data.mine.sources.a.path=x"], "data.mine is not a key of the recipe; "),
         (["+stages.more={kind:sft,lora:{rank:4}}"], "stages.more.lora.rank is not a key of the recipe; keys of"),
-        (["+stages.more={data:sft}"], "stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more"),
+        (["+stages.more={data:sft}"], "stages.more has no kind; a new stage states it, `kind: KIND` in its file"),
         (["+stages.more={kind:sft}"], "stages.more.data has no value; give it as stages.more.data=VALUE"),
         (["+evaluation.tasks.loss={kind:perplexity,date:sft}"], "evaluation.tasks.loss.date is not a key of the"),
         (["+nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
@@ -230,6 +230,19 @@ def test_the_remedy_for_a_word_that_cannot_be_read_works(value):
     remedy = refusal(TINY, f"run_dir={value}").partition("for the shell: ")[2]
     word = subprocess.run(["bash", "-c", f"printf %s {remedy}"], capture_output=True, text=True, check=True).stdout
     assert recipe.load([TINY, word]).recipe.run_dir == value
+
+
+@pytest.mark.parametrize(
+    ("word", "fixed"),
+    [
+        ("stages.sft.seeds=42", ["stages.sft.seeds=[42]"]),
+        ("+data.mine=x.jsonl", ["data.mine={FIELD: VALUE}"]),
+        ("stages.merge.inputs=soup", ["stages.merge.inputs={NAME: VALUE}"]),
+    ],
+)
+def test_an_example_with_brackets_is_quoted_for_the_shell(word, fixed):
+    example = re.search(r"(?:write|as) (\S.*)$", refusal(TINY, word))[1]
+    assert shlex.split(example.removeprefix("it as ")) == fixed
 
 
 def test_spaces_need_no_quotes_beyond_the_shell_s():

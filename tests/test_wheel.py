@@ -56,7 +56,9 @@ def test_plan_runs_from_the_wheel_outside_the_clone(wheel, tmp_path):
     assert job in text
     assert not (tmp_path / "runs").exists()
     # A recipe of the user's own, which starts from one in the wheel.
-    (tmp_path / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - /pipeline/smollm3\n  - _self_\npipeline: mine\n")
+    (tmp_path / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /pipeline/smollm3\n  - _self_\npipeline: mine\n"
+    )
     (tmp_path / "own" / "accelerate").mkdir(parents=True)
     (tmp_path / "own" / "accelerate" / "node.yaml").write_text("num_processes: 4\n")
     done = subprocess.run(

@@ -18,11 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import yaml_file
-from smolpost.recipe.places import Places
+from smolpost.recipe.places import GROUPS, Places
 from smolpost.recipe.written import NAMED, Written, near
 from smolpost.screen import command_line, shown
 
-GROUPS = ("model", "data", "evaluation", "harness", "accelerate")  # that a command line chooses from beside `pipeline`
 ROOT = "recipe_root"  # what every recipe starts from: a pipeline chooses everything else
 PACKAGE = "# @package _global_"  # the first line of a pipeline file: its keys stand at the recipe's root
 
@@ -73,11 +72,12 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
             config = OmegaConf.merge(config, _content(word))
     if OmegaConf.is_missing(config, "pipeline"):
         config.pipeline = Path(choices["pipeline"]).name
-    if choices.get("accelerate") is None:
+    accelerate = places.file(f"accelerate/{choices.get('accelerate')}")
+    if accelerate is None:
         file = places.file(f"pipeline/{choices['pipeline']}")
         raise UserError(f"{shown(file)}: chooses no accelerate config; add `- /accelerate: single` to its defaults")
-    names = [default.config_path for default in defaults.defaults]
-    return Composed(config, written, places.file(f"accelerate/{choices['accelerate']}"), places.shadowed(names))
+    replaced = places.shadowed([default.config_path for default in defaults.defaults])
+    return Composed(config, written, accelerate, replaced)
 
 
 def _store_schema() -> None:
@@ -112,6 +112,9 @@ def _defaults(words: list[str], places: Places) -> Any:
         raise UserError(_missing(error, words, places)) from None
     except yaml.MarkedYAMLError as error:
         raise UserError(yaml_file.syntax(error)) from None
+    except RecursionError:
+        files = ", ".join(shown(file) for file in places.own_files())
+        raise UserError(f"the defaults lists of {files} lead back to themselves; take an entry out") from None
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         for file in places.own_files():  # faults of a file that Hydra does not name
             yaml_file.read(file)
@@ -136,7 +139,8 @@ def _written(defaults: list, words: list[Override], places: Places, unmeasured: 
             contents.append((_nested(default.package, content), shown(file)))
     if unmeasured:
         for content, _ in contents:
-            content.get("evaluation", {}).pop("tasks", None)
+            if isinstance(content.get("evaluation"), dict):
+                content["evaluation"].pop("tasks", None)
     said = [_content(word) for word in words if not word.is_delete()]
     for content in (*(content for content, _ in contents), *said):
         written.learn_kinds(content)
@@ -203,9 +207,9 @@ def _missing(error: MissingConfigException, words: list[str], places: Places) ->
     asked = any(word.partition("=")[0].lstrip("+").partition("@")[0] == group for word in words)
     parent = re.match(r"In '(.+?)':", str(error))
     file = places.file(parent[1]) if parent and not asked else None
-    groups = places.groups()
-    if group in groups or group == "schema":
-        options = places.options(group) or [*schema.STAGE_KINDS, *schema.TASK_KINDS]
+    options = places.options(group) or ([*schema.STAGE_KINDS, *schema.TASK_KINDS] if group == "schema" else [])
+    groups = ("pipeline", "stage", *GROUPS)
+    if name and options:
         line = f"{group}={name} does not exist; {near('', name, options)}choose one of: {', '.join(options)}"
     elif name:
         line = f"{group} is not a group; {near('', group, groups)}groups: {', '.join(groups)}"

@@ -8,6 +8,8 @@ from smolpost.screen import shown
 
 ROOMS = ("recipes", "data_gen", "merge")  # folders that stand beside the library in a clone and inside it in a wheel
 
+GROUPS = ("model", "data", "evaluation", "harness", "accelerate")  # that a command line chooses from beside `pipeline`
+
 
 def room(name: str) -> Path:
     """The folder `name` of ROOMS: beside the library in a clone, inside it in an installed wheel."""
@@ -59,12 +61,9 @@ class Places:
 
     def own_files(self) -> list[Path]:
         """The user's recipe files."""
-        grouped = [file for folder in self.own for file in sorted(folder.glob("*/*.yaml"))]
+        groups = ("pipeline", "stage", *GROUPS)
+        grouped = [file for own in self.own for group in groups for file in sorted(own.glob(f"{group}/*.yaml"))]
         return [self.pipeline, *grouped] if self.pipeline else grouped
-
-    def groups(self) -> list[str]:
-        """Subfolders that hold recipe files."""
-        return sorted({file.parent.name for folder in self.folders for file in folder.glob("*/*.yaml")})
 
     def options(self, group: str) -> list[str]:
         """Names of a group's files."""

@@ -11,6 +11,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
+from smolpost.screen import command_line
 
 # Entries that have a kind, which decides their fields: parent -> kinds.
 KINDS = {"stages": schema.STAGE_KINDS, "evaluation.tasks": schema.TASK_KINDS}
@@ -118,8 +119,7 @@ class Written:
 
     def _add_fields(self, key: str, value: object, kind: type, place: str, new: bool) -> None:
         if not isinstance(value, dict):
-            what = f"a {kind.__name__.lower()}"
-            raise _in_file(place, f"{key}={text(value)} is not {what}; give its fields, as {key}={{FIELD: VALUE}}")
+            raise _not_fields(key, value, place)
         self.places[key] = place
         hints = typing.get_type_hints(kind)
         for name, item in value.items():
@@ -130,7 +130,8 @@ class Written:
 
     def _add_entries(self, key: str, value: object, kind: Any, place: str, new: bool) -> None:
         if not isinstance(value, dict):
-            raise _in_file(place, f"{key}={text(value)} is not a mapping; write it as {key}={{NAME: VALUE}}")
+            example = _example(key, "{NAME: VALUE}", place)
+            raise _in_file(place, f"{key}={text(value)} is not a mapping; write it as {example}")
         self.places[key] = place
         for name, item in value.items():
             full = _join(key, name)
@@ -142,9 +143,9 @@ class Written:
         parent, _, name = key.rpartition(".")
         kinds, what = KINDS[parent], parent.rpartition(".")[2].removesuffix("s")
         if not isinstance(value, dict):
-            raise _in_file(place, f"{key}={text(value)} is not a {what}; give its fields, as {key}={{FIELD: VALUE}}")
+            raise _not_fields(key, value, place)
         said = value.get("kind")
-        if said is not None and said not in kinds:
+        if said is not None and not (isinstance(said, str) and said in kinds):
             raise _in_file(
                 place,
                 f"{key}.kind={text(said)} is not a {what} kind; choose one of: {_list(kinds)}",
@@ -167,7 +168,7 @@ class Written:
     def _add_items(self, key: str, value: object, kind: Any, place: str, new: bool) -> None:
         if not isinstance(value, list):
             example = "[A, B]" if not value or isinstance(value, dict) else f"[{value}]"
-            raise _in_file(place, f"{key}={text(value)} is not a list; write {key}={example}")
+            raise _in_file(place, f"{key}={text(value)} is not a list; write {_example(key, example, place)}")
         for item in value:
             self._add(key, item, kind, place, new)
         self.places[key] = place
@@ -232,6 +233,16 @@ def near(parent: str, name: object, choices) -> str:
 
 def _in_file(place: str, line: str) -> UserError:
     return UserError(f"{place}: {line}" if place else line)
+
+
+def _not_fields(key: str, value: object, place: str) -> UserError:
+    example = _example(key, "{FIELD: VALUE}", place)
+    return _in_file(place, f"{key}={text(value)} has no fields; give them, as {example}")
+
+
+def _example(key: str, value: str, place: str) -> str:
+    """As a file would say it, or a word that a shell leaves as it is."""
+    return f"{key}={value}" if place else command_line([f"{key}={value}"])
 
 
 def _join(parent: str, name: object) -> str:

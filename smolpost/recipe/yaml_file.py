@@ -74,3 +74,5 @@ def _check_defaults(path: Path, defaults: object) -> None:
         fits = len(pairs) == 1 and isinstance(pairs[0][0], str) and isinstance(pairs[0][1], str | list | None)
         if not fits:
             raise UserError(f"{shown(path)}: defaults has the entry {entry}; {DEFAULTS}")
+        if entry in (path.stem, f"/{path.parent.name}/{path.stem}"):
+            raise UserError(f"{shown(path)}: defaults has the entry {entry}, the file itself; give it another name")
