@@ -30,8 +30,18 @@ VERBS = {
     "export": "write a checkpoint for another runtime and score it there against ours",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-EPILOG = """Words are Hydra overrides: pipeline=, model=, data= and accelerate=NAME choose files under recipes/;
-stage=NAME chooses a stage; every other field by its full key, e.g. stages.sft.learning_rate=1e-4."""
+WITH_WORDS = set(VERBS) - {"compare", "merge", "export", "adopt"}  # that compose a recipe
+EPILOG = """Words are Hydra overrides: pipeline=, model=, data= and accelerate=NAME choose files under recipes/, or in a
+folder of yours with --recipes FOLDER; pipeline=./FILE.yaml takes that file; stage=NAME chooses a stage; every other
+field by its full key, e.g. stages.sft.learning_rate=1e-4."""
+HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
+    ("-m", "--multirun"): "a pipeline is one run; loop over the values in the shell, with a run_dir=FOLDER for each",
+    ("-i", "--info"): "smolpost plan shows stages and commands, smolpost plan --cfg job the recipe",
+    ("-cp", "--config-path", "-cd", "--config-dir"): "--recipes FOLDER names a folder of recipes",
+    ("-cn", "--config-name"): "pipeline=NAME or pipeline=./FILE.yaml chooses the recipe",
+    ("-p", "--package"): "smolpost plan --cfg job prints the recipe from its root",
+    ("-r", "--run", "--hydra-help", "-sc", "--shell-completion", "--experimental-rerun"): "leave it out",
+}
 
 
 @contextlib.contextmanager
@@ -98,20 +108,39 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--markdown", action="store_true", help="print the table for a README")
             continue
         sub.add_argument("words", nargs="*", metavar="FOLDER or key=value" if verb == "inspect" else "key=value")
+        sub.add_argument(
+            "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's"
+        )
         if verb == "inspect":
             sub.add_argument("--source", help="only rows of this source")
             sub.add_argument("--row", help="only this row: FILE:NUMBER, or NUMBER with --source")
             sub.add_argument("--pack", type=int, help="this pack or pair, from 0")
             sub.add_argument("--limit", type=int, help="packs, pairs or documents shown; 1, and 200 in a page")
             sub.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead")
+        if verb == "plan":
+            sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
+            sub.add_argument("--resolve", action="store_true", help="with --cfg: interpolations as their values")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="size of the sample; 32")
     argv = sys.argv[1:] if argv is None else argv
     # Words and options in any order, which a parser of verbs does not give its verbs.
     chosen = verbs.choices.get(argv[0]) if argv else None
-    options = chosen.parse_intermixed_args(argv[1:]) if chosen else parser.parse_args(argv)
     with one_line_errors():
+        if chosen and argv[0] in WITH_WORDS:
+            _check_flags(argv)
+        options = chosen.parse_intermixed_args(argv[1:]) if chosen else parser.parse_args(argv)
+        if argv[0] in WITH_WORDS:
+            options.words = [*(f"--recipes={folder}" for folder in options.recipes), *options.words]
         sys.exit(_do(options))
+
+
+def _check_flags(argv: list[str]) -> None:
+    for flag in (word.partition("=")[0] for word in argv[1:]):
+        remedy = next((remedy for flags, remedy in HYDRA_FLAGS.items() if flag in flags), None)
+        if flag in ("--cfg", "-c", "--resolve") and argv[0] != "plan":
+            remedy = "smolpost plan --cfg job prints the recipe"
+        if remedy:
+            raise UserError(f"{flag} is a flag of Hydra's own command line; {remedy}")
 
 
 def _do(options: argparse.Namespace) -> int:
@@ -134,6 +163,9 @@ def _do(options: argparse.Namespace) -> int:
         return merge_command(**{name: value for name, value in vars(options).items() if name != "verb"})
     if options.verb == "inspect":
         return _inspect(options, console)
+    if options.verb == "plan" and options.cfg:
+        print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
+        return 0
     request = recipe.load(options.words)
     if options.verb == "plan":
         run.describe(request, console)

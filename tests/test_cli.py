@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from smolpost import cli
+from smolpost import cli, recipe
+from smolpost.pipeline.lineage import Lineage
 
 ROOT = Path(__file__).parent.parent
 USER = {"role": "user", "content": "1+1?"}
@@ -219,3 +220,105 @@ def test_a_command_in_a_refusal_can_be_pasted(project, capsys):
     line = refused(capsys, "inspect", *words, "stage=base")
     cli_ok(*shlex.split(line.split("`")[1])[1:])
     cli_ok("inspect", *words, "stage=base")
+
+
+# ---------------------------------------------------------------- recipes of one's own and Hydra's flags
+
+
+def test_a_folder_of_recipes_is_repeated_in_every_printed_command(project, capsys, tmp_path):
+    own = tmp_path / "my recipes"
+    (own / "pipeline").mkdir(parents=True)
+    (own / "stage").mkdir()
+    (own / "pipeline" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - /pipeline/gsm8k\n  - _self_\npipeline: mine\n"
+    )
+    shipped = (ROOT / "recipes" / "stage" / "sft.yaml").read_text()
+    (own / "stage" / "sft.yaml").write_text(shipped.replace("num_epochs: 4", "num_epochs: 4\nlora: {r: 4}"))
+    words = ["pipeline=mine", *project.words[1:]]
+    cli_ok("plan", "--recipes", str(own), *words, "stage=sft")
+    output = capsys.readouterr().out
+    assert f"{own}/stage/sft.yaml replaces the library's stage/sft.yaml" in output
+    assert "'r': 4" in output
+    printed = commands(output)
+    assert len(printed) == 3
+    for command in printed:
+        assert command[-len(words) - 2 :] == [f"--recipes={own}", *words, "stage=sft"]
+    cli_ok("plan", *printed[0][2:])  # what prepare is given, for another verb
+    assert capsys.readouterr().out == output
+    line = refused(capsys, "prepare", *printed[0][2:])
+    assert f"run `smolpost run '--recipes={own}' pipeline=mine" in line
+    cli_ok("init", f"--recipes={own}", *words, "stage=init")
+    assert project.finished() == {"init"}
+
+
+def test_the_recipe_as_yaml(project, capsys):
+    cli_ok("plan", *project.words, "--cfg", "job")
+    written = capsys.readouterr().out
+    assert "path: ${data_root}/smoltalk2_mid.jsonl" in written and "pipeline: gsm8k" in written
+    cli_ok("plan", *project.words, "--cfg", "job", "--resolve")
+    resolved = capsys.readouterr().out
+    assert f"path: {project.file('mid')}" in resolved and "${" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "text"),
+    [
+        ("plan", "-m", "-m is a flag of Hydra's own command line; a pipeline is one run; loop over the values in the"),
+        ("run", "--multirun", "--multirun is a flag of Hydra's own command line; a pipeline is one run; loop over"),
+        ("run", "--cfg=job", "--cfg is a flag of Hydra's own command line; smolpost plan --cfg job prints the recipe"),
+        ("plan", "--info", "--info is a flag of Hydra's own command line; smolpost plan shows stages and commands,"),
+        ("prepare", "--config-dir=x", "--config-dir is a flag of Hydra's own command line; --recipes FOLDER names a"),
+        ("eval", "-cn", "-cn is a flag of Hydra's own command line; pipeline=NAME or pipeline=./FILE.yaml chooses"),
+        ("plan", "--recipes=nowhere", "--recipes nowhere is not a folder; name one with subfolders such as pipeline/"),
+        ("plan", "pipeline=nowhere.yaml", "pipeline=nowhere.yaml is not a file; name a YAML file, or a pipeline"),
+    ],
+)
+def test_flags_of_hydra_and_folders_that_are_not_there(capsys, verb, flag, text):
+    assert refused(capsys, verb, "pipeline=tiny", flag).startswith(text)
+
+
+# ---------------------------------------------------------------- values from the environment
+
+
+def test_what_comes_from_the_environment_is_shown_by_its_name(project, capsys, monkeypatch):
+    """A date of the prompts and a server's address stand for all: used as they are, nowhere to be read."""
+    monkeypatch.setenv("SECRET_DAY", "12 Hidden 1999")
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2-token")
+    monkeypatch.setenv("SMALL", "3")
+    words = [
+        *project.words, "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.num_workers=1",
+        "stages.sft.today='${oc.env:SECRET_DAY}'", "evaluation.server='http://me:${oc.env:SECRET_TOKEN}@host'",
+        "stages.sft.logging_steps='${oc.env:SMALL}'", "stages.init.seed='${oc.env:SMALL}'", "stages.sft.seeds=[1]",
+    ]  # fmt: skip
+    for argv in (["plan", *words], ["plan", *words, "--cfg", "job"], ["plan", *words, "--cfg", "job", "--resolve"]):
+        cli_ok(*argv)
+        output = capsys.readouterr().out
+        assert "Hidden" not in output and "hunter2" not in output
+        assert "${oc.env:SECRET_DAY}" in output
+        assert "me:${oc.env:SECRET_TOKEN}@host" in output
+    cli_ok("plan", *words, "stage=sft")
+    output = capsys.readouterr().out
+    assert "logging_steps=${oc.env:SMALL}" in output
+    assert "stages.sft.today='${oc.env:SECRET_DAY}'" in commands(output)[0]
+    cli_ok("init", *words, "stage=init")
+    cli_ok("prepare", *words, "stage=sft")
+    output = capsys.readouterr()
+    assert "Hidden" not in output.out + output.err
+    files = [path for path in project.runs.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"Hidden" in path.read_bytes() or b"hunter2" in path.read_bytes()]
+    [made] = [path for path in files if path.match("init-*/manifest.json")]
+    assert json.loads(made.read_text())["config"]["seed"] == "${oc.env:SMALL}"
+    line = refused(capsys, "plan", *words, "stages.sft.data='${oc.env:SECRET_TOKEN}'")
+    assert line.startswith("stages.sft.data=${oc.env:SECRET_TOKEN} is not a mixture")
+
+
+def test_a_cache_key_follows_the_value_not_its_name(project, monkeypatch):
+    def key(*words: str) -> str:
+        return Lineage(recipe.load([*project.words, *words])).stages["sft"].key
+
+    named = "stages.sft.today='${oc.env:DAY}'"
+    monkeypatch.setenv("DAY", "01 May 2025")
+    assert key(named) == key("stages.sft.today='01 May 2025'")
+    before = key(named)
+    monkeypatch.setenv("DAY", "02 May 2025")
+    assert key(named) != before

@@ -1,12 +1,20 @@
 """Every pipeline composes; every wrong word is one line that names the full key and what would do."""
 
+import copy
+import dataclasses
+import re
 import shlex
+import subprocess
+import typing
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from smolpost import recipe, schema
 from smolpost.errors import UserError
+from smolpost.recipe import checks, request
+from smolpost.recipe.written import Written
 
 ROOT = Path(__file__).parent.parent
 TINY = "pipeline=tiny"
@@ -65,13 +73,16 @@ def test_stage_is_a_choice_not_a_setting():
 
 def test_accelerate_values_become_launcher_flags():
     request = recipe.load([TINY, "accelerate=ddp", "accelerate.num_processes=2"])
-    assert (request.accelerate, request.launch_flags) == ("ddp", {"num_processes": 2})
+    assert (request.accelerate.stem, request.launch_flags) == ("ddp", {"num_processes": 2})
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["pipeline=smollm4"], "pipeline=smollm4 does not exist; choose one of: gsm8k, smollm3, tiny"),
+        (
+            ["pipeline=smollm4"],
+            "pipeline=smollm4 does not exist; did you mean smollm3? choose one of: gsm8k, smollm3, tiny",
+        ),
         (["model=huge"], "model=huge does not exist; choose one of: small, smollm3_3b, tiny"),
         (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, fsdp2, single, zero2, zero3"),
         (
@@ -86,11 +97,11 @@ def test_accelerate_values_become_launcher_flags():
         (["nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
         (
             ["stages.sft.learning_rate=fast"],
-            "stages.sft.learning_rate=fast: value 'fast' of type 'str' could not be converted to Float",
+            "stages.sft.learning_rate=fast is not a number",
         ),
         (
             ["model.architecture.hidden_size=1.5"],
-            "model.architecture.hidden_size=1.5: value '1.5' of type 'float' could not be",
+            "model.architecture.hidden_size=1.5 is not a whole number",
         ),
         (["stages.sft.packing=ffd"], "stages.sft.packing=ffd is not a choice; choose one of: bfd, wrapped, none"),
         (["stages.apo.loss=dpo"], "stages.apo.loss=dpo is not a choice; choose one of: apo_zero, apo_down, sigmoid"),
@@ -101,17 +112,22 @@ def test_accelerate_values_become_launcher_flags():
         (["stages.apo.beta=0"], "stages.apo.beta=0 must be above 0"),
         (["stages.sft.warmup_ratio=3"], "stages.sft.warmup_ratio=3 is outside [0, 1)"),
         (["stages.sft.save_total_limit=1"], "stages.sft.save_total_limit=1 is below 2, its least value"),
-        (["stages.apo.seeds=[1,1]"], "stages.apo.seeds=[1, 1] must name at least one seed, each once"),
-        (["stages.sft.data=stf"], "stages.sft.data=stf is not a mixture under data; choose one of:"),
-        (["stages.sft.init_from=mad"], "stages.sft.init_from=mad is not a stage of tiny; choose one of:"),
+        (["stages.apo.seeds=[1,1]"], "stages.apo.seeds=[1, 1] has a value twice; name each once"),
+        (
+            ["stages.sft.data=stf"],
+            "stages.sft.data=stf is not a mixture under data of this pipeline; did you mean sft?",
+        ),
+        (["stages.sft.init_from=mad"], "stages.sft.init_from=mad is not a stage of this pipeline; did you mean mid?"),
         (["stages.sft.init_from=checkpoint"], "stages.sft.init_from=checkpoint, but model.checkpoint has no value"),
         (
             ["stages.merge.inputs.long_context=0.3"],
-            "stages.merge.inputs sum to 1.2; weights of a linear merge sum to 1",
+            "stages.merge.inputs sum to 1.2, and weights of a linear merge sum to 1: soup 0.9 "
+            "(recipes/stage/merge.yaml), long_context 0.3 (the command line); change one as "
+            "stages.merge.inputs.long_context=WEIGHT, or leave it out with ~stages.merge.inputs.long_context",
         ),
         (
             ["stages.sft.kind=ppo"],
-            "stages.sft.kind=ppo is not a stage kind; give one of: tasks, init, sft, apo, pairs, merge",
+            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, init, sft",
         ),
         (["stages.sft.max_seq_len"], "cannot read the argument 'stages.sft.max_seq_len'; write key=value"),
         (
@@ -179,17 +195,17 @@ def test_a_stage_and_a_task_from_the_command_line():
         (["+data.mine={sorces:{}}"], "data.mine.sorces is not a key of the recipe; did you mean data.mine.sources?"),
         (
             ["+data.mine.sources.a={path:x,weight:lots}"],
-            "data.mine.sources.a.weight: Value 'lots' of type 'str' could not be converted to Float",
+            "data.mine.sources.a.weight=lots is not a number",
         ),
         (["+data.mine.sources.a={path:x,weight:0}"], "data.mine.sources.a.weight=0 must be above 0"),
         (["+data.mine.sources.a={path:x,columns:csv}"], "data.mine.sources.a.columns=csv is not a choice; choose"),
         (["+data.mine.sources.a.seed=1"], "data.mine.sources.a.seed is not a key of the recipe"),
         (["+data.mine.seed=1"], "data.mine has no sources; add one: +data.mine.sources.NAME.path=FILE"),
         (["+data.mine.sources.a.weight=1"], "data.mine.sources.a.path has no value; give it as"),
-        (["+data.mine=x.jsonl"], "data.mine is str, not a mixture; give its fields"),
+        (["+data.mine=x.jsonl"], "data.mine=x.jsonl has no fields; give them, as 'data.mine={FIELD: VALUE}'"),
         (["data.mine.sources.a.path=x"], "data.mine is not a key of the recipe; "),
         (["+stages.more={kind:sft,lora:{rank:4}}"], "stages.more.lora.rank is not a key of the recipe; keys of"),
-        (["+stages.more={data:sft}"], "stages.more.kind=None is not a stage kind; give one of: tasks, init, sft"),
+        (["+stages.more={data:sft}"], "stages.more has no kind; a new stage states it, `kind: KIND` in its file"),
         (["+stages.more={kind:sft}"], "stages.more.data has no value; give it as stages.more.data=VALUE"),
         (["+evaluation.tasks.loss={kind:perplexity,date:sft}"], "evaluation.tasks.loss.date is not a key of the"),
         (["+nonsense=1"], "nonsense is not a key of the recipe; keys: accelerate, data,"),
@@ -207,7 +223,150 @@ def test_the_remedy_for_an_unknown_mixture_works():
     assert "mine" in recipe.load([TINY, "+data.mine={sources:{a:{path:x}}}"]).recipe.data
 
 
-@pytest.mark.parametrize("value", ["a=b", "/my [odd] folder", "a,b"])
+@pytest.mark.parametrize(
+    "value", ["a=b", "/my [odd] folder", "a,b", "/tmp/Läufe", "it's", "a,$HOME", "tick`s`,", 'a"b', "b,\\"]
+)
 def test_the_remedy_for_a_word_that_cannot_be_read_works(value):
-    [word] = shlex.split(refusal(TINY, f"run_dir={value}").partition("for the shell: ")[2])
+    remedy = refusal(TINY, f"run_dir={value}").partition("for the shell: ")[2]
+    word = subprocess.run(["bash", "-c", f"printf %s {remedy}"], capture_output=True, text=True, check=True).stdout
     assert recipe.load([TINY, word]).recipe.run_dir == value
+
+
+@pytest.mark.parametrize(
+    ("word", "fixed"),
+    [
+        ("stages.sft.seeds=42", ["stages.sft.seeds=[42]"]),
+        ("+data.mine=x.jsonl", ["data.mine={FIELD: VALUE}"]),
+        ("stages.merge.inputs=soup", ["stages.merge.inputs={NAME: VALUE}"]),
+    ],
+)
+def test_an_example_with_brackets_is_quoted_for_the_shell(word, fixed):
+    example = re.search(r"(?:write|as) (\S.*)$", refusal(TINY, word))[1]
+    assert shlex.split(example.removeprefix("it as ")) == fixed
+
+
+def test_spaces_need_no_quotes_beyond_the_shell_s():
+    assert recipe.load([TINY, "run_dir=/tmp/my runs"]).recipe.run_dir == "/tmp/my runs"
+
+
+# ---------------------------------------------------------------- values that nobody can mean
+
+
+def floats(kind: type, prefix: str) -> list[tuple[str, str]]:
+    """(key, field) of every number of a dataclass and of those in it."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found += floats(hint, f"{prefix}{name}.")
+        elif hint in (float, float | None):
+            found.append(f"{prefix}{name}")
+    return found
+
+
+NUMBERS = [
+    *floats(schema.SFTStage, "stages.sft."), *floats(schema.APOStage, "stages.apo."),
+    *floats(schema.PairsStage, "stages.pairs."), *floats(schema.SweepStage, "stages.sweep."),
+    *floats(schema.MergeStage, "stages.merge."), *floats(schema.Source, "data.sft.sources.tasks."),
+    *floats(schema.Hygiene, "data.sft.hygiene."), *floats(schema.Architecture, "model.architecture."),
+    *floats(schema.ReasoningTask, "evaluation.tasks.answer."), *floats(schema.Harness, "harness."),
+    "stages.merge.inputs.soup", "stages.tasks.files.base.replay",
+]  # fmt: skip
+
+
+def test_no_number_is_nan_or_infinite(monkeypatch):
+    """Every float of the schema, in one recipe each; the files are composed once."""
+    composed = request.compose_recipe([TINY], request.Places((), None))
+    for key in NUMBERS:
+        for value in ("nan", "inf", "-inf"):
+            node = copy.deepcopy(composed.config)
+            OmegaConf.update(node, key, float(value))
+            with pytest.raises(UserError, match=f"{re.escape(key)}={value} is not a finite number$"):
+                request._checked(composed._replace(config=node))
+    assert len(NUMBERS) > 50
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("stages.sft.learning_rate=0", "must be above 0"),
+        ("stages.sft.learning_rate=-1", "must be above 0"),
+        ("stages.sft.lora.r=-1", "is below 0, its least value"),
+        ("stages.sft.seeds=[-1]", "=-1 is outside [0, 4294967295]"),
+        ("stages.sft.seeds=[]", "=[] is empty; name one at least"),
+        ("stages.sft.seeds=[1,1]", "=[1, 1] has a value twice; name each once"),
+        ("stages.sft.train_roles=[]", "=[] is empty; name one at least"),
+        ("stages.sft.max_dropped=1.5", "is outside [0, 1]"),
+        ("stages.sft.weight_decay=-0.1", "is below 0, its least value"),
+        ("stages.sft.num_workers=0", "is below 1, its least value"),
+        ("stages.pairs.batch_size=0", "is below 1, its least value"),
+        ("stages.pairs.temperature=-1", "is below 0, its least value"),
+        ("stages.pairs.top_p=1.5", "is outside (0, 1]"),
+        ("stages.pairs.top_p=0", "is outside (0, 1]"),
+        ("stages.sweep.weights=[0.1,1.1]", "=1.1 is outside [0, 1]"),
+        ("stages.tasks.files.base.blocks.copy.rows=0", "is below 1, its least value"),
+        ("stages.tasks.files.base.replay=1", "is outside [0, 1)"),
+        ("data.sft.sources.tasks.max_rows=-5", "is below 1, its least value"),
+        ("data.sft.sources.tasks.max_rows=0", "is below 1, its least value"),
+        ("data.sft.sources.tasks.first_row=-1", "is below 0, its least value"),
+        ("data.sft.sources.tasks.weight=-1", "must be above 0"),
+        ("data.sft.sources.tasks.share=2", "is outside (0, 1]"),
+        ("data.sft.seed=-1", "is outside [0, 4294967295]"),
+        ("model.architecture.num_hidden_layers=0", "is below 1, its least value"),
+        ("evaluation.tasks.answer.pass_at=[0]", "=0 is below 1, its least value"),
+        ("evaluation.tasks.answer.pass_at=[]", "=[] is empty; name one at least"),
+        ("evaluation.tasks.answer.modes=[]", "=[] is empty; name one at least"),
+        ("evaluation.tasks.recall.lengths=[]", "=[] is empty; name one at least"),
+        ("evaluation.tasks.recall.lengths=[0]", "=0 is below 1, its least value"),
+        ("evaluation.tasks.loss.max_rows=0", "is below 1, its least value"),
+        (
+            "evaluation.tasks.pairs.stages=[init]",
+            "=init is not a stage with a model of this pipeline; choose one of: base,",
+        ),
+        ("evaluation.batch_tokens=0", "is below 1, its least value"),
+        ("harness.limit=0", "is below 1, its least value"),
+        ("accelerate.num_processes=0", "=0 is not a whole number above 0; write 1 or more"),
+        ("accelerate.num_processes=two", "='two' is not a whole number above 0; write 1 or more"),
+        ("seed=-1", "is outside [0, 4294967295]"),
+        ("+foo=1", "foo is not a key of the recipe; keys: accelerate, data, data_root"),
+        ("++foo=1", "foo is not a key of the recipe; keys: accelerate, data, data_root"),
+        ("~foo", "foo is not a key of the recipe; keys: accelerate, data"),
+        ("~stages.swep", "stages.swep is not a key of the recipe; did you mean stages.sweep? keys of stages: apo,"),
+        ("+evaluation.foo=1", "evaluation.foo is not a key of the recipe; keys of evaluation: batch_tokens,"),
+        ("+evaluation.tasks.answer.foo=1", "evaluation.tasks.answer.foo is not a key of the recipe; keys of"),
+        ("+harness.foo=1", "harness.foo is not a key of the recipe; keys of harness: apply_chat_template,"),
+        ("++model.architecture.foo=1", "model.architecture.foo is not a key of the recipe; keys of"),
+        ("+stages.tasks.files.base.blocks.copy.foo=1", "foo is not a key of the recipe; keys of stages.tasks.files"),
+        ("+data.sft.hygiene.foo=1", "data.sft.hygiene.foo is not a key of the recipe; did you"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no part in a recipe; leave it out"),
+        ("hydra.searchpath=[x]", "Hydra's own settings have no part in a recipe; --recipes FOLDER names a folder of"),
+        ("pipeline=../../x", "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, tiny"),
+        ("'stages.sft.today=${nothing}'", "stages.sft.today=${nothing}: nothing is not a key of the recipe; name a"),
+    ],
+)
+def test_a_value_that_nobody_can_mean(word, text):
+    assert text in refusal(TINY, shlex.split(word)[0])
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", ".hidden", "a b", "-x", ""])
+def test_no_name_leads_out_of_run_dir(name):
+    source = schema.Source(path="x.jsonl")
+    plain = schema.Recipe(pipeline="p", data={"d": schema.Mixture(sources={"s": source})}, stages={}, data_root=None)
+    checks.check(plain, Written())
+    for change in (
+        {"pipeline": name},
+        {"data": {name: plain.data["d"]}},
+        {"data": {"d": schema.Mixture(sources={name: source})}},
+        {"stages": {name: schema.InitStage()}},
+        {"stages": {"tasks": schema.TasksStage(files={name: schema.TaskFile()})}},
+        {"evaluation": schema.Evaluation(tasks={name: schema.RecallTask()})},
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(name)}, which becomes a folder or file; use letters"):
+            checks.check(dataclasses.replace(plain, **change), Written())
+
+
+def test_evaluation_none_measures_nothing_where_the_pipeline_sets_tasks():
+    assert "leave the stage out with ~stages.sweep" in refusal(TINY, "evaluation=none")
+    words = [TINY, "evaluation=none", "~stages.sweep"]
+    assert recipe.load(words).recipe.evaluation.tasks == {}
+    more = recipe.load([*words, "+evaluation.tasks.loss={kind:perplexity,data:sft}"]).recipe.evaluation.tasks
+    assert more == {"loss": schema.PerplexityTask(data="sft")}

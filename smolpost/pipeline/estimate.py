@@ -1,6 +1,5 @@
 """How long the rest of a run will take, from what the same stages took before."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,9 +18,9 @@ def finished_before(stage: Located) -> list[dict]:
     )
 
 
-def as_stored(config: schema.Stage) -> dict:
+def as_stored(stage: Located) -> dict:
     """A stage's settings as its manifest holds them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(stage.shown))
 
 
 def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: float) -> float | None:
@@ -45,7 +44,7 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
 
 def _seconds(stage: Located, word: str) -> float | None:
     """What making and measuring the stage took when last done with as much work, rather with its own seed."""
-    same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage.plan.config))]
+    same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage))]
     found = [m for m in same if m["stage"] == stage.plan.name] or same
     if not found:
         return None

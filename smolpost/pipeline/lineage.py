@@ -15,7 +15,7 @@ from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.manifest import digest
 from smolpost.pipeline.plan import StagePlan, plan
-from smolpost.recipe import Request
+from smolpost.recipe import Request, masked
 from smolpost.screen import command_line
 
 ROWS = ("data/mixtures.py",)
@@ -62,6 +62,7 @@ class Located:
         inputs: Checkpoint name -> folder or Hub id, with its weight.
         data: The mixtures the stage reads, by name, with every path resolved.
         parent_keys: Parent's name -> its key; for the manifest.
+        shown: The stage's settings for people and for the manifest; those of the environment by the variable's name.
     """
 
     plan: StagePlan
@@ -72,6 +73,7 @@ class Located:
     inputs: dict[str, tuple[str, float]]
     data: dict[str, schema.Mixture]
     parent_keys: dict[str, str]
+    shown: dict
 
     def finished(self) -> bool:
         return (manifest.read(self.folder) or {}).get("key") == self.key
@@ -89,7 +91,7 @@ class Lineage:
     """
 
     def __init__(self, request: Request):
-        self.recipe, self.overrides = request.recipe, request.overrides
+        self.recipe, self.overrides, self.environment = request.recipe, request.overrides, request.environment
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages: dict[str, Located] = {}
         self._fingerprints: dict[str, str] = {}
@@ -174,6 +176,7 @@ class Lineage:
             inputs={name: (self._checkpoint(name), weight) for name, weight in stage.weights.items()},
             data={name: self.mixture(name) for name in mixtures},
             parent_keys=parent_keys | {name: self.stages[name].key for name in stage.data_stages},
+            shown=masked(dataclasses.asdict(config), f"stages.{stage.stage}", self.environment),
         )
 
     def _checkpoint(self, name: str) -> str:

@@ -1,12 +1,11 @@
 """A recipe as an ordered list of stages with their exact commands. Reads and writes no file."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import Request, room
+from smolpost.screen import shown
 from smolpost.training.batch_size import check_global_batch
 
 JOBS = {
@@ -122,12 +121,6 @@ def select_one(plans: list[StagePlan], stage: str | None) -> StagePlan:
     return chosen[0]
 
 
-def shown(path: Path) -> str:
-    """The path as a user in this directory would type it: relative where it lies below, absolute elsewhere."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
 def _data_stages(config: schema.Stage, recipe: schema.Recipe) -> set[str]:
     read = config.mixtures()
     if isinstance(config, schema.ChoosingStage):
@@ -223,7 +216,7 @@ def _making(name: str, stage: str, config: schema.Stage, request: Request) -> tu
         return (("python", shown(room(folder) / file), *words),)
     if config.kind == "init":
         return (("smolpost", "init", *words),)
-    launch = ["--quiet", "--config_file", shown(room("recipes") / "accelerate" / f"{request.accelerate}.yaml")]
+    launch = ["--quiet", "--config_file", shown(request.accelerate)]
     for key, value in request.launch_flags.items():
         launch += [f"--{key}", str(value)]
     return (

@@ -1,6 +1,5 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -56,7 +55,7 @@ def _changes(stage: Located) -> str:
     earlier = [found for found in estimate.finished_before(stage) if found["stage"] == stage.plan.name]
     if not earlier:
         return "new"
-    last, now = earlier[-1], estimate.as_stored(stage.plan.config)
+    last, now = earlier[-1], estimate.as_stored(stage)
     changed = [f"{k} {last['config'].get(k)} -> {v}" for k, v in now.items() if last["config"].get(k) != v]
     changed += [f"{name} is another" for name, key in stage.parent_keys.items() if last["parents"].get(name) != key]
     return f"changed: {', '.join(changed) or 'data or code'} ({stage.plan.name}-{last['key']} is kept)"
@@ -225,6 +224,8 @@ def describe(request: Request, console: Console) -> None:
     lineage = Lineage(request)
     plans = select([s.plan for s in lineage.stages.values()], request.stage)
     console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
+    for line in request.replaced:
+        console.print(line, soft_wrap=True)
     for number, plan in enumerate(plans, 1):
         stage = lineage.stages[plan.name]
         word, reason = status(stage)
@@ -249,7 +250,7 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
     for name, mixture in stage.data.items():
         rows = ", ".join(f"{key} x {source.weight:g}" for key, source in mixture.sources.items())
         lines.append(f"data {name}: {rows}")
-    shown = dataclasses.asdict(stage.plan.config)
+    shown = dict(stage.shown)
     for key in ("kind", "init_from", "data", "seeds", "files", "inputs"):
         shown.pop(key, None)
     if stage.plan.seed is not None:

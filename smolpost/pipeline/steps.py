@@ -59,7 +59,7 @@ def finish(lineage: Lineage, stage: Located, folder: Path, fill: Callable[[Locat
         parents=stage.parent_keys,
         weights=stage.plan.weights,
         prepared=str(stage.prepared) if stage.prepared else None,
-        config=dataclasses.asdict(config),
+        config=stage.shown,
         recipe_hash=manifest.digest(lineage.recipe),
         template_hash=template_hash(load_template(config.template)) if hasattr(config, "template") else None,
         report=report,

@@ -7,6 +7,7 @@ of generations among it, lies in a folder that is gone afterwards.
 import json
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -54,7 +55,8 @@ def version(harness: Harness) -> str:
         UserError: There is none, or one whose command line is not known here.
     """
     folder = harness.environment
-    make = f"`python -m venv {folder or 'FOLDER'} && {folder or 'FOLDER'}/bin/pip install {INSTALL[harness.backend]}`"
+    quoted = shlex.quote(folder or "FOLDER")
+    make = f"`python -m venv {quoted} && {quoted}/bin/pip install {INSTALL[harness.backend]}`"
     if folder is None:
         raise UserError(f"harness.environment names no folder; make lighteval's environment with {make}")
     found = sorted(Path(folder).glob("lib/python*/site-packages/lighteval-*.dist-info"))

@@ -1,0 +1,7 @@
+"""YAML and command-line words in, one typed Recipe out. The only importer of hydra and omegaconf."""
+
+from smolpost.recipe.places import room
+from smolpost.recipe.request import Request, as_yaml, load
+from smolpost.recipe.secrets import masked
+
+__all__ = ["Request", "as_yaml", "load", "masked", "room"]

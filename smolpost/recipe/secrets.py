@@ -1,0 +1,67 @@
+"""Values that a recipe takes from the environment with ${oc.env:NAME}: used as they are, shown by their name."""
+
+import os
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
+
+NAME = re.compile(r"\$\{oc\.env:\s*[\"']?(\w+)")
+MARK = re.compile("\0(\\w+)\0")
+
+
+def values(config: DictConfig) -> dict[str, str]:
+    """Text of each environment variable that the unresolved recipe names -> what is shown in its place."""
+    names = NAME.findall(OmegaConf.to_yaml(config))
+    return {os.environ[name]: f"${{oc.env:{name}}}" for name in names if os.environ.get(name)}
+
+
+def environment(config: DictConfig) -> dict[str, str]:
+    """Full key of each value that the environment has a part in -> what is shown of it."""
+    if not NAME.search(OmegaConf.to_yaml(config)):
+        return {}
+    found: dict[str, str] = {}
+    _collect("", _named(config), found)
+    return found
+
+
+def as_yaml(config: DictConfig, *, resolve: bool) -> str:
+    """The recipe as YAML; what comes from the environment stays an interpolation."""
+    if not resolve:
+        return OmegaConf.to_yaml(config)
+    return MARK.sub(r"${oc.env:\1}", OmegaConf.to_yaml(OmegaConf.create(_named(config))))
+
+
+def masked(values: Any, key: str, environment: dict[str, str]) -> Any:
+    """A copy of nested values for people to read, with what comes from the environment by its name.
+
+    Args:
+        values: Dicts, lists and leaves.
+        key: Their full key in the recipe.
+    """
+    if key in environment:
+        return environment[key]
+    if isinstance(values, dict):
+        return {name: masked(value, f"{key}.{name}", environment) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [masked(value, f"{key}.{number}", environment) for number, value in enumerate(values)]
+    return values
+
+
+def _named(config: DictConfig) -> dict:
+    """The resolved recipe without types, in which a mark with its name stands for each environment variable."""
+    read = OmegaConf.create(OmegaConf.to_container(config))
+    OmegaConf.register_new_resolver("oc.env", lambda name, *_: f"\0{name}\0", replace=True)
+    try:
+        return OmegaConf.to_container(read, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _collect(key: str, value: Any, found: dict[str, str]) -> None:
+    if isinstance(value, str) and MARK.search(value):
+        found[key] = MARK.sub(r"${oc.env:\1}", value)
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _collect(f"{key}.{name}" if key else str(name), item, found)
