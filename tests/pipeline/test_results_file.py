@@ -76,7 +76,10 @@ def test_stages_whose_key_has_changed_leave_the_file(run_it):
 
 def test_scores_stay_where_a_later_run_measures_nothing(run_it):
     measured = run_it("evaluation=gsm8k")
-    assert measured["stages"]["sft"]["evaluation"].keys() == run_it.lineage("evaluation=gsm8k").stages["sft"].evaluation.keys()
+    assert (
+        measured["stages"]["sft"]["evaluation"].keys()
+        == run_it.lineage("evaluation=gsm8k").stages["sft"].evaluation.keys()
+    )
     assert run_it("stage=sft") == measured
 
 
@@ -90,6 +93,8 @@ def test_a_file_of_another_kind_is_replaced(run_it):
 def test_results_under_other_keys_are_one_line(run_it, monkeypatch):
     """As where the code is edited while a run goes on: the command then makes a folder that this run does not know."""
     monkeypatch.setattr(run, "execute", lambda *_: 0)
-    with pytest.raises(UserError, match=r"^stage init: its commands ended well, but .*init-\w+ is not finished: code, "):
+    with pytest.raises(
+        UserError, match=r"^stage init: its commands ended well, but .*init-\w+ is not finished: code, "
+    ):
         run_it()
     assert not run_it.file.exists()
