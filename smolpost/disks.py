@@ -12,8 +12,10 @@ from smolpost.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-# What safetensors, torch and numpy say of a full disk, without its number and without the file.
-SAY_FULL = re.compile(r"No space left on device|unexpected pos \d+ vs \d+|\d+ requested and \d+ written")
+# What safetensors, torch, numpy and tempfile say of a full disk, without its number and without the file.
+SAY_FULL = re.compile(
+    r"No space left on device|unexpected pos \d+ vs \d+|\d+ requested and \d+ written|No usable temporary directory"
+)
 
 run_dir: Path | None = None  # the folder of this process's pipeline, once its recipe is read
 
@@ -35,8 +37,10 @@ def check_writable(folder: Path, setting: str) -> None:
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise UserError(
-            f"{setting}: cannot write in {place} ({error.strerror}); give this user the right to, or set "
+            f"{setting}: cannot write in {place} ({error.strerror}); give this user the right to it, or set "
             "run_dir=FOLDER elsewhere"
         ) from error
 
@@ -45,7 +49,7 @@ def explained(error: BaseException) -> str | None:
     """An error as one line where a disk caused it: which one, and what helps; None for any other error."""
     for link in (error, error.__cause__):
         if isinstance(link, OSError) and link.errno in REFUSED and link.filename:
-            return f"{link.filename}: {link.strerror}; give this user the right to write there, or name another folder"
+            return f"{link.filename}: {link.strerror}; give this user the right to it, or name another place"
     full = [link for link in _chain(error) if getattr(link, "errno", None) in FULL or SAY_FULL.search(str(link))]
     if not full:
         return None
@@ -57,7 +61,7 @@ def explained(error: BaseException) -> str | None:
 def _full_place(file: Path | None) -> tuple[Path, str]:
     """The file's, or where the error names none, that with the least room of all places that a run writes to."""
     places = {
-        Path(tempfile.gettempdir()): "set TMPDIR=FOLDER elsewhere",
+        Path(os.environ.get("TMPDIR", "/tmp")): "set TMPDIR=FOLDER elsewhere",
         Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser(): "set HF_HOME=FOLDER elsewhere",
         Path.cwd(): "work in another folder",
     }

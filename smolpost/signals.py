@@ -1,7 +1,9 @@
 """SIGINT, SIGTERM and SIGHUP: raised where a process can end at once, kept where a step must end first, passed on."""
 
 import contextlib
+import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +48,16 @@ def is_stop(code: int) -> bool:
 
 def stop(signum: int, frame: FrameType | None = None) -> None:
     """The handler for work that goes on from its own parts."""
+    leave_closed_terminal()
     raise Stopped(signum)
+
+
+def leave_closed_terminal() -> None:
+    """Print to nowhere where the terminal is gone: it refuses all lines, which would end the work before it is saved."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 @contextlib.contextmanager
@@ -96,6 +107,7 @@ class Kept(contextlib.ExitStack):
         return super().__enter__()
 
     def _take(self, signum: int, frame: FrameType | None) -> None:
+        leave_closed_terminal()
         if self.signum is None:
             self.signum, self._since = signum, time.monotonic()
             self.first()

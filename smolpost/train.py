@@ -32,8 +32,12 @@ def train() -> None:
     from smolpost.pipeline import steps
     from smolpost.pipeline.lineage import Lineage
     from smolpost.pipeline.plan import select_one
+    from smolpost.training import build_locks
 
     rank = int(os.environ.get("RANK", 0))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it builds its kernels at its start
+        for lock in build_locks.remove_stale():
+            print(f"removed {lock}, which a killed build has left", flush=True)
     try:
         lineage = Lineage(request := recipe.load(sys.argv[1:]))
         stage = select_one([s.plan for s in lineage.stages.values()], request.stage)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from smolpost import schema
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Located

@@ -1,6 +1,7 @@
 """SIGTERM, SIGHUP and ctrl-C for `smolpost run` alone, as schedulers send them: real processes, real signals."""
 
 import os
+import pty
 import re
 import shutil
 import signal
@@ -129,6 +130,24 @@ def test_a_second_signal_kills_what_does_not_end(whole, tmp_path):
     assert run.process.poll() is None
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.ends(143) == ["smolpost: stopped by SIGTERM in stage sft; the same command continues here"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(whole, tmp_path):
+    """The kernel sends SIGHUP, and every line that is printed from then on is an error."""
+    small = untrained(whole, tmp_path)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        words = [sys.executable, "-m", "smolpost.cli", "run", *small.words, "stage=sft"]
+        os.execve(sys.executable, words, environment())
+    seen = b""
+    while b"'loss'" not in seen:
+        seen += os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    [mark] = small.folder_of("sft").glob("checkpoint-*/whole")
+    assert 0 < int(mark.parent.name.removeprefix("checkpoint-")) < 100
 
 
 @pytest.mark.slow

@@ -53,3 +53,16 @@ def test_other_metrics_and_unfinished_runs_are_refused(tmp_path):
         over_runs(runs)
     with pytest.raises(UserError, match=r"has no results.json; `smolpost run` writes it"):
         evaluations(tmp_path)
+
+
+def test_runs_that_lack_stages_are_refused_by_name(tmp_path):
+    runs = [run(tmp_path / name, think=1.0) for name in "ab"]
+    del runs[1]["base"]
+    with pytest.raises(
+        UserError, match=r"only one of run 1 and run 2 has measured base; `smolpost run` without stage="
+    ):
+        over_runs(runs)
+    for content in ("", "{}", '{"stages": [3]}'):
+        (tmp_path / "a" / "results.json").write_text(content)
+        with pytest.raises(UserError, match=r"results.json holds no stages; remove it, and `smolpost run` writes it"):
+            evaluations(tmp_path / "a")
