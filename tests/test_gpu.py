@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.model.attention import find_segments, segment_attention, varlen_attention, varlen_fits
+from smolpost.model.attention import CPUFlash, find_segments, segment_attention, varlen_attention, varlen_fits
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAYOUTS = [{"document_lengths": [300, 5, 129, 78]}, {"pair_lengths": [(200, 40, 70), (0, 30, 20), (90, 1, 61)]}]
+# Shorter than most segments; of a tile of kernels and one more; over some segments; over all.
+WINDOWS = [None, 2, 17, 64, 65, 128, 400]
 
 
 def close(found, expected, tolerance):
@@ -20,27 +22,38 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_flash_attention_equals_segment_attention(layout, heads):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_attention_equals_the_cpus(layout, heads, window):
+    """FlashAttention in bf16 and SDPA in bf16 and fp32, outputs and gradients, against fp32 on the CPU."""
     segments = find_segments(512, **layout)
     torch.manual_seed(0)
-    row = [torch.randn(1, n, 512, 64, device="cuda", dtype=torch.bfloat16) for n in (heads[0], heads[1], heads[1])]
-    assert varlen_fits(row[0])
-    results = []
-    for attend in (varlen_attention, segment_attention):
-        inputs = [x.clone().requires_grad_() for x in row]
-        output = attend(*inputs, segments, None)
+    row = [torch.randn(1, n, 512, 64).bfloat16() for n in (heads[0], heads[1], heads[1])]
+    assert varlen_fits(row[0].cuda())
+
+    def results(attend, device, dtype):
+        inputs = [x.to(device, dtype).requires_grad_() for x in row]
+        output = attend(*inputs, segments, None, window)
         output.float().square().sum().backward()
-        results.append((output.detach(), *(x.grad for x in inputs)))
-    for found, expected in zip(*results, strict=True):
-        close(found, expected, 0.02)
+        return output.detach(), *(x.grad for x in inputs)
+
+    exact = results(CPUFlash.apply, "cpu", torch.float32)
+    for attend, dtype, tolerance in [
+        (varlen_attention, torch.bfloat16, 0.02),
+        (segment_attention, torch.bfloat16, 0.02),
+        (segment_attention, torch.float32, 2e-3),
+    ]:
+        for found, expected in zip(results(attend, "cuda", dtype), exact, strict=True):
+            close(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
-def test_a_models_gradients_equal_the_cpus(layout):
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_models_gradients_equal_the_cpus(layout, window):
     torch.manual_seed(0)
     config = SmolLM3Config(
         vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, no_rope_layer_interval=2,
+        use_sliding_window=window is not None, sliding_window=window,
     )  # fmt: skip
     config._attn_implementation = "packed"
     on_cpu = SmolLM3ForCausalLM(config)

@@ -18,6 +18,7 @@ B rows, L tokens per row, S keys, N query heads, K key heads (N a multiple of K)
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from itertools import accumulate
@@ -75,7 +76,7 @@ def packed_attention(
             raise ValueError(f"attn_implementation={NAME} has no {name}; use eager for this model")
     if isinstance(attention_mask, int):
         attention_mask, sliding_window = None, attention_mask
-    num_rows, _, num_tokens, head_size = query.shape
+    num_rows, _, num_tokens, _ = query.shape
     if document_lengths is None and pair_lengths is None:
         is_bare = attention_mask is None and num_tokens == key.shape[2]
         if is_bare and position_ids is not None and position_ids.ndim == 2:
@@ -96,21 +97,7 @@ def packed_attention(
             "each other; leave attention_mask and past_key_values out"
         )
     segments = find_segments(query.shape[2], document_lengths, pair_lengths)
-    window = sliding_window
-    if window is not None and all(len(own) + len(prefix) <= window for own, prefix in segments):
-        window = None  # it reaches everything
-
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # As autocast does for SDPA: RoPE leaves queries and keys in fp32, values come in the lower precision.
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    flash = not dropout and value.shape[3] == head_size
-    if flash and device == "cpu":
-        output = CPUFlash.apply(query, key, value, segments, scaling, window)
-    elif flash and device == "cuda" and varlen_fits(query):
-        output = varlen_attention(query, key, value, segments, scaling, window)
-    else:
-        output = segment_attention(query, key, value, segments, scaling, window, dropout)
+    output = attend(query, key, value, segments, scaling, sliding_window, dropout)
     return output.unflatten(1, (num_rows, num_tokens))[0], None
 
 
@@ -139,7 +126,7 @@ def register() -> None:
 
 
 class Segment(NamedTuple):
-    """Tokens that see themselves, causally, and a prefix earlier in the row, as far as there is no window."""
+    """Tokens that see themselves, causally, and a prefix earlier in the row, all of it where there is no window."""
 
     own: range
     prefix: range  # empty where there is none
@@ -214,6 +201,33 @@ def cut(x: torch.Tensor, span: range, dim: int = 2) -> torch.Tensor:
     return x.narrow(dim, span.start, len(span))
 
 
+# Kernels
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: tuple[Segment, ...],
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D], by the fastest kernel there is."""
+    if window is not None and all(len(own) + len(prefix) <= window for own, prefix in segments):
+        window = None
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does for SDPA: RoPE leaves queries and keys in fp32, values come in the lower precision.
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    flash = not dropout and value.shape[3] == query.shape[3]
+    if flash and device == "cpu":
+        return CPUFlash.apply(query, key, value, segments, scale, window)
+    if flash and device == "cuda" and varlen_fits(query):
+        return varlen_attention(query, key, value, segments, scale, window)
+    return segment_attention(query, key, value, segments, scale, window, dropout)
+
+
 # CPU: SDPA's own kernels, called directly for the log-sum-exps that they return.
 
 
@@ -268,15 +282,15 @@ class CPUFlash(torch.autograd.Function):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         segments = tiles(segments, window)
 
-        def attend(q, k, v, causal=True, mask=None):
+        def flash(q, k, v, causal=True, mask=None):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, attn_mask=mask, scale=scale
             )
 
-        output, logsumexp = per_segment(attend, segments, query, key, value)
+        output, logsumexp = per_segment(flash, segments, query, key, value)
         for own, prefix, mask in reaches(segments, window, query):
             parts = cut(query, own), cut(key, prefix), cut(value, prefix)
-            attended, total = (x.transpose(1, 2) for x in attend(*parts, causal=False, mask=mask))
+            attended, total = (x.transpose(1, 2) for x in flash(*parts, causal=False, mask=mask))
             # One softmax over two sets of keys: each set's output counts by its share of the denominator.
             own_attended, own_total = cut(output, own, dim=1), cut(logsumexp, own, dim=1)
             share = (total - own_total).sigmoid()[..., None]
@@ -315,7 +329,7 @@ class CPUFlash(torch.autograd.Function):
 def varlen_kernel() -> Callable | None:
     """FlashAttention on sequences of unequal length: torch's where it takes windows, else flash-attn's, or None.
 
-    The kernel takes `scale` and `window_size`, as (keys before a query's own, keys after it); -1 keys are all.
+    It takes `scale` and `window_size`: the numbers of keys before and after a query's own, of which -1 is all.
     """
     known = inspect.signature(varlen_attn).parameters
     if "window_size" in known:
@@ -324,6 +338,11 @@ def varlen_kernel() -> Callable | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
+        warnings.warn(
+            f"packed attention runs document by document, which is slower: varlen_attn of torch {torch.__version__} "
+            "takes no window_size; install torch>=2.11 or flash-attn",
+            stacklevel=2,
+        )
         return None
     return lambda *args, scale, window_size: flash_attn_varlen_func(
         *args, softmax_scale=scale, causal=True, window_size=window_size

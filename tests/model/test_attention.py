@@ -188,7 +188,19 @@ def test_flash_attn_stands_in_where_torch_takes_no_window(monkeypatch):
         found = run(attention.varlen_attention, row, segments, 0.5, window)
         assert_equal(found, run(attention.segment_attention, row, segments, 0.5, window))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert attention.varlen_kernel() is None
+    with pytest.warns(UserWarning, match="document by document, which is slower: .* install torch>=2.11 or flash-attn"):
+        assert attention.varlen_kernel() is None
+
+
+def test_fewer_key_heads_need_no_permission_before_torch_2_13(monkeypatch):
+    def varlen_attn(*args, scale, window_size):
+        return reference_varlen_attn(*args, scale=scale, window_size=window_size)
+
+    row, segments = inputs(9), find_segments(9, [4, 5])
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
+    found = run(attention.varlen_attention, row, segments, 0.5)
+    assert_equal(found, run(attention.segment_attention, row, segments, 0.5))
 
 
 def test_dropout_and_unequal_head_sizes_take_public_sdpa():
