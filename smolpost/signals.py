@@ -53,7 +53,7 @@ def stop(signum: int, frame: FrameType | None = None) -> None:
 
 
 def leave_closed_terminal() -> None:
-    """Print to nowhere where the terminal is gone: it refuses all lines, which would end the work before it is saved."""
+    """Print nowhere where the terminal is gone: it refuses all lines, which would end the work before it is saved."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):

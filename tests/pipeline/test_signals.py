@@ -17,7 +17,7 @@ from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest
 
-WORDS = ["stages.sft.max_steps=100", "stages.sft.save_steps=1000"]  # no checkpoint is due before the end
+WORDS = ["stages.sft.max_steps=60", "stages.sft.save_steps=1000"]  # no checkpoint is due before the end
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ class Run:
         )
         folder = self.small.folder_of("sft", *self.more)
         newest = max(int(mark.parent.name.removeprefix("checkpoint-")) for mark in folder.glob("checkpoint-*/whole"))
-        assert newest == int(told[1]) < 100
+        assert newest == int(told[1]) < 60
         return newest
 
 
@@ -107,7 +107,7 @@ def test_what_signals_cut_ends_as_if_they_had_not(whole, cut):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     report, wanted = (manifest.read(small.folder_of("sft"))["report"] for small in (cut, whole))
-    assert report["steps"] == wanted["steps"] == 100
+    assert report["steps"] == wanted["steps"] == 60
     assert [e["loss"] for e in cut.log("sft")] == [e["loss"] for e in whole.log("sft")]
 
 
@@ -147,7 +147,7 @@ def test_a_terminal_that_is_closed(whole, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     [mark] = small.folder_of("sft").glob("checkpoint-*/whole")
-    assert 0 < int(mark.parent.name.removeprefix("checkpoint-")) < 100
+    assert 0 < int(mark.parent.name.removeprefix("checkpoint-")) < 60
 
 
 @pytest.mark.slow
