@@ -30,7 +30,7 @@ def as_yaml(config: DictConfig, *, resolve: bool) -> str:
     """The recipe as YAML; what comes from the environment stays an interpolation."""
     if not resolve:
         return OmegaConf.to_yaml(config)
-    return MARK.sub(r"${oc.env:\1}", OmegaConf.to_yaml(OmegaConf.create(_named(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_shown(_named(config))))
 
 
 def masked(values: Any, key: str, environment: dict[str, str]) -> Any:
@@ -59,9 +59,17 @@ def _named(config: DictConfig) -> dict:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _shown(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return MARK.sub(r"${oc.env:\1}", value) if isinstance(value, str) else value
+
+
 def _collect(key: str, value: Any, found: dict[str, str]) -> None:
     if isinstance(value, str) and MARK.search(value):
-        found[key] = MARK.sub(r"${oc.env:\1}", value)
+        found[key] = _shown(value)
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _collect(f"{key}.{name}" if key else str(name), item, found)
