@@ -176,6 +176,17 @@ def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
     assert "recipes/accelerate/zero3.yaml" in output
 
 
+def test_an_evaluation_without_rows_is_refused_before_training(project, capsys):
+    """GSM8K's held-out rows begin at number 3273, and this project has eight."""
+    cli_ok("init", *project.words, "stage=init")
+    line = refused(capsys, "run", *project.words, "stage=base", "evaluation.tasks.pairs.stages=[merge]")
+    assert line == (
+        "evaluation.tasks.loss has nothing to measure: no row of data.heldout can be asked; change its rows, or leave "
+        "the task out with ~evaluation.tasks.loss"
+    )
+    assert project.finished() == {"init"}
+
+
 # ---------------------------------------------------------------- what is printed can be pasted
 
 

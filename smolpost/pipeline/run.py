@@ -15,6 +15,7 @@ from smolpost.atomic import write_json
 from smolpost.evaluation import results
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.measurable import check_measurable
 from smolpost.pipeline.plan import select
 from smolpost.recipe import Request
 from smolpost.screen import command_line
@@ -79,6 +80,8 @@ def run(request: Request, console: Console) -> int:
         console.print(Rule(f"{number}/{len(wanted)} {name}: {word}{f' ({reason})' if reason else ''}", align="left"))
         plan = lineage.stages[name].plan
         commands = [(name, command) for command in plan.making] if word in ("run", "resume") else []
+        if commands and isinstance(plan.config, schema.TrainStage):
+            check_measurable(lineage, lineage.stages[name])
         if plan.measuring and word != "done":
             waiting.append(name)
         made = {n for n in lineage.stages if n == name or lineage.stages[n].finished()}

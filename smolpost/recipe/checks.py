@@ -38,9 +38,7 @@ def check(recipe: schema.Recipe, written: Written) -> None:
             raise Wrong(f"data.{mixture}", f" has no sources; add one: +data.{mixture}.sources.NAME.path=FILE")
         for source, spec in rows.sources.items():
             if spec.stage is not None:
-                _check_reference(
-                    f"data.{mixture}.sources.{source}.stage", spec.stage, recipe.stages, "a stage of this pipeline"
-                )
+                _check_reference(f"data.{mixture}.sources.{source}.stage", spec.stage, recipe.stages, STAGE)
 
 
 def _check_names(recipe: schema.Recipe) -> None:
