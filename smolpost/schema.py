@@ -95,7 +95,7 @@ class Hygiene:
 
     exact: bool = False  # rows whose text an earlier row has, up to Unicode form and white space
     near: float = number("[0, 1]", 0.0)  # rows this similar to an earlier one (Jaccard index of word 5-grams); 0: off
-    near_permutations: int = count(128)  # of the MinHash that estimates it
+    near_permutations: int = number("[16, 1024]", 128)  # of the MinHash that estimates it
     against: list[str] = field(default_factory=list)  # evaluation files; rows that share words with them in a row
     ngram: int = count(13)  # how many words in a row count as shared
     languages: list[str] = field(default_factory=list)  # ISO 639-1 codes that stay; empty: all

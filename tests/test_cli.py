@@ -98,8 +98,8 @@ def cli_ok(*argv: str) -> None:
 
 def test_unknown_key_and_wrong_type(project, capsys):
     assert refused(capsys, "plan", *project.words, "stages.sft.epochs=3").startswith("stages.sft.epochs is not a key")
-    assert refused(capsys, "run", *project.words, "stages.sft.num_epochs=many").startswith(
-        "stages.sft.num_epochs=many:"
+    assert refused(capsys, "run", *project.words, "stages.sft.num_epochs=many") == (
+        "stages.sft.num_epochs=many is not a number"
     )
 
 
@@ -174,6 +174,17 @@ def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
     ):
         assert command in " ".join(output.split())
     assert "recipes/accelerate/zero3.yaml" in output
+
+
+def test_an_evaluation_without_rows_is_refused_before_training(project, capsys):
+    """GSM8K's held-out rows begin at number 3273, and this project has eight."""
+    cli_ok("init", *project.words, "stage=init")
+    line = refused(capsys, "run", *project.words, "stage=base", "evaluation.tasks.pairs.stages=[merge]")
+    assert line == (
+        "evaluation.tasks.loss has nothing to measure: no row of data.heldout can be asked; change its rows, or leave "
+        "the task out with ~evaluation.tasks.loss"
+    )
+    assert project.finished() == {"init"}
 
 
 # ---------------------------------------------------------------- what is printed can be pasted

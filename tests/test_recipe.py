@@ -115,7 +115,7 @@ def test_accelerate_values_become_launcher_flags():
         (["stages.apo.seeds=[1,1]"], "stages.apo.seeds=[1, 1] has a value twice; name each once"),
         (
             ["stages.sft.data=stf"],
-            "stages.sft.data=stf is not a mixture under data of this pipeline; did you mean sft?",
+            "stages.sft.data=stf is not a mixture under data; did you mean sft?",
         ),
         (["stages.sft.init_from=mad"], "stages.sft.init_from=mad is not a stage of this pipeline; did you mean mid?"),
         (["stages.sft.init_from=checkpoint"], "stages.sft.init_from=checkpoint, but model.checkpoint has no value"),
@@ -241,8 +241,7 @@ def test_the_remedy_for_a_word_that_cannot_be_read_works(value):
     ],
 )
 def test_an_example_with_brackets_is_quoted_for_the_shell(word, fixed):
-    example = re.search(r"(?:write|as) (\S.*)$", refusal(TINY, word))[1]
-    assert shlex.split(example.removeprefix("it as ")) == fixed
+    assert shlex.split(refusal(TINY, word))[-1:] == fixed
 
 
 def test_spaces_need_no_quotes_beyond_the_shell_s():
@@ -320,7 +319,7 @@ def test_no_number_is_nan_or_infinite(monkeypatch):
         ("evaluation.tasks.loss.max_rows=0", "is below 1, its least value"),
         (
             "evaluation.tasks.pairs.stages=[init]",
-            "=init is not a stage with a model of this pipeline; choose one of: base,",
+            "=init is not a stage of this pipeline with a model; choose one of: base,",
         ),
         ("evaluation.batch_tokens=0", "is below 1, its least value"),
         ("harness.limit=0", "is below 1, its least value"),
@@ -336,7 +335,10 @@ def test_no_number_is_nan_or_infinite(monkeypatch):
         ("+harness.foo=1", "harness.foo is not a key of the recipe; keys of harness: apply_chat_template,"),
         ("++model.architecture.foo=1", "model.architecture.foo is not a key of the recipe; keys of"),
         ("+stages.tasks.files.base.blocks.copy.foo=1", "foo is not a key of the recipe; keys of stages.tasks.files"),
-        ("+data.sft.hygiene.foo=1", "data.sft.hygiene.foo is not a key of the recipe; did you"),
+        (
+            "+data.sft.hygiene.foo=1",
+            "data.sft.hygiene.foo is not a key of the recipe; keys of data.sft.hygiene: against,",
+        ),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no part in a recipe; leave it out"),
         ("hydra.searchpath=[x]", "Hydra's own settings have no part in a recipe; --recipes FOLDER names a folder of"),
         ("pipeline=../../x", "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, tiny"),

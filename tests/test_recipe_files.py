@@ -142,7 +142,7 @@ MISTAKES = {
     ),
     "reference": (
         TINY + "stages: {sft: {data: stf}}",
-        "mine.yaml: stages.sft.data=stf is not a mixture under data of this pipeline; did you mean sft? choose one of: base, long_context, mid, sft, prompts, preference, heldout, choose, heldout_prompts, heldout_pairs",
+        "mine.yaml: stages.sft.data=stf is not a mixture under data; did you mean sft? choose one of: base, long_context, mid, sft, prompts, preference, heldout, choose, heldout_prompts, heldout_pairs",
     ),
     "interpolation to nothing": (
         TINY + "stages: {sft: {max_steps: '${stepz}'}}",
@@ -307,7 +307,13 @@ def test_a_pipeline_file_starts_from_a_shipped_one(here):
 
 def test_a_pipeline_without_a_name_is_called_as_its_file(here):
     write(
-        here, {"my plans/über.yaml": HEAD + DEFAULTS.replace("sft: sft", "sft: mine"), "my plans/stage/mine.yaml": MINE}
+        here,
+        {
+            "my plans/über.yaml": HEAD
+            + DEFAULTS.replace("sft: sft", "sft: mine")
+            + "stages: {mid: {init_from: init}}\n",
+            "my plans/stage/mine.yaml": MINE,
+        },
     )
     found = recipe.load([f"pipeline={here}/my plans/über.yaml"])
     assert found.recipe.pipeline == "über"

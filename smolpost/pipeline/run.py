@@ -17,6 +17,7 @@ from smolpost.evaluation import results
 from smolpost.files import write_json
 from smolpost.pipeline import estimate, manifest
 from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.measurable import check_measurable
 from smolpost.pipeline.plan import select
 from smolpost.progress import duration, plural
 from smolpost.recipe import Request
@@ -84,6 +85,8 @@ def run(request: Request, console: Console) -> int:
         heading(f"{number}/{len(wanted)} {name}: {word}{about}{f' ({reason})' if reason else ''}", console)
         plan = lineage.stages[name].plan
         commands = [(name, command) for command in plan.making] if word in ("run", "resume") else []
+        if commands and isinstance(plan.config, schema.TrainStage):
+            check_measurable(lineage, lineage.stages[name])
         if plan.measuring and word != "done":
             waiting.append(name)
         made = {n for n in lineage.stages if n == name or lineage.stages[n].finished()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from smolpost import schema
 from smolpost.recipe.written import Written, Wrong, near, text
 
+STAGE = "a stage of this pipeline"
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder or file under run_dir
 
 
@@ -37,7 +38,7 @@ def check(recipe: schema.Recipe, written: Written) -> None:
             raise Wrong(f"data.{mixture}", f" has no sources; add one: +data.{mixture}.sources.NAME.path=FILE")
         for source, spec in rows.sources.items():
             if spec.stage is not None:
-                _check_reference(f"data.{mixture}.sources.{source}.stage", spec.stage, recipe.stages, "a stage")
+                _check_reference(f"data.{mixture}.sources.{source}.stage", spec.stage, recipe.stages, STAGE)
 
 
 def _check_names(recipe: schema.Recipe) -> None:
@@ -111,7 +112,7 @@ def _check_stage(key: str, stage: schema.Stage, recipe: schema.Recipe, written: 
         if parent == "checkpoint" and not recipe.model.checkpoint:
             what = "=checkpoint, but model.checkpoint has no value; give it as model.checkpoint=ID"
             raise Wrong(f"{key}.{name}", what)
-        _check_reference(f"{key}.{name}", parent, [*recipe.stages, "checkpoint"], "a stage")
+        _check_reference(f"{key}.{name}", parent, [*recipe.stages, "checkpoint"], STAGE)
     for name, mixture in stage.mixtures():
         _check_reference(f"{key}.{name}", mixture, recipe.data, "a mixture under data")
 
@@ -119,7 +120,7 @@ def _check_stage(key: str, stage: schema.Stage, recipe: schema.Recipe, written: 
 def _check_reference(key: str, name: str, known, what: str) -> None:
     if name not in known:
         hint = f"{near('', name, known)}choose one of: {', '.join(known) or '(none)'}"
-        raise Wrong(key, f"={name} is not {what} of this pipeline; {hint}")
+        raise Wrong(key, f"={name} is not {what}; {hint}")
 
 
 def _check_merge(key: str, stage: schema.MergeStage, written: Written) -> None:
@@ -134,7 +135,7 @@ def _check_merge(key: str, stage: schema.MergeStage, written: Written) -> None:
             f" sum to {total:g}, and weights of a linear merge sum to 1: {', '.join(parts) or '(none)'}; change one as "
             f"{key}.inputs.{last}=WEIGHT, or leave it out with ~{key}.inputs.{last}",
         )
-    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input")
+    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input of the stage")
 
 
 def _check_mergekit(key: str, stage: schema.MergekitStage) -> None:
@@ -147,12 +148,12 @@ def _check_mergekit(key: str, stage: schema.MergekitStage) -> None:
         )
     if stage.config and not Path(stage.config).is_file():
         raise Wrong(f"{key}.config", f"={stage.config} is not a file; name a mergekit YAML")
-    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input")
+    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input of the stage")
 
 
 def _check_choosing(key: str, stage: schema.ChoosingStage, recipe: schema.Recipe) -> None:
     inputs = list(dict.fromkeys(parent for _, parent in stage.parents()))
-    _check_reference(f"{key}.base", stage.base, inputs, "an input")
+    _check_reference(f"{key}.base", stage.base, inputs, "an input of the stage")
     for name, metric in stage.metrics_used():
         task, slash, _ = metric.removeprefix("-").partition("/")
         if not slash or task not in recipe.evaluation.tasks:
@@ -171,7 +172,7 @@ def _check_task(key: str, task: schema.EvaluationTask, recipe: schema.Recipe) ->
             raise Wrong(f"{key}.{name}", f"={path} is not a file; name one, or leave the task out with ~{key}")
     models = [name for name, stage in recipe.stages.items() if stage.kind in schema.MODEL_KINDS]
     for stage in task.stages or []:
-        _check_reference(f"{key}.stages", stage, models, "a stage with a model")
+        _check_reference(f"{key}.stages", stage, models, "a stage of this pipeline with a model")
 
 
 def _check_training(key: str, stage: schema.TrainStage) -> None:

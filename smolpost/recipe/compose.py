@@ -64,12 +64,7 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
         written = _written(defaults.defaults, parsed, places, unmeasured)
         added = _added(parsed)
         others = [word for word in words if word not in {a.input_line for a in added}]
-        config = _merged([f"hydra.searchpath=[{search}]", *others], places)
-    if unmeasured:
-        config.evaluation.tasks = {}
-    for word in added:
-        with open_dict(config):
-            config = OmegaConf.merge(config, _content(word))
+        config = _merged([f"hydra.searchpath=[{search}]", *others], added, places, unmeasured)
     if OmegaConf.is_missing(config, "pipeline"):
         config.pipeline = Path(choices["pipeline"]).name
     accelerate = places.file(f"accelerate/{choices.get('accelerate')}")
@@ -112,12 +107,13 @@ def _defaults(words: list[str], places: Places) -> Any:
         raise UserError(_missing(error, words, places)) from None
     except yaml.MarkedYAMLError as error:
         raise UserError(yaml_file.syntax(error)) from None
-    except RecursionError:
-        files = ", ".join(shown(file) for file in places.own_files())
-        raise UserError(f"the defaults lists of {files} lead back to themselves; take an entry out") from None
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        for file in places.own_files():  # faults of a file that Hydra does not name
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError, RecursionError) as error:
+        files = places.own_files()
+        for file in files:  # faults of a file that Hydra does not name
             yaml_file.read(file)
+        if isinstance(error, RecursionError):
+            names = ", ".join(map(shown, files))
+            raise UserError(f"the defaults lists of {names} lead back to themselves; take an entry out") from None
         raise UserError(_one_line(error, places, from_files=True)) from None
 
 
@@ -191,9 +187,14 @@ def _nested(key: str, value: Any) -> Any:
     return value
 
 
-def _merged(words: list[str], places: Places) -> DictConfig:
+def _merged(words: list[str], added: list[Override], places: Places, unmeasured: bool) -> DictConfig:
     try:
         config = compose(ROOT, overrides=words)
+        if unmeasured:
+            config.evaluation.tasks = {}
+        for word in added:
+            with open_dict(config):
+                config = OmegaConf.merge(config, _content(word))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, places)) from None
     return config
@@ -204,7 +205,7 @@ def _merged(words: list[str], places: Places) -> DictConfig:
 
 def _missing(error: MissingConfigException, words: list[str], places: Places) -> str:
     group, _, name = (error.missing_cfg_file or "").partition("/")
-    asked = any(word.partition("=")[0].lstrip("+").partition("@")[0] == group for word in words)
+    asked = any(re.fullmatch(rf"\+?{re.escape(group)}(@.*)?='?{re.escape(name)}'?", word) for word in words)
     parent = re.match(r"In '(.+?)':", str(error))
     file = places.file(parent[1]) if parent and not asked else None
     options = places.options(group) or ([*schema.STAGE_KINDS, *schema.TASK_KINDS] if group == "schema" else [])

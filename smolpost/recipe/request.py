@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from smolpost import schema, screen
+from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import secrets
 from smolpost.recipe.checks import check
@@ -86,7 +86,7 @@ def as_yaml(words: list[str], *, resolve: bool) -> str:
 
 
 def _checked(composed: Composed) -> schema.Recipe:
-    screen.mask(secrets.values(composed.config))
+    secrets.mask(composed.config)
     try:
         recipe = _typed(copy.deepcopy(composed.config))
         harness = recipe.harness

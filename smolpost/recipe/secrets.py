@@ -2,19 +2,38 @@
 
 import os
 import re
-from typing import Any
+import sys
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 NAME = re.compile(r"\$\{oc\.env:\s*[\"']?(\w+)")
+LEAST = 6  # characters of a text that is masked; shorter ones stand in other words, too
 MARK = re.compile("\0(\\w+)\0")
 
 
-def values(config: DictConfig) -> dict[str, str]:
-    """Text of each environment variable that the unresolved recipe names -> what is shown in its place."""
-    names = NAME.findall(OmegaConf.to_yaml(config))
-    return {os.environ[name]: f"${{oc.env:{name}}}" for name in names if os.environ.get(name)}
+def mask(config: DictConfig) -> None:
+    """From now on, what this process prints has each variable that the unresolved recipe names by its name."""
+    texts = {os.environ.get(name, ""): f"${{oc.env:{name}}}" for name in NAME.findall(OmegaConf.to_yaml(config))}
+    names = {text: texts[text] for text in sorted(texts, key=len, reverse=True) if len(text) >= LEAST}
+    for stream in ("stdout", "stderr") if names else ():
+        setattr(sys, stream, _Masked(getattr(sys, stream), names))
+
+
+class _Masked:
+    """A stream in whose text some words are written by a name."""
+
+    def __init__(self, stream: TextIO, names: dict[str, str]):
+        self._stream, self._names = stream, names
+
+    def write(self, text: str) -> int:
+        for hidden, name in self._names.items():
+            text = text.replace(hidden, name)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def environment(config: DictConfig) -> dict[str, str]:
@@ -30,7 +49,7 @@ def as_yaml(config: DictConfig, *, resolve: bool) -> str:
     """The recipe as YAML; what comes from the environment stays an interpolation."""
     if not resolve:
         return OmegaConf.to_yaml(config)
-    return MARK.sub(r"${oc.env:\1}", OmegaConf.to_yaml(OmegaConf.create(_named(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_shown(_named(config))))
 
 
 def masked(values: Any, key: str, environment: dict[str, str]) -> Any:
@@ -59,9 +78,17 @@ def _named(config: DictConfig) -> dict:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _shown(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return MARK.sub(r"${oc.env:\1}", value) if isinstance(value, str) else value
+
+
 def _collect(key: str, value: Any, found: dict[str, str]) -> None:
     if isinstance(value, str) and MARK.search(value):
-        found[key] = MARK.sub(r"${oc.env:\1}", value)
+        found[key] = _shown(value)
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _collect(f"{key}.{name}" if key else str(name), item, found)

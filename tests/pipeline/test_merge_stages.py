@@ -113,7 +113,7 @@ def test_the_average_along_a_run(project):
 def test_settings_that_make_no_merge_are_refused(project):
     for words, message in [
         (["stages.slerp.method=null"], "stages.slerp needs a method of mergekit's or a config"),
-        (["stages.slerp.base=sft"], "stages.slerp.base=sft is no input; choose one of: init, other"),
+        (["stages.slerp.base=sft"], "stages.slerp.base=sft is not an input of the stage; choose one of: init, other"),
         (["stages.slerp.method=null", "stages.slerp.config=none.yml"], "config=none.yml states parameters and"),
     ]:
         with pytest.raises(UserError, match=message):

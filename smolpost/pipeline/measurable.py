@@ -1,0 +1,40 @@
+"""Is there something to measure? Asked before hours of training, not after them."""
+
+from smolpost import schema
+from smolpost.chat.render import load_template
+from smolpost.errors import UserError
+from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.pipeline.steps import context, input_folders
+
+
+def check_measurable(lineage: Lineage, stage: Located) -> None:
+    """Refuse, before a training stage runs, an evaluation of its model that has no row to ask.
+
+    Tasks whose rows a stage is still to write are left for later.
+
+    Raises:
+        UserError: A task has nothing to measure, or cannot use a row.
+    """
+    from transformers import AutoTokenizer
+
+    from smolpost.evaluation.tasks import build
+
+    spec, config = lineage.recipe.evaluation.tasks, stage.plan.config
+    ready = [name for name in stage.evaluation if spec[name].mixtures() and _written(lineage, spec[name])]
+    if not ready:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
+    tokenizer.chat_template = load_template(config.template)
+    shared = context(lineage, ready)
+    for name in ready:
+        if not build(name, spec[name], shared).items(tokenizer):
+            raise UserError(
+                f"evaluation.tasks.{name} has nothing to measure: no row of data.{spec[name].data} can be asked; "
+                f"change its rows, or leave the task out with ~evaluation.tasks.{name}"
+            )
+
+
+def _written(lineage: Lineage, task: schema.EvaluationTask) -> bool:
+    """All rows that the task reads are there."""
+    sources = [s for _, mixture in task.mixtures() for s in lineage.recipe.data[mixture].sources.values()]
+    return all(lineage.stages[source.stage].finished() for source in sources if source.stage)
