@@ -47,6 +47,7 @@ class Source:
     enable_thinking: bool | None = None  # the mode of conversations that do not say theirs; null: the template's own
     first_row: int = 0  # rows before this one are left out (a held-out tail and its training head share a file)
     max_rows: int | None = None  # at most this many rows, counted from first_row
+    max_row_bytes: int = 8 * 2**20  # of a row in its file; a larger one is refused, as a broken file makes them
     max_tokens: int | None = None  # at most this many tokens, of the rows kept by weight; training stages only
     weight: float = 1.0  # epochs: share of the rows kept after a seeded shuffle; above 1 repeats rows
     share: float | None = None  # of the mixture, in share_of; rows that would go beyond it are left out
