@@ -10,6 +10,7 @@ import pytest
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
+from smolpost.chat.render import load_template
 from smolpost.data.rows import MAX_DEPTH
 from smolpost.data.sources import pieces, read_piece, read_rows
 from smolpost.errors import UserError
@@ -192,6 +193,13 @@ ODD = {
     "a megabyte of blanks": [USER, REPLY | {"content": "a" + " " * 10**6 + "b"}],
     "NUL bytes": [USER | {"content": "a\0b"}, REPLY | {"content": "\0yo\0"}],
 }
+
+
+def test_replies_that_take_a_rendering_each_are_bounded():
+    tags = ("{%- generation -%}", "{%- endgeneration -%}")
+    untagged = load_template("smollm3").replace(tags[0], "").replace(tags[1], "")
+    with pytest.raises(UserError, match=r"messages hold 1,001 replies, above the 1,000 that are found without {% gen"):
+        encode(byte_level(template=untagged), [USER, REPLY] * 1001, today="x")
 
 
 @pytest.mark.parametrize("case", ODD)
