@@ -134,7 +134,7 @@ def check_depth(value, where: str) -> None:
         UserError: Lists and objects are nested beyond MAX_DEPTH.
     """
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             part
             for outer in level
