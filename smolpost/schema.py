@@ -82,6 +82,7 @@ class Source:
     enable_thinking: bool | None = None  # the mode of conversations that do not say theirs; null: the template's own
     first_row: int = number("[0, inf)", 0)  # rows before it are left out, e.g. the training head of a held-out tail
     max_rows: int | None = count(None)  # at most this many rows, counted from first_row
+    max_row_bytes: int = count(8 * 2**20)  # of a row in its file; larger ones are refused
     max_tokens: int | None = count(None)  # at most this many, of the rows kept by weight; training stages only
     weight: float = positive(1.0)  # epochs: share of the rows kept after a seeded shuffle; above 1 repeats rows
     share: float | None = number("(0, 1]", None)  # of the mixture, in share_of; rows beyond it are left out

@@ -24,7 +24,8 @@ class Loss(NamedTuple):
 
     Attributes:
         kind: Of a reply that trains: "call", "text", "text beside calls", "reasoning" or, where other replies follow,
-            "earlier reasoning". Of the conversation: "system", "user", "tool results" or "tools".
+            "earlier reasoning", and "all" where nothing but its stop token is left. Of the conversation: "system",
+            "user", "tool results" or "tools".
         message: Index of the reply, or of the first message of its kind; None for tools.
         what: A few words of it.
     """
@@ -34,7 +35,7 @@ class Loss(NamedTuple):
     what: str
 
 
-def losses(conversation, text, spans, replies):
+def losses(conversation, text, spans, replies, stops):
     """What the rendering leaves out, as a tuple of Loss; of the conversation, one of each kind.
 
     Args:
@@ -42,6 +43,7 @@ def losses(conversation, text, spans, replies):
         text: Its rendering.
         spans: [smolpost.chat.spans.Span] of its replies. Where one has none, all of the text is searched.
         replies: Indices of the replies that train. Without any, nobody trains on what is lost.
+        stops: Tokens of which one ends each reply.
     """
     if not replies:
         return ()
@@ -49,7 +51,9 @@ def losses(conversation, text, spans, replies):
     shown = {span.message: text[span.start : span.end] for span in spans}
     last = assistant_turns(messages)[-1]
     for i in replies:
-        found += [Loss(kind, i, what) for kind, what in _of_reply(messages[i], shown.get(i, text), i == last)]
+        reply = shown.get(i, text)
+        lost = [Loss(kind, i, what) for kind, what in _of_reply(messages[i], reply, i == last)]
+        found += [*lost, Loss("all", i, lost[-1].what)] if lost and reply.strip() in stops else lost
     return (*found, *_of_others(conversation, _between(text, spans)))
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from smolpost.data.paths import is_hub_id, one_line, readable
 from smolpost.data.piece import Piece, cut_rows
-from smolpost.data.rows import MAX_ROW_BYTES, Row, parse_json, too_large
+from smolpost.data.rows import Row, check_size, parse_json
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -52,7 +52,8 @@ def dataset_rows(source: Source, piece: Piece) -> Iterator[Row]:
     step = rows_at_a_time(table.nbytes, table.num_rows)
     dataset = dataset.with_format("arrow")  # undecoded: only then JSON columns can be told from others
     for begin in range(piece.begin, min(piece.end, len(dataset)), step):
-        yield from table_rows(dataset[begin : min(begin + step, piece.end)], piece.path, begin + 1)
+        found = dataset[begin : min(begin + step, piece.end)]
+        yield from table_rows(found, piece.path, begin + 1, source.max_row_bytes)
 
 
 class ParquetReader:
@@ -99,7 +100,7 @@ def parquet_rows(source: Source, piece: Piece) -> Iterator[Row]:
         if reader is None or not reader.leads_to(piece.begin):
             reader = ParquetReader(piece.path, piece.begin)
         for begin, batch in reader.slices(piece.begin, piece.end):
-            yield from table_rows(batch, piece.path, begin + 1)
+            yield from table_rows(batch, piece.path, begin + 1, source.max_row_bytes)
         _parked.clear()
         _parked[key] = reader
 
@@ -108,16 +109,21 @@ def rows_at_a_time(num_bytes: int, num_rows: int) -> int:
     return max(1, min(1024, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
-def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int) -> Iterator[Row]:
-    """The table's rows; one that cannot be read says why."""
+def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: int) -> Iterator[Row]:
+    """The table's rows; one that cannot be read says why.
+
+    Args:
+        number: Of its first row.
+        limit: Bytes of a row, above which it is refused.
+    """
     try:
-        if table.nbytes > MAX_ROW_BYTES:
-            raise UserError(f"{path}:{number}: {too_large(table.nbytes)}")
+        check_size(table.nbytes, limit, f"{path}:{number}")
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (UserError, UnicodeDecodeError, KeyError) as error:
-        if len(table) > 1:  # one by one, to find the row
-            for i in range(len(table)):
-                yield from table_rows(table.slice(i, 1), path, number + i)
+        if len(table) > 1:  # by halves, to find the row
+            half = len(table) // 2
+            yield from table_rows(table.slice(0, half), path, number, limit)
+            yield from table_rows(table.slice(half), path, number + half, limit)
             return
         fault = str(error)
         if not isinstance(error, UserError):
@@ -127,9 +133,11 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int) -> Iter
         return
     readers = {field.name: reader for field in table.schema if (reader := json_reader(field.type))}
     for i, row in enumerate(rows, start=number):
-        for name, reader in readers.items():
-            row[name] = reader(row[name], f"{path}:{i}")
-        yield Row(row, path, i)
+        try:
+            read = {name: reader(row[name], f"{path}:{i}") for name, reader in readers.items()}
+            yield Row(row | read, path, i)
+        except UserError as error:
+            yield Row({}, path, i, fault=str(error))
 
 
 def json_reader(kind: pa.DataType) -> Callable | None:

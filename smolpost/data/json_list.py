@@ -2,10 +2,11 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 
 from smolpost.data.piece import Piece
-from smolpost.data.rows import MAX_ROW_BYTES, Row, kind_of, parse_json, too_large
+from smolpost.data.rows import Row, check_size, kind_of, parse_json
 from smolpost.errors import UserError
 
 PEEKED = 4096  # bytes in which a list must begin
@@ -13,6 +14,9 @@ SPACE = " \t\n\r"
 PLAIN = (
     json.JSONDecoder()
 )  # finds where a value ends; what `parse_json` refuses in it is the row's fault, not the file's
+
+
+MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)  # strings and brackets
 
 
 def begins_list(file: io.BufferedReader) -> bool:
@@ -46,23 +50,28 @@ def cut_list(
     return found, count
 
 
-def list_rows(content: bytes, path: str, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
+def count_elements(content: bytes, path: str) -> int:
+    """The rows of a whole file's bytes."""
+    return sum(1 for _ in elements(decoded(content, path), path))
+
+
+def list_rows(content: bytes, path: str, limit: int, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
     """The rows of a whole file's bytes, or of a piece's.
 
     Args:
+        limit: Bytes of a row, above which it is refused.
         number: Of the first row, from 1.
         inside: The bytes are a piece, between the list's brackets.
     """
     text = decoded(content, path)
     for i, (first, end) in enumerate(elements(text, path, inside), start=number):
-        yield element_row(text[first:end], path, i)
+        yield element_row(text[first:end], limit, path, i)
 
 
-def element_row(text: str, path: str, number: int) -> Row:
+def element_row(text: str, limit: int, path: str, number: int) -> Row:
     where = f"{path}:{number}"
     try:
-        if len(text) > MAX_ROW_BYTES:
-            raise UserError(f"{where}: {too_large(len(text))}")
+        check_size(len(text.encode()), limit, where)
         row = parse_json(text, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: is a JSON {kind_of(row).split()[-1]}; expected an object in the list")
@@ -78,7 +87,9 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
     while place < len(text) and text[place] != "]":
         try:
             _, end = PLAIN.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:  # the row's fault
+            end = closing(text, place)
+        except ValueError as error:
             raise UserError(f"{path}:{number}: is no JSON ({error}); expected a list of objects") from error
         yield place, end
         place, number = skipped(text, end), number + 1
@@ -90,6 +101,16 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
             )
     if not inside and text[place + 1 :].strip(SPACE):
         raise UserError(f"{path}: goes on after its list; expected one list, or one object per line")
+
+
+def closing(text: str, place: int) -> int:
+    """Where a list or object ends, by its brackets."""
+    depth = 0
+    for mark in MARKS.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if not depth:
+            return mark.end()
+    return len(text)
 
 
 def skipped(text: str, place: int) -> int:

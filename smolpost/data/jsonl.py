@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from smolpost.data.json_list import begins_list, cut_list, list_rows
+from smolpost.data.json_list import begins_list, count_elements, cut_list, list_rows
 from smolpost.data.paths import COMPRESSIONS, readable
 from smolpost.data.piece import ANY_NUMBER, Piece, cut_rows
-from smolpost.data.rows import MAX_ROW_BYTES, Row, parse_row
+from smolpost.data.rows import Row, check_size, parse_row
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -55,7 +55,7 @@ def cut_compressed(source: Source, path: str, skip: int, stop: int, rows_per_pie
     with uncompressed(path) as file:
         count = 0
         if begins_list(file):
-            count = sum(1 for _ in list_rows(file.read(), path))
+            count = count_elements(file.read(), path)
             return cut_rows(path, [skip, min(count, stop)]), count
         for ends, _ in row_ends(file, 0):
             count += len(ends)
@@ -99,38 +99,62 @@ def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
         as_list = begins_list(file)
         file.seek(piece.begin)
         if as_list:
-            yield from list_rows(file.read(piece.end - piece.begin), piece.path, piece.line, inside=True)
+            content = file.read(piece.end - piece.begin)
+            yield from list_rows(content, piece.path, source.max_row_bytes, piece.line, inside=True)
         else:
-            yield from parsed_rows(file, piece.path, piece.line, piece.end - piece.begin)
+            yield from parsed_rows(file, piece.path, source.max_row_bytes, piece.line, piece.end - piece.begin)
 
 
 def compressed_rows(source: Source, piece: Piece) -> Iterator[Row]:
     with uncompressed(piece.path) as file:
         if begins_list(file):
-            yield from itertools.islice(list_rows(file.read(), piece.path), piece.begin, piece.end)
+            rows = list_rows(file.read(), piece.path, source.max_row_bytes)
+            yield from itertools.islice(rows, piece.begin, piece.end)
             return
-        yield from parsed_rows(file, piece.path, 1, ANY_NUMBER, piece.begin, piece.num_rows)
+        yield from parsed_rows(
+            file, piece.path, source.max_row_bytes, 1, ANY_NUMBER, skip=piece.begin, most=piece.num_rows
+        )
 
 
-def parsed_rows(file, path: str, line: int, num_bytes: int, skip: int = 0, most: int = ANY_NUMBER) -> Iterator[Row]:
-    """The rows of the next num_bytes without the first `skip`, at most `most`."""
-    while most and num_bytes > 0 and (text := file.readline(MAX_ROW_BYTES + 1)):
-        num_bytes -= len(text)
+def parsed_rows(
+    file, path: str, limit: int, line: int, num_bytes: int, *, skip: int = 0, most: int = ANY_NUMBER
+) -> Iterator[Row]:
+    """The rows of the next num_bytes without the first `skip`, at most `most`.
+
+    Args:
+        limit: Bytes of a row, above which it is refused.
+        line: Number of the first line.
+    """
+    while most and num_bytes > 0:
+        text, size = read_line(file, limit)
+        if not size:
+            return
+        num_bytes -= size
         if not text.isspace():
-            if not skip or len(text) > MAX_ROW_BYTES:  # the latter is refused: its rest would count as a row
-                yield parsed_row(text, path, line)
+            if not skip:
+                yield parsed_row(text, size, limit, path, line)
                 most -= 1
             skip = max(0, skip - 1)
         line += 1
 
 
-def parsed_row(text: bytes, path: str, line: int) -> Row:
-    """The row of a line, or its fault; a line above the limit breaks the file off, as its rest would count as a row."""
+def read_line(file, limit: int) -> tuple[bytes, int]:
+    """The next line, and its bytes with the line end; of one above the limit, some of its text alone."""
+    text = file.readline(limit + 2)
+    size, end = len(text), text[-1:]
+    while size > limit + 1 and end not in (b"\n", b""):
+        rest = file.readline(WINDOW_BYTES)
+        size, end = size + len(rest), rest[-1:]
+        text = rest if text.isspace() else text
+    return text, size
+
+
+def parsed_row(text: bytes, size: int, limit: int, path: str, line: int) -> Row:
+    """The row of a line, or its fault."""
     try:
+        check_size(size - text.endswith(b"\n"), limit, f"{path}:{line}")
         return Row(parse_row(text, f"{path}:{line}"), path, line)
     except UserError as error:
-        if len(text) > MAX_ROW_BYTES:
-            raise
         return Row({}, path, line, fault=str(error))
 
 

@@ -87,6 +87,8 @@ def check(mixture: Mixture) -> None:
             raise UserError(
                 f"sources.{name}.loss_weight={source.loss_weight} is not above 0; raise it or remove the source"
             )
+        if source.max_row_bytes < 1:
+            raise UserError(f"sources.{name}.max_row_bytes={source.max_row_bytes} is below 1; raise it")
         if source.max_tokens is not None and source.max_tokens < 1:
             raise UserError(f"sources.{name}.max_tokens={source.max_tokens} is below 1; raise it, or null for no limit")
         if source.think_share is not None and not 0 <= source.think_share <= 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smolpost.chat.masks import ROLES
+from smolpost.chat.layout import ROLES
 from smolpost.data import mixtures
 from smolpost.data.hygiene import Hygiene, Removal, features
 from smolpost.data.prepare_apo import prepare_apo

@@ -15,6 +15,7 @@ from smolpost.schema import TrainStage
 REFUSED = {
     "call": "leaves the call of {} out of the reply, which would train without it; use a template that writes "
     "tool_calls, such as smollm3",
+    "all": "makes an empty reply of {}; use another template, or delete the row",
     "text": "leaves {} out of the reply, which would train without it; use another template",
     "reasoning": "leaves the reasoning {} out of the reply, which would train without it; use a template that writes "
     "reasoning, such as smollm3, or set enable_thinking: false of the source where it is not to train",

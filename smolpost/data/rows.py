@@ -7,7 +7,7 @@ import sys
 
 from smolpost.errors import UserError
 
-MAX_ROW_BYTES = 64 * 2**20  # longer rows are broken files (a missing line break), not conversations
+MAX_DEPTH = 100  # levels of lists and objects in a row; what renders and compares rows goes a level at a time
 
 
 class Row(dict):
@@ -53,10 +53,8 @@ def parse_row(line: bytes, where: str) -> dict:
     """A line of JSON as the object it holds.
 
     Raises:
-        UserError: It is too long, no UTF-8, no JSON as `parse_json` reads it, or no object.
+        UserError: It is no UTF-8, no JSON as `parse_json` reads it, or no object.
     """
-    if len(line) > MAX_ROW_BYTES:
-        raise UserError(f"{where}: {too_large(len(line))}")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
@@ -75,7 +73,7 @@ def parse_row(line: bytes, where: str) -> dict:
 
 def parse_json(text: str, where: str, expected: str = "expected JSON"):
     """A JSON value. Refused are also duplicate keys, NaN, infinite numbers, halves of surrogate pairs, integers that
-    Python does not convert and nesting beyond its recursion limit.
+    Python does not convert and nesting beyond MAX_DEPTH.
 
     Raises:
         UserError: With where, what was found, and `expected` where it is no JSON at all.
@@ -90,7 +88,9 @@ def parse_json(text: str, where: str, expected: str = "expected JSON"):
         limit = sys.get_int_max_str_digits()
         raise UserError(f"{where}: holds an integer of more than {limit} digits; write it as a string") from error
     except RecursionError as error:
-        raise UserError(f"{where}: is nested too deeply; expected some hundred levels at most; flatten it") from error
+        raise UserError(too_deep(where)) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check_depth(value, where)
     if re.search(r"\\u[dD][89a-fA-F]", text):
         check_surrogates(value, where)
     return value
@@ -128,10 +128,38 @@ def check_surrogates(value, where: str) -> None:
         ) from error
 
 
-def too_large(size: int) -> str:
-    return (
-        f"has {size} bytes or more, above {MAX_ROW_BYTES}; split the row, or check that each row ends with a line break"
-    )
+def check_depth(value, where: str) -> None:
+    """
+    Raises:
+        UserError: Lists and objects are nested beyond MAX_DEPTH.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for outer in level
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return
+    raise UserError(too_deep(where))
+
+
+def too_deep(where: str) -> str:
+    return f"{where}: is nested more than {MAX_DEPTH} levels deep; flatten it, or write the inner part as text"
+
+
+def check_size(num_bytes: int, limit: int, where: str) -> None:
+    """
+    Raises:
+        UserError: A row has more bytes than its source's limit.
+    """
+    if num_bytes > limit:
+        raise UserError(
+            f"{where}: has {num_bytes:,} bytes, above max_row_bytes={limit:,}; split the row, check that each row ends "
+            "with a line break, or raise max_row_bytes of its source"
+        )
 
 
 def kind_of(value) -> str:

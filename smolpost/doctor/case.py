@@ -194,7 +194,8 @@ class Case:
         file.write_text("".join(json.dumps(row, default=str) + "\n" for row in self.fitting))
         out.mkdir(exist_ok=True)
         stage = replace(self.config, num_workers=1, max_dropped=1.0)
-        mixture = schema.Mixture(sources={"sample": schema.Source(path=str(file))}, shuffle=False)
+        source = schema.Source(path=str(file), max_row_bytes=file.stat().st_size)
+        mixture = schema.Mixture(sources={"sample": source}, shuffle=False)
         prepare(stage, mixture, self.tokenizer, lambda _: self.folder / "shards", out)
         return load_from_disk(str(out))
 

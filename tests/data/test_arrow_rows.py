@@ -147,14 +147,6 @@ def test_hub_pieces(monkeypatch):
     assert calls == ["a+b[:3]"] * 2  # once by each `pieces`, never by a piece
 
 
-def test_large_arrow_rows_are_refused(tmp_path, monkeypatch):
-    pq.write_table(pa.table({"text": ["a", "b" * 99, "c"]}), tmp_path / "rows.parquet")
-    monkeypatch.setattr(arrow_rows, "MAX_ROW_BYTES", 90)
-    monkeypatch.setattr("smolpost.data.rows.MAX_ROW_BYTES", 90)
-    with pytest.raises(UserError, match=r"rows.parquet:2: has \d+ bytes or more, above 90; split the row"):
-        read(tmp_path / "rows.parquet")
-
-
 def test_json_columns_are_read(tmp_path):
     written = [{"a": {"x": {"z": 0}}, "b": [{"y": [1, None]}, "s"], "c": 1}, {"a": 2, "b": [], "c": None}]
     kinds = datasets.Features({"a": datasets.Json(), "b": datasets.List(datasets.Json()), "c": datasets.Value("int64")})

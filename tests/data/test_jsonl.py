@@ -91,21 +91,6 @@ def test_a_broken_line_is_its_own_rows_fault(write_jsonl):
     assert read(path, first_row=3) == [(4, ROWS[2])]
 
 
-def test_lines_above_the_limit_are_refused(tmp_path, write_jsonl, monkeypatch):
-    monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 30)
-    monkeypatch.setattr("smolpost.data.rows.MAX_ROW_BYTES", 30)
-    with pytest.raises(UserError, match=r"rows.jsonl:2: has 31 bytes or more, above 30; split the row"):
-        read(write_jsonl([ROWS[0], {"text": "x" * 99}]))
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 99}).encode() + b'\n{"text": "one"}\n'))
-    with pytest.raises(UserError, match=r"rows.jsonl.gz:1: has 31 bytes or more, above 30"):
-        read(path, first_row=1)
-
-
-def test_rows_of_ten_megabytes_are_accepted(write_jsonl):
-    assert len(read(write_jsonl([{"text": "x" * 11 * 10**6}]))[0][1]["text"]) == 11 * 10**6
-
-
 def test_counting_does_not_parse(tmp_path):
     line = b'{"messages": [{"role": "user", "content": "' + b"word " * 100 + b'"}]}\n'
     path = tmp_path / "rows.jsonl"

@@ -76,6 +76,7 @@ BOT = {"conversations": [{"from": "human", "value": "u"}, {"from": "bot", "value
         ({"text": "abc"}, "sft", {"first_row": 1}, "lower first_row", {"first_row": 0}),
         ({"text": "abc"}, "sft", {"max_tokens": 3}, "max_tokens=3 is below the 4 tokens of its first row; raise it",
          {"max_tokens": 4}),
+        (CHAT, "sft", {"max_row_bytes": 20}, "or raise max_row_bytes of its source", {"max_row_bytes": 2000}),
         (CHAT, "sft", {"think_share": 1.0}, "or change think_share", {"think_share": 0.0}),
         (CHAT, "sft", {"think_share": 2.0}, r"null leaves it open", {"think_share": None}),
         (CHAT, "sft", {"columns": "csv"}, "use one of smoltalk2, sharegpt, alpaca", {"columns": "smoltalk2"}),

@@ -67,6 +67,11 @@ REFUSED = {
         r"leaves the reasoning 'Six sevens\.' out of the reply",
     ),
     "the turn is empty": (PLAIN.replace("REPLY", "''"), row(USER, REPLY), r"leaves 'It is 42\.' out of the reply"),
+    "nothing is left": (
+        load_template("smollm3"),
+        row(USER, REPLY | {"content": "<think>\nSix"}, chat_template_kwargs={"enable_thinking": False}),
+        r"makes an empty reply of 'Six'; use another template, or delete the row",
+    ),
     "text is cut": (PLAIN.replace("REPLY", "m.content[:5]"), row(USER, REPLY), r"leaves 'It is 42\.' out of the reply"),
 }
 
