@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -118,3 +119,22 @@ def reference_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
         seen = (seen if before == -1 else seen.triu(own - before)).bool()
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v[c:d]))
     return torch.cat(outputs)
+
+
+class Work(TorchDispatchMode):
+    """Counts query-key products, forward and backward, and the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "flash_attention_for_cpu" in str(function):
+            # query, key, value, dropout and is_causal; backward gets the gradient before and two results between.
+            query, key, *_, causal = args[1:] if "backward" in str(function) else [*args, False][:5]
+            half = 2 if causal else 1
+            self.products.append(query.shape[0] * query.shape[2] * key.shape[2] / half)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result

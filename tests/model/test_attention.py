@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from packed_rows import (
     PAIRS,
     VOCAB,
+    Work,
     assert_equal,
     build,
     document_positions,
@@ -21,7 +22,6 @@ from packed_rows import (
     run,
     step,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import SmolLM3Config as StockConfig
 from transformers import SmolLM3ForCausalLM as StockModel
@@ -93,25 +93,6 @@ def test_segments_by_hand():
     assert lengths_from_positions(torch.tensor([[0, 1, 2]])) is None
     # Numbers of segments: 0 and 3 share a call.
     assert attention.batches([2, 9, 3, 2], short=4) == [[0, 3], [1], [2]]
-
-
-class Work(TorchDispatchMode):
-    """Counts query-key products, forward and backward, and the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.products, self.largest = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if "flash_attention_for_cpu" in str(function):
-            # query, key, value, dropout and is_causal; backward gets the gradient before and two results between.
-            query, key, *_, causal = args[1:] if "backward" in str(function) else [*args, False][:5]
-            half = 2 if causal else 1
-            self.products.append(query.shape[0] * query.shape[2] * key.shape[2] / half)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return result
 
 
 @pytest.mark.parametrize(

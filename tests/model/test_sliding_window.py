@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_rows import (
     VOCAB,
+    Work,
     assert_equal,
     build,
     document_positions,
@@ -133,6 +134,16 @@ def test_tiles_by_hand():
         (range(13, 14), range(11, 13)),
     )
     assert attention.tiles(segments, None) is segments
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_work_and_memory_grow_with_the_length_times_the_window(length):
+    window, row = 64, inputs(length)
+    with Work() as work:
+        packed_attention(None, *row, None, sliding_window=window, document_lengths=[length])[0].sum().backward()
+    # Half a tile of its own and the masked tile before it, forward and backward.
+    assert length * window < sum(work.products) / 2 < 1.5 * length * window
+    assert work.largest == row[0].numel()
 
 
 @pytest.mark.parametrize("name", MODELS)
