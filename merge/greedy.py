@@ -21,6 +21,7 @@ def choose(stage, inputs, folder, measure):
     report = greedy(list(inputs), Points(folder / "points", evaluate, [objective]), objective)
     write_json(folder / "greedy.json", report)
     console().print(greedy_table(report), report["rule"], f"kept: {', '.join(report['kept'])}", sep="\n")
+    print(f"every score with its n: {folder / 'points'}", flush=True)
     return {"kept": report["kept"], "merge": write_point(report["weights"], inputs, base, config.dtype, folder)}
 
 

@@ -26,6 +26,7 @@ def choose(stage, inputs, folder, measure):
     write_json(folder / "sweep.json", report)
     save_pareto(report, folder / "pareto.png")
     console().print(sweep_table(report), report["rule"], report["caveat"], f"picked: {report['picked']:g}", sep="\n")
+    print(f"every score with its n: {folder / 'points'}", flush=True)
     [weights] = [point["weights"] for point in report["points"] if point["picked"]]
     return {"picked": report["picked"], "merge": write_point(weights, inputs, base, config.dtype, folder)}
 

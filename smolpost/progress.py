@@ -35,7 +35,7 @@ class Progress:
         unit: Singular.
         done: Units that an earlier run has done: the bar starts there, and they are no basis for an estimate.
         shown: False on ranks that leave it to another one.
-        aside: Moves no outer bar: what gets a unit ready, and is quick beside it.
+        aside: What gets a unit ready, and is quick beside it: moves no outer bar and has no line at its end.
     """
 
     _open: ClassVar[list["Progress"]] = []  # from the outermost to the innermost
@@ -151,7 +151,7 @@ class Lines:
         print(f"{self.progress}, {self.progress.fraction:.0%}{about}", file=sys.stderr, flush=True)
 
     def close(self, *, finished: bool) -> None:
-        if finished and self.progress.done > self.progress.found:
+        if finished and self.progress.done > self.progress.found and not self.progress.aside:
             made = self.progress.done
             found = f" ({self.progress.found:,} were there)" if self.progress.found else ""
             print(

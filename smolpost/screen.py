@@ -56,14 +56,17 @@ class Blocks:
         self.styles = styles or [None] * len(rows)
         self.last_is_sum = last_is_sum
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Cell]:
         gap, blocks = 2, self._blocks(options.max_width, gap=2)
         if len(blocks) > 1:
             gap, blocks = 1, self._blocks(options.max_width, gap=1)
+        if self.title:
+            width = sum(blocks[0].values()) + gap * (len(blocks[0]) - 1)
+            yield Text(" " * ((width - cell_len(self.title)) // 2) + self.title, style="table.title")
         for number, widths in enumerate(blocks):
             if number:
                 yield ""
-            yield self._table(widths, gap, self.title if number == 0 else None)
+            yield self._table(widths, gap)
 
     def _blocks(self, width: int, gap: int) -> list[dict[int, int]]:
         """Column -> its characters, of each block."""
@@ -92,8 +95,8 @@ class Blocks:
         head = self.heads[column].split("\n")[shared:]
         return max(map(cell_len, head + [line for row in self.rows for line in str(row[column]).split("\n")]))
 
-    def _table(self, widths: dict[int, int], gap: int, title: str | None) -> Table:
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1), title=title)
+    def _table(self, widths: dict[int, int], gap: int) -> Table:
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1))
         for column, width in widths.items():
             justify = "left" if column < self.names else "right"
             first, *more = self.heads[column].split("\n")

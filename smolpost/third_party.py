@@ -11,6 +11,8 @@ import warnings
 WARNINGS = (  # category, regular expression for the start of the text
     # DeepSpeed calls torch's collectives by their former names, in every step; they do the same.
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
+    # peft asks a model for its checkpointing by the former name, which answers as before.
+    (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
 )
 RECORDS = (  # logger, start of the text
     # Checkpoints of fast steps have one mtime, and then the numbers in their names give the order, which is right.

@@ -1,13 +1,16 @@
 """README tells the truth: its folder map exists, and every smolpost command in it means something."""
 
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from smolpost import cli, recipe
 from smolpost.pipeline.plan import plan, select
+from smolpost.screen import Blocks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +34,28 @@ def test_folder_map_is_true():
     mentioned = {word.rstrip("/") for word in words}
     built = {"build", "dist", "runs", "smolpost.egg-info", "__pycache__"}
     assert folders - built <= mentioned
+
+
+def test_its_table_has_the_shape_that_compare_prints():
+    """The numbers of the table, laid out again."""
+    printed = re.search(r"```\n( +mean and range.*?)```", README, re.DOTALL)[1]
+    title, tasks, metrics, _, *rows, note = printed.splitlines()
+    assert note == "n and 95% intervals of each run: results.json in its folder"
+    starts = [match.start() for match in re.finditer(r"\S+", tasks)]
+    heads, task = ["stage"], ""
+    for match in list(re.finditer(r"\S+", metrics))[1:]:
+        above = [word for word in re.finditer(r"\S+", tasks) if word.end() == match.end()]
+        task = above[0][0] if above else task
+        heads.append(f"{task}\n{match[0]}")
+    assert len({head.split("\n")[0] for head in heads[1:]}) == len(starts)
+    cells = []
+    for means, ranges in zip(rows[::2], rows[1::2], strict=True):
+        stage, *values = means.split()
+        spread = iter(re.findall(r"\S+ to \S+|\S+", ranges))
+        cells.append([stage, *(value if value == "-" else f"{value}\n{next(spread)}" for value in values)])
+    console = Console(file=io.StringIO(), width=max(map(len, printed.splitlines())) + 2)
+    console.print(Blocks(heads, cells, title=title.strip()))
+    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == printed.splitlines()[:-1]
 
 
 def test_there_are_commands():

@@ -136,3 +136,8 @@ def test_columns_that_do_not_fit_stand_below_and_a_shared_head_is_written_once_i
 def test_names_fold_and_markup_is_text(width):
     text = shown(Blocks(["source", "n"], [["[red]" + "x" * 70, "123456"]]), width)
     assert text.count("x") == 70 and "[red]" in text and "123456" in text.split()
+
+
+def test_a_title_wider_than_its_table_is_one_line():
+    text = shown(Blocks(["n"], [["1"]], title="sft: ruler by length and depth"), 60)
+    assert text.splitlines()[0] == "sft: ruler by length and depth"

@@ -7,6 +7,8 @@ from smolpost.evaluation import results
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Located
 
+STARTING = 5.0  # seconds until a command has loaded its libraries; more than a miniature's stage takes, often
+
 
 def finished_before(stage: Located) -> list[dict]:
     """Manifests of finished folders of the recipe's stage with any seed and key, the newest last."""
@@ -25,8 +27,7 @@ def as_stored(stage: Located) -> dict:
 def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: float) -> float | None:
     """Seconds that the stages of a run still need; None unless all of them have been made before.
 
-    What the stages that this run has finished took beyond their own seconds (starts of processes, preparation) is
-    taken to go on.
+    The pace of the stages that this run has finished (another machine, preparation) is taken to go on.
 
     Args:
         todo: Every stage that was not done when the run began, with the word for what it lacked, as by `run.status`.
@@ -38,18 +39,19 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
     made = sum(seconds[name] or 0.0 for name in finished & seconds.keys())
     if not rest or None in rest:
         return None
-    return sum(rest) * (max(1.0, elapsed / made) if made else 1.0)
+    return sum(rest) * (elapsed / made if made else 1.0)
 
 
 def _seconds(stage: Located, word: str) -> float | None:
-    """What making and measuring the stage took when last done with as much work, rather with its own seed."""
+    """What the stage's commands took when they last did as much work, rather with its own seed; None: never."""
     same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage))]
     found = [m for m in same if m["stage"] == stage.plan.name] or same
     if not found:
         return None
     last = found[-1]
-    making = 0.0 if word == "evaluate" else last["seconds"]
-    return making + _measuring(stage.folder.parent / "evaluations" / f"{last['stage']}-{last['key']}")
+    making = 0.0 if word == "evaluate" else last["seconds"] + STARTING * len(stage.plan.making)
+    measuring = _measuring(stage.folder.parent / "evaluations" / f"{last['stage']}-{last['key']}")
+    return making + (measuring + STARTING if measuring else 0.0)
 
 
 def _work(config: dict) -> dict:

@@ -5,7 +5,7 @@ import pytest
 from smolpost import recipe
 from smolpost.files import write_json
 from smolpost.pipeline import manifest
-from smolpost.pipeline.estimate import as_stored, seconds_left
+from smolpost.pipeline.estimate import STARTING, as_stored, seconds_left
 from smolpost.pipeline.lineage import Lineage
 
 WORDS = ["pipeline=gsm8k", "stages.apo.seeds=[42,43]", "evaluation=none"]
@@ -45,21 +45,23 @@ def left(lineage, *names, finished=(), elapsed=0.0, word="run"):
 def test_earlier_runs_of_the_same_stages_are_the_basis(lineage):
     assert left(lineage, "mid", "sft") is None
     finish(lineage.stages["mid"], "a", 100.0, measuring=20.0)
-    assert left(lineage, "mid") == 120 and left(lineage, "mid", "sft") is None  # of sft nothing is known
-    assert left(lineage, "mid", word="evaluate") == 20
+    assert left(lineage, "mid") == 120 + 3 * STARTING  # prepare, train and eval
+    assert left(lineage, "mid", "sft") is None  # of sft nothing is known
+    assert left(lineage, "mid", word="evaluate") == 20 + STARTING
     finish(lineage.stages["sft"], "a", 60.0)
-    assert left(lineage, "mid", "sft") == 180
+    assert left(lineage, "mid", "sft") == 180 + 5 * STARTING
     finish(lineage.stages["sft"], "b", 6.0, max_steps=3)  # a trial with less to do is no basis
-    assert left(lineage, "mid", "sft") == 180
-    finish(lineage.stages["sft"], "c", 60.0, learning_rate=9.0)
-    assert left(lineage, "mid", "sft") == 180
+    assert left(lineage, "mid", "sft") == 180 + 5 * STARTING
+    finish(lineage.stages["sft"], "c", 70.0, learning_rate=9.0)
+    assert left(lineage, "mid", "sft") == 190 + 5 * STARTING
 
 
 def test_another_seed_is_a_basis_and_the_pace_of_this_run_counts(lineage):
     finish(lineage.stages["apo-42"], "a", 30.0)
-    assert left(lineage, "apo-42", "apo-43") == 60
-    # apo-42 is finished after 45 s, though it trained for 30: processes start, rows are prepared.
-    assert left(lineage, "apo-42", "apo-43", finished=["apo-42"], elapsed=45.0) == 45
+    assert left(lineage, "apo-42", "apo-43") == 60 + 4 * STARTING
+    # apo-42 took twice as long this time, and so will apo-43.
+    twice = 2 * (30 + 2 * STARTING)
+    assert left(lineage, "apo-42", "apo-43", finished=["apo-42"], elapsed=twice) == twice
     assert left(lineage, "apo-42", "apo-43", finished=["apo-42", "apo-43"], elapsed=90.0) is None
 
 

@@ -55,18 +55,22 @@ def test_fsdp2_matches_one_process(started, single, tmp_path, stage):
     assert_same(two, single, stage)
 
 
-@pytest.mark.parametrize("config", ["single", SLOW("ddp"), SLOW("zero2"), SLOW("zero3"), SLOW("fsdp2")])
-def test_a_log_file_holds_our_lines_and_no_library_warns(started, tmp_path, config):
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("single", ()), SLOW("single", ("stages.sft.lora.r=2",)),
+        SLOW("ddp", ()), SLOW("zero2", ()), SLOW("zero3", ()), SLOW("fsdp2", ()),
+    ],
+)  # fmt: skip
+def test_a_log_file_holds_our_lines_and_no_library_warns(started, tmp_path, config, words):
     """stderr is what `smolpost run > log 2>&1` would add to the log: no bar's control characters, no warning."""
     small = started.copy(tmp_path)
     shim = (str(ROOT / "tests" / "training" / "fsdp_on_cpu.py"),) if config == "fsdp2" else PROGRAM
-    command = small.launch_command(
-        "sft", config, 1 if config == "single" else 2, "stages.sft.max_steps=4", program=shim
-    )
+    ranks = 1 if config == "single" else 2
+    command = small.launch_command("sft", config, ranks, "stages.sft.max_steps=4", *words, program=shim)
     command[2] = "smolpost.launch"  # accelerate, as `run` starts it
     done = call(command, env=environment() | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if config == "fsdp2" else {}))
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = 1 if config == "single" else 2
     assert [re.sub(r"\d+ s$", "", line) for line in done.stderr.split("\n")] == [
         "tokenize sft: 120 rows in ", f"train on {ranks} x cpu: 4 steps in ", ""
     ]  # fmt: skip
