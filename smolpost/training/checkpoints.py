@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from smolpost.errors import UserError
 from smolpost.files import write_json
+from smolpost.merging.shards import Pool, plan_shards
 from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 
 WHOLE = "whole"  # the mark
 SCHEDULER = "scheduler.json"
-SHARD_BYTES = 10**9  # of one file, and so of memory on the CPU; a larger tensor stands alone
+SHARD_BYTES = 5 * 10**8  # of one file; a larger tensor stands alone
+WRITERS = 3  # files that are written at the same time, and so in memory on the CPU, while one more is gathered
 
 
 @dataclass(frozen=True)
@@ -82,23 +86,32 @@ def write(trainer: Trainer, backend: str) -> None:
     arguments = trainer.args
     folder = Path(arguments.output_dir) / f"checkpoint-{trainer.state.global_step}"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for number, tensors in enumerate(_shares(trainer)):
-        name = f"state-{arguments.process_index:05d}-{number:05d}.safetensors"
-        files[name] = _write_bytes(folder / name, safetensors.torch.save(tensors))
-    random = _random_file(arguments.process_index)
-    files[random] = _write_bytes(folder / random, safetensors.torch.save(_random_state(arguments.device)))
-    written = gather_object([files])  # a barrier, too
+    written = gather_object([_write_share(trainer, folder)])  # a barrier, too
     if not trainer.is_world_process_zero():
         return
     (folder / SCHEDULER).write_text(json.dumps(trainer.lr_scheduler.state_dict()))
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     listed = {name: entry for files in written for name, entry in files.items()}
-    listed |= {name: _entry((folder / name).read_bytes()) for name in (SCHEDULER, TRAINER_STATE_NAME)}
+    listed |= {name: _entry(folder / name) for name in (SCHEDULER, TRAINER_STATE_NAME)}
     mark = {"backend": backend, "num_ranks": arguments.world_size, "files": listed}
     write_json(folder / WHOLE, mark)
     for old in whole(folder.parent)[: -arguments.save_total_limit]:
         shutil.rmtree(old)
+
+
+def _write_share(trainer: Trainer, folder: Path) -> dict[str, list]:
+    """What this rank adds to a checkpoint; the files' entries in the mark."""
+    rank, entries = trainer.args.process_index, {}
+    with Pool(WRITERS) as pool:
+        for number, tensors in enumerate(_shares(trainer)):
+            busy = [entry for entry in entries.values() if not entry.done()]
+            if len(busy) == WRITERS:
+                wait(busy, return_when=FIRST_COMPLETED)
+            name = f"state-{rank:05d}-{number:05d}.safetensors"
+            entries[name] = pool.submit(_write_tensors, folder / name, tensors)
+    random = _random_file(rank)
+    safetensors.torch.save_file(_random_state(trainer.args.device), folder / random)
+    return {name: entry.result() for name, entry in entries.items()} | {random: _entry(folder / random)}
 
 
 def _shares(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,17 +140,22 @@ def _shares(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
         yield share
 
 
-def _write_bytes(file: Path, content: bytes) -> list:
-    """The file's entry in the mark, of what it should hold, whatever the disk makes of it."""
+def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> list:
+    """Write fp32 tensors without a copy of them; the file's entry in the mark, of what it should hold.
+
+    Nothing waits for the disk: what a power cut keeps from it, the hash shows.
+    """
+    [plan] = plan_shards({name: tensor.shape for name, tensor in tensors.items()}, torch.float32, limit=sys.maxsize)
+    state = xxhash.xxh3_64()
     with open(file, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    return _entry(content)
+        for block in (plan.header, *(tensors[name].view(-1).numpy() for name in plan.tensors)):
+            state.update(block)
+            out.write(block)
+    return [plan.size, state.hexdigest()]
 
 
-def _entry(content: bytes) -> list:
-    return [len(content), xxhash.xxh3_64_hexdigest(content)]
+def _entry(file: Path) -> list:
+    return [file.stat().st_size, _hash_of(file)]
 
 
 def _random_file(rank: int) -> str:
