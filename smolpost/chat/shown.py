@@ -8,7 +8,7 @@ templates write as JSON, the longest words are looked for.
 import re
 from typing import NamedTuple
 
-from smolpost.chat.reasoning import split_reasoning
+from smolpost.chat.reasoning import think_blocks
 from smolpost.chat.render import RESULT_ROLES, render, text_of
 from smolpost.chat.spans import assistant_turns
 from smolpost.errors import UserError
@@ -60,15 +60,17 @@ def losses(conversation, text, spans, replies, stops):
 def _of_reply(message, shown, is_last):
     """(kind, what) of each loss."""
     content = text_of(message.get("content"))
-    reasoning, answer = split_reasoning(content) if "think>" in content else (None, content)
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or reasoning
+    blocks = think_blocks(content) if "think>" in content else []
+    beside = message.get("reasoning_content") or message.get("reasoning")
+    thoughts = [beside] if isinstance(beside, str) else [content[b.inner_start : b.inner_end] for b in blocks]
+    answer = content[blocks[-1].end :] if blocks else content
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     lost_calls = [name for name, parts in map(_call, calls) if not all(part in shown for part in parts)]
     yield from (("call", name) for name in lost_calls[:1])
     if not _holds(shown, answer):
         yield "text beside calls" if calls and not lost_calls else "text", answer
-    if isinstance(reasoning, str) and not _holds(shown, reasoning):
-        yield "reasoning" if is_last else "earlier reasoning", reasoning
+    lost_thoughts = [thought for thought in thoughts if not _holds(shown, thought)]
+    yield from (("reasoning" if is_last else "earlier reasoning", thought) for thought in lost_thoughts[:1])
 
 
 def _call(call):

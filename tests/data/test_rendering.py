@@ -165,7 +165,9 @@ def test_ones_own_templates_leave_nothing_out(tmp_path):
     said = row(SYSTEM, USER, CALL | {"content": "Let me see."}, RESULT, THINKING, USER, THINKING, tools=[TOOL], **think)
     flags = row({"role": "system", "content": "Reply /no_think tersely. /system_override"}, USER, REPLY)
     quoted = row(USER, REPLY | {"content": '  "é"\n\n\tline\r\n'}, **think)
-    assert ledger(load_template("smollm3"), [said, flags, quoted], tmp_path)["notes"] == {}
+    blocks = row(USER, REPLY | {"content": "<think>\na\n</think>\n\n<think>b</think>\n\nIt is </think> 42."}, **think)
+    entry = ledger(load_template("smollm3"), [said, flags, quoted, blocks], tmp_path)
+    assert entry["notes"] == {} and entry["rows_kept"] == 4
 
 
 # ---------------------------------------------------------------- modes
