@@ -181,8 +181,8 @@ def test_an_evaluation_without_rows_is_refused_before_training(project, capsys):
     words += ["evaluation.tasks.answer.answer_pattern='(no such words)'"]
     cli_ok("init", *words, "stage=init")
     assert refused(capsys, "run", *words, "stage=base") == (
-        "evaluation.tasks.answer has nothing to measure: no row of data.heldout can be asked; change its rows, or leave "
-        "the task out with ~evaluation.tasks.answer"
+        "evaluation.tasks.answer has nothing to measure: no row of data.heldout can be asked; change its rows, or "
+        "leave the task out with ~evaluation.tasks.answer"
     )
     assert project.finished() == {"init"}
 
