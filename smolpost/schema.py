@@ -1,4 +1,4 @@
-"""The fields of a recipe. A name that is not here is a typo; `recipe.py` says so with the full key.
+"""The fields of a recipe. A name that is not here is a typo; `recipe` says so with the full key.
 
 Every field says its meaning and unit. Fields marked `in_key=False` cannot change a stage's result
 (to float tolerance), so changing them never redoes a finished stage.

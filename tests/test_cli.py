@@ -177,12 +177,12 @@ def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
 
 
 def test_an_evaluation_without_rows_is_refused_before_training(project, capsys):
-    """GSM8K's held-out rows begin at number 3273, and this project has eight."""
-    cli_ok("init", *project.words, "stage=init")
-    line = refused(capsys, "run", *project.words, "stage=base", "evaluation.tasks.pairs.stages=[merge]")
-    assert line == (
-        "evaluation.tasks.loss has nothing to measure: no row of data.heldout can be asked; change its rows, or leave "
-        "the task out with ~evaluation.tasks.loss"
+    words = [*project.words, "data.heldout.sources.gsm8k.first_row=0", "evaluation.tasks.pairs.stages=[merge]"]
+    words += ["evaluation.tasks.answer.answer_pattern='(no such words)'"]
+    cli_ok("init", *words, "stage=init")
+    assert refused(capsys, "run", *words, "stage=base") == (
+        "evaluation.tasks.answer has nothing to measure: no row of data.heldout can be asked; change its rows, or "
+        "leave the task out with ~evaluation.tasks.answer"
     )
     assert project.finished() == {"init"}
 

@@ -306,15 +306,10 @@ def test_a_pipeline_file_starts_from_a_shipped_one(here):
 
 
 def test_a_pipeline_without_a_name_is_called_as_its_file(here):
-    write(
-        here,
-        {
-            "my plans/über.yaml": HEAD
-            + DEFAULTS.replace("sft: sft", "sft: mine")
-            + "stages: {mid: {init_from: init}}\n",
-            "my plans/stage/mine.yaml": MINE,
-        },
-    )
+    pipeline = HEAD + DEFAULTS.replace("/data: tiny", "/data: rows").replace("sft: sft", "sft: mine")
+    rows = "mid: {sources: {a: {path: x.jsonl}}}\nsft: {sources: {a: {path: x.jsonl}}}\n"
+    write(here / "my plans", {"über.yaml": pipeline + "stages: {mid: {init_from: init}}\n"})
+    write(here / "my plans", {"stage/mine.yaml": MINE, "data/rows.yaml": rows})
     found = recipe.load([f"pipeline={here}/my plans/über.yaml"])
     assert found.recipe.pipeline == "über"
     assert found.recipe.stages["sft"] == schema.SFTStage(
