@@ -241,11 +241,14 @@ def test_bf16_is_close_to_fp32():
         assert (found[name].float() - tensor).norm() <= 2**-7 * tensor.norm()
 
 
-def test_no_mask_is_built_for_a_window_but_for_chunks():
+def test_no_mask_is_built_for_a_window_but_for_chunks_and_patterns():
     sizes = dict(q_length=9, kv_length=9, batch_size=1)
     config = MistralConfig(sliding_window=4)
     assert packed_mask(**sizes, local_size=4, config=config) == 4
     assert packed_mask(**sizes, local_size=3, config=config).shape == (1, 1, 9, 9)
+    fields = MODELS["gemma3"] | {"use_bidirectional_attention": True}
+    with pytest.raises(ValueError, match="packed documents with padding"):
+        step(build("packed", **fields), [9, 5], document_lengths=[9, 5])
     fields = dict(
         intermediate_size_mlp=48, head_dim=8, num_local_experts=2, attention_chunk_size=4, no_rope_layers=[1] * 4,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
