@@ -146,17 +146,23 @@ def test_work_and_memory_grow_with_the_length_times_the_window(length):
     assert work.largest == row[0].numel()
 
 
+def made(attn, name):
+    model = build(attn, **MODELS[name])
+    # Norms of queries and keys amplify the rounding of fp32: SDPA's gradients, too, are 1.3e-5 off those of fp64.
+    return model.double() if name in ("qwen3", "gemma3") else model
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("given_lengths", [True, False])
 def test_packed_documents_equal_masked_sdpa(name, given_lengths):
-    ours = step(build("packed", **MODELS[name]), LENGTHS, **({"document_lengths": LENGTHS} if given_lengths else {}))
-    assert_equal(ours, step(build("sdpa", **MODELS[name]), LENGTHS))
+    ours = step(made("packed", name), LENGTHS, **({"document_lengths": LENGTHS} if given_lengths else {}))
+    assert_equal(ours, step(made("sdpa", name), LENGTHS))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_pairs_equal_two_sequences_each(name):
-    packed = pair_step(build("packed", **MODELS[name]), WIDE_PAIRS, packed=True)
-    assert_equal(packed, pair_step(build("sdpa", **MODELS[name]), WIDE_PAIRS, packed=False))
+    packed = pair_step(made("packed", name), WIDE_PAIRS, packed=True)
+    assert_equal(packed, pair_step(made("sdpa", name), WIDE_PAIRS, packed=False))
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 16, 200])
@@ -179,7 +185,7 @@ def test_a_window_over_the_whole_row_changes_no_bit():
 @pytest.mark.parametrize("name", MODELS)
 def test_unpacked_rows_equal_masked_sdpa(name):
     ids = torch.randint(3, VOCAB, (3, 21), generator=torch.Generator().manual_seed(1))
-    found, expected = (build(attn, **MODELS[name]) for attn in ("packed", "sdpa"))
+    found, expected = (made(attn, name) for attn in ("packed", "sdpa"))
     for model in (found, expected):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
