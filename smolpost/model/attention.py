@@ -109,9 +109,10 @@ def packed_mask(
     Some models tell only their masks of the window, not their attention function.
     """
     window = kwargs.get("local_size")
-    # Chunks have a local size, too, under another name.
+    # Chunks have a local size, too, under another name; use_vmap marks patterns that only the mask knows.
     is_chunk = window is not None and window != getattr(kwargs.get("config"), "sliding_window", None)
-    if attention_mask is None and q_length == kv_length and q_offset == 0 and not is_chunk:
+    is_plain = not is_chunk and not kwargs.get("use_vmap")
+    if attention_mask is None and q_length == kv_length and q_offset == 0 and is_plain:
         return window
     return sdpa_mask(q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, **kwargs)
 
