@@ -13,8 +13,8 @@ from smolpost.export import command, folder, to_vllm
 from smolpost.export.check import logit_difference
 from smolpost.export.command import export, export_command, show
 from smolpost.export.folder import Source, carry
+from smolpost.files import sha256
 from smolpost.merging.placed import place_weights
-from smolpost.merging.shards import sha256
 from smolpost.model import SmolLM3ForCausalLM
 from smolpost.model.generation import stored_stop_token_ids
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from smolpost.files import sha256
 from smolpost.merging.linear import merge
-from smolpost.merging.shards import sha256
 from tests.merging.checkpoints import mean, save_checkpoint, weights
 
 

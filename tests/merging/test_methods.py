@@ -20,8 +20,8 @@ from mergekit.merge import MergeOptions, run_merge
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
+from smolpost.files import sha256
 from smolpost.merging.methods import merge_method, merge_yaml
-from smolpost.merging.shards import sha256
 from tests.merging.checkpoints import TEMPLATE, edit_config, edit_weights, mean, save_adapter, save_checkpoint, weights
 
 ROOT = Path(__file__).parent.parent.parent

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from smolpost.files import sha256
 from smolpost.merging import shards
 from smolpost.merging.average import is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.merging.linear import merge
-from smolpost.merging.shards import TASK, plan_shards, sha256, write_mean
+from smolpost.merging.shards import TASK, plan_shards, write_mean
 from tests.merging.checkpoints import mean, save_checkpoint, weights
 
 ROOT = Path(__file__).parent.parent.parent
