@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from smolpost import recipe
+from smolpost.files import hashes, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
 
@@ -102,6 +103,11 @@ class Small:
         """What the trainer logged at each step."""
         report = manifest.read(self.folder_of(stage, *more))["report"]
         return [entry for entry in report["log"] if "loss" in entry]
+
+
+def as_written(folder: Path) -> None:
+    """Give a finished folder whose files were changed the hashes that they have now."""
+    write_json(folder / "manifest.json", manifest.read(folder) | {"files": hashes(folder)})
 
 
 def environment() -> dict:
