@@ -30,7 +30,7 @@ def finish(stage, key, seconds, measuring=0.0, **config):
     name, seed = stage.plan.name, stage.plan.seed
     folder = stage.folder.with_name(f"{name}-{key}")
     folder.mkdir(parents=True)
-    settings = as_stored(stage.plan.config) | config
+    settings = as_stored(stage) | config
     manifest.write(folder, stage=name, key=key, seed=seed, seconds=seconds, config=settings)
     for task in ("recall", "answer") if measuring else ():
         measured = folder.parent / "evaluations" / folder.name / f"{task}-0"
