@@ -59,12 +59,13 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
         defaults = _defaults([f"hydra.searchpath=[{search}]", *words], places)
         choices = defaults.overrides.known_choices
         unmeasured = any(word.key_or_group == "evaluation" and word.value() == "none" for word in parsed)
+        kept = [word.package for word in parsed if word.package]  # +schema@evaluation.tasks.NAME adds one all the same
         config_words = {word.input_line for word in defaults.config_overrides}
         parsed = [word for word in parsed if word.input_line in config_words]
         written = _written(defaults.defaults, parsed, places, unmeasured)
         added = _added(parsed)
         others = [word for word in words if word not in {a.input_line for a in added}]
-        config = _merged([f"hydra.searchpath=[{search}]", *others], added, places, unmeasured)
+        config = _merged([f"hydra.searchpath=[{search}]", *others], added, places, kept if unmeasured else None)
     if OmegaConf.is_missing(config, "pipeline"):
         config.pipeline = Path(choices["pipeline"]).name
     accelerate = places.file(f"accelerate/{choices.get('accelerate')}")
@@ -187,11 +188,17 @@ def _nested(key: str, value: Any) -> Any:
     return value
 
 
-def _merged(words: list[str], added: list[Override], places: Places, unmeasured: bool) -> DictConfig:
+def _merged(words: list[str], added: list[Override], places: Places, kept: list[str] | None) -> DictConfig:
+    """The recipe.
+
+    Args:
+        kept: Where the recipe measures nothing: full keys of the tasks that the words add; None keeps all tasks.
+    """
     try:
         config = compose(ROOT, overrides=words)
-        if unmeasured:
-            config.evaluation.tasks = {}
+        for name in list(config.evaluation.tasks) if kept is not None else ():
+            if f"evaluation.tasks.{name}" not in kept:
+                del config.evaluation.tasks[name]
         for word in added:
             with open_dict(config):
                 config = OmegaConf.merge(config, _content(word))

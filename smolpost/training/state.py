@@ -78,6 +78,7 @@ class ZeroState:
         self.is_sharded = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
         self.partitions = zero.fp32_partitioned_groups_flat if self.is_sharded else zero.single_partition_of_fp32_groups
 
+    @torch.no_grad()
     def read(self, parameter):
         place = self._place(parameter)
         partition = self.partitions[place.group]
