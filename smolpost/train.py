@@ -27,14 +27,24 @@ def main() -> None:
 
 
 def train() -> None:
-    """The stage of the command line; rank 0 says for all what is wrong or that they were stopped."""
+    """The stage of the command line; rank 0 says for all that they were stopped."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        run_stage(rank)
+    except Stopped as stop:
+        if rank:
+            sys.exit(exit_code(stop.signum))
+        raise
+
+
+def run_stage(rank: int) -> None:
+    """Rank 0 says for all what is wrong."""
     from smolpost import recipe  # here, as these imports take seconds in which a signal ends in one line, too
     from smolpost.pipeline import steps
     from smolpost.pipeline.lineage import Lineage
     from smolpost.pipeline.plan import select_one
     from smolpost.training import build_locks
 
-    rank = int(os.environ.get("RANK", 0))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it builds its kernels at its start
         for lock in build_locks.remove_stale():
             print(f"removed {lock}, which a killed build has left", flush=True)
@@ -47,10 +57,6 @@ def train() -> None:
             # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said
             # anything. A fault of this rank alone is said after all.
             time.sleep(GRACE)
-        raise
-    except Stopped as stop:
-        if rank:
-            sys.exit(exit_code(stop.signum))
         raise
 
 

@@ -196,9 +196,10 @@ def _merged(words: list[str], added: list[Override], places: Places, kept: list[
     """
     try:
         config = compose(ROOT, overrides=words)
-        for name in list(config.evaluation.tasks) if kept is not None else ():
-            if f"evaluation.tasks.{name}" not in kept:
-                del config.evaluation.tasks[name]
+        if kept is not None:
+            tasks = config.evaluation.tasks
+            with open_dict(config):
+                config.evaluation.tasks = {name: tasks[name] for name in tasks if f"evaluation.tasks.{name}" in kept}
         for word in added:
             with open_dict(config):
                 config = OmegaConf.merge(config, _content(word))

@@ -177,8 +177,9 @@ def check_space(
     free = shutil.disk_usage(out).free
     if free + lies_there < needed:
         raise UserError(
-            f"{out} needs {needed / 1e9:.3g} GB for checkpoints and has {lies_there / 1e9:.3g} GB of it; its disk has "
-            f"{free / 1e9:.3g} GB free; free some, lower stages.{name}.save_total_limit={stage.save_total_limit}"
+            f"{out} needs {(needed - lies_there) / 1e9:.3g} GB{' more' if lies_there else ''} for checkpoints and its "
+            f"disk has {free / 1e9:.3g} GB free; free some, lower "
+            f"stages.{name}.save_total_limit={stage.save_total_limit}"
             + (f", raise stages.{name}.snapshot_steps={stage.snapshot_steps}" if snapshots else "")
             + ", or set run_dir=FOLDER elsewhere"
         )

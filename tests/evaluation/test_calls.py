@@ -37,7 +37,10 @@ def test_json_calls():
         ('{"name": 3, "arguments": {}}', "expected a name and an arguments object"),
         ("3", "a call is an int"),
         ('[["f"]]', "a call is a list"),
-        ('{"name": "f", "arguments": {"x": ' + "[" * 100_000 + "]" * 100_000 + "}}", "nested more than 100 levels deep"),
+        (
+            '{"name": "f", "arguments": {"x": ' + "[" * 100_000 + "]" * 100_000 + "}}",
+            "nested more than 100 levels deep",
+        ),
     ],
 )
 def test_a_block_that_is_no_json_call(block, fault):

@@ -11,7 +11,7 @@ from small import Small, call
 from smolpost.pipeline.run import PROGRAMS
 
 # More room than any disk has: refused by the ranks, once the rows are prepared and the model is loaded.
-TOO_MUCH = "stages.sft.save_total_limit=1000000000"
+TOO_MUCH = ["stages.sft.save_total_limit=1000000000", "stages.sft.max_steps=1000000000"]
 TINY = "pipeline=tiny"
 SLOW = pytest.mark.slow
 
@@ -42,11 +42,11 @@ RANKS = [["accelerate=single"], ["accelerate=ddp", "accelerate.num_processes=2"]
 
 @pytest.mark.parametrize("ranks", RANKS, ids=["one process", "two ranks"])
 def test_what_ranks_refuse_is_one_line_of_run(started, ranks):
-    words = [TOO_MUCH, "stages.sft.train_roles=[assistant]", *ranks]
+    words = [*TOO_MUCH, "stages.sft.train_roles=[assistant]", *ranks]
     done = started.smolpost("run", "stage=sft", *words)
     line = refusal(done)
     assert "GB for checkpoints and its disk has" in line and "stages.sft.save_total_limit=1000000000" in line
-    assert not (started.folder_of("sft", TOO_MUCH) / "manifest.json").exists()
+    assert not (started.folder_of("sft", *TOO_MUCH) / "manifest.json").exists()
     shown = next(line for line in done.stdout.splitlines() if line.startswith("$ accelerate launch "))
     assert shlex.split(shown)[-len(words) - 1 :] == [*words, "stage=sft"]
 
@@ -55,7 +55,7 @@ def test_what_ranks_refuse_is_one_line_of_run(started, ranks):
 def test_a_pasted_launch_of_one_process_is_one_line(started):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     launch += ["--config_file", "recipes/accelerate/single.yaml", "-m", "smolpost.train"]
-    done = call([*launch, *started.words, TOO_MUCH, "stage=sft"])
+    done = call([*launch, *started.words, *TOO_MUCH, "stage=sft"])
     assert "GB for checkpoints and its disk has" in refusal(done, code=1)  # accelerate's own code
 
 
