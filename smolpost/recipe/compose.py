@@ -58,7 +58,7 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     with initialize_config_dir(folders[0], version_base="1.3"):
         defaults = _defaults([f"hydra.searchpath=[{search}]", *words], places)
         choices = defaults.overrides.known_choices
-        unmeasured = any(word.key_or_group == "evaluation" and word.value() == "none" for word in parsed)
+        unmeasured = [word.value() for word in parsed if word.key_or_group == "evaluation"][-1:] == ["none"]
         kept = [word.package for word in parsed if word.package]  # +schema@evaluation.tasks.NAME adds one all the same
         config_words = {word.input_line for word in defaults.config_overrides}
         parsed = [word for word in parsed if word.input_line in config_words]

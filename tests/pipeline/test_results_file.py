@@ -21,6 +21,7 @@ class Run:
         small.write_data()
         self.words, self.file = small.words, folder / "runs" / "gsm8k" / "results.json"
         monkeypatch.setattr(run, "execute", self.execute)
+        monkeypatch.setattr(run, "check_measurable", lambda lineage, stage: None)  # there is no tokenizer
 
     def __call__(self, *more) -> dict:
         self.more = more

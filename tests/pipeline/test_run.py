@@ -88,5 +88,5 @@ def test_settings_of_an_evaluation_are_refused_before_anything_is_made(tmp_path)
     small = Small(tmp_path)
     small.write_data()
     done = small.smolpost("run", "evaluation=gsm8k", "evaluation.tasks.ruler.lengths=[]")
-    assert done.returncode == 2 and "evaluation.tasks.ruler.lengths=[] is no list" in done.stderr
+    assert done.returncode == 2 and "evaluation.tasks.ruler.lengths=[] is empty" in done.stderr
     assert not (tmp_path / "runs").exists()
