@@ -31,7 +31,6 @@ from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 
 WHOLE = "whole"  # the mark
-SCHEDULER = "scheduler.json"
 SHARD_BYTES = 5 * 10**8  # of one file; a larger tensor stands alone
 WRITERS = 3  # files that are written at the same time, and so in memory on the CPU, while one more is gathered
 
@@ -89,10 +88,9 @@ def write(trainer: Trainer, backend: str) -> None:
     written = gather_object([_write_share(trainer, folder)])  # a barrier, too
     if not trainer.is_world_process_zero():
         return
-    (folder / SCHEDULER).write_text(json.dumps(trainer.lr_scheduler.state_dict()))
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     listed = {name: entry for files in written for name, entry in files.items()}
-    listed |= {name: _entry(folder / name) for name in (SCHEDULER, TRAINER_STATE_NAME)}
+    listed[TRAINER_STATE_NAME] = _entry(folder / TRAINER_STATE_NAME)
     mark = {"backend": backend, "num_ranks": arguments.world_size, "files": listed}
     write_json(folder / WHOLE, mark)
     for old in whole(folder.parent)[: -arguments.save_total_limit]:
@@ -201,8 +199,20 @@ def restore(trainer: Trainer, folder: Path) -> None:
             f"{folder} holds {min(left)} ({len(left)} such), which the stage does not train; it belongs to another "
             f"stage: remove {folder.parent} and run the stage again"
         )
-    trainer.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+    _set_schedule(trainer.lr_scheduler, steps)
+
+
+def _set_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Put the learning rates where they are after so many steps.
+
+    They follow from the step alone. A stored list of them would not fit: DeepSpeed has no group for no parameters.
+    """
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    unchanged = [None] * len(rates)
+    schedule.load_state_dict(
+        {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates, "lr_lambdas": unchanged}
+    )
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

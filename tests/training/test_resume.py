@@ -152,6 +152,23 @@ def test_goes_on_in_place(cut, single, tmp_path, stage, place):
     assert "saved under" not in done.stdout
 
 
+ADAPTERS = ("stages.sft.lora.r=2",)  # none of their parameters is without weight decay, so one group is empty
+
+
+@pytest.mark.slow
+def test_adapters_go_on_elsewhere(started, tmp_path):
+    """One process to ZeRO-3 and back; the frozen weights are the start checkpoint's."""
+    whole, cut = started.copy(tmp_path / "whole"), started.copy(tmp_path / "cut")
+    assert whole.launch("sft", "single", 1, *ADAPTERS).returncode == 0
+    program = (str(ROOT / "tests/training/cut_short.py"),)
+    for backend, ranks, step in (("single", 1, "4"), ("zero3", 2, "8")):
+        cut.launch("sft", backend, ranks, *ADAPTERS, program=program, CUT_AFTER=step)
+        assert (cut.folder_of("sft", *ADAPTERS) / f"checkpoint-{step}" / WHOLE).exists()
+    done = cut.launch("sft", "single", 1, *ADAPTERS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(cut, whole, "sft", *ADAPTERS, words=ADAPTERS)
+
+
 LONG = ("stages.sft.max_steps=60",)
 CROWD = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
 
