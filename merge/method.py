@@ -7,7 +7,7 @@ python merge/method.py pipeline=tiny +schema@stages.slerp=mergekit stages.slerp.
 from pathlib import Path
 
 from smolpost.cli import job
-from smolpost.merging.methods import merge_method, merge_yaml
+from smolpost.merging.mergekit.methods import merge_method, merge_yaml
 
 
 def by_method(stage, inputs, folder):

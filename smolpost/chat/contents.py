@@ -67,7 +67,7 @@ def locate(conversation, text, spans, vocabulary, *, exact):
         conversation: A `smolpost.chat.render.Conversation`.
         text: Its rendering.
         spans: [smolpost.chat.spans.Span] of its replies.
-        vocabulary: `smolpost.chat.pieces.Vocabulary`.
+        vocabulary: `smolpost.chat.text_pieces.Vocabulary`.
         exact: Ask the template also where a text occurs once.
     Returns:
         [Content] ascending, and [(start, end)] of the control tokens that are only text; the contents are None where

@@ -18,7 +18,7 @@ def controls(conversation, vocabulary):
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
-        vocabulary: `smolpost.chat.pieces.Vocabulary`.
+        vocabulary: `smolpost.chat.text_pieces.Vocabulary`.
     Yields:
         (place, token): the first one of each text, by the name of its message or variable.
     """

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from smolpost.chat.contents import locate
 from smolpost.chat.fates import Fate
-from smolpost.chat.pieces import Ranges, check_encodable, vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, text_of
 from smolpost.chat.shown import losses
 from smolpost.chat.spans import EndlessTurn, assistant_turns, check_stop, generation_spans, prefix_spans, turn_end
+from smolpost.chat.text_pieces import Ranges, check_encodable, vocabulary_of
 from smolpost.errors import UserError
 
 MAX_BY_PREFIXES = 1000  # replies of a conversation, which is rendered twice for each: seconds

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.layout import MAX_BY_PREFIXES, REPLIES, Layout, Policy, lay_out, one_each, without_flags
-from smolpost.chat.pieces import Piece, vocabulary_of
 from smolpost.chat.render import clean_messages, conversation_of
 from smolpost.chat.shown import Loss
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans
+from smolpost.chat.text_pieces import TextPiece, vocabulary_of
 from smolpost.errors import UserError
 
 
@@ -223,7 +223,7 @@ def _tokenize(tokenizer, layouts):
 
 
 def _painted(layout):
-    """[(Piece, the ranges that reach into it)]."""
+    """[(TextPiece, the ranges that reach into it)]."""
     painted, first = [], 0
     for start, end, plain in layout.pieces:
         while first < len(layout.ranges) and layout.ranges[first][1] <= start:
@@ -235,7 +235,7 @@ def _painted(layout):
             i += 1
         whole = not ranges or (len(ranges) == 1 and ranges[0][0] <= start and ranges[0][1] >= end)
         offsets = not whole or start < layout.boundary < end
-        painted.append((Piece(layout.text[start:end], start, plain, offsets), ranges))
+        painted.append((TextPiece(layout.text[start:end], start, plain, offsets), ranges))
     return painted
 
 

@@ -1,6 +1,6 @@
 """Parquet files, folders of `datasets.save_to_disk` and Hub datasets, cut into pieces and read.
 
-Their rows come with one schema for all, where a missing key is None; `sources.read_piece` removes those keys.
+Their rows come with one schema for all, where a missing key is None; `sources.read_slice` removes those keys.
 """
 
 import itertools
@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smolpost.data.paths import is_hub_id, one_line, readable
-from smolpost.data.piece import Piece, cut_rows
 from smolpost.data.rows import Row, check_size, parse_json
+from smolpost.data.source_slice import SourceSlice, cut_rows
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -21,22 +21,22 @@ BATCH_BYTES = 16 * 2**20  # of Arrow data turned into rows at a time
 PARQUET = ("Parquet file", "write it again")
 
 
-def cut_dataset(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
+def cut_dataset(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
     num_rows = len(opened_dataset(source, path, again=True))
     stop = min(stop, num_rows)
-    return cut_rows(path, [*range(skip, stop, rows_per_piece), stop]), num_rows
+    return cut_rows(path, [*range(skip, stop, rows_per_slice), stop]), num_rows
 
 
-def cut_parquet(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
-    """Cut at row groups; small ones are joined, and those above rows_per_piece are cut into ranges."""
+def cut_parquet(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
+    """Cut at row groups; small ones are joined, and those above rows_per_slice are cut into ranges."""
     with readable(path, *PARQUET), pq.ParquetFile(path) as file:
         ends = group_starts(file)[1:]
     edges = [skip]
     for begin, end in itertools.pairwise([skip, *(min(end, stop) for end in ends if end > skip)]):
-        if end - edges[-1] > rows_per_piece and begin > edges[-1]:
+        if end - edges[-1] > rows_per_slice and begin > edges[-1]:
             edges.append(begin)
-        while end - edges[-1] > rows_per_piece:
-            edges.append(edges[-1] + rows_per_piece)
+        while end - edges[-1] > rows_per_slice:
+            edges.append(edges[-1] + rows_per_slice)
     return cut_rows(path, [*edges, min(stop, ends[-1])] if ends else []), ends[-1] if ends else 0
 
 
@@ -46,7 +46,7 @@ def group_starts(file: pq.ParquetFile) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
 
-def dataset_rows(source: Source, piece: Piece) -> Iterator[Row]:
+def dataset_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
     dataset = opened_dataset(source, piece.path)
     table = dataset.data
     step = rows_at_a_time(table.nbytes, table.num_rows)
@@ -92,7 +92,7 @@ class ParquetReader:
 _parked: dict[tuple, ParquetReader] = {}
 
 
-def parquet_rows(source: Source, piece: Piece) -> Iterator[Row]:
+def parquet_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
     with readable(piece.path, *PARQUET):
         stat = os.stat(piece.path)
         key = (os.getpid(), piece.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)

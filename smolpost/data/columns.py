@@ -22,7 +22,7 @@ CONVERSATIONS = ("messages", "chosen", "rejected")
 
 
 def as_row(row: Row, source: Source) -> Row:
-    """The row, as `read_piece` gives it, in our columns: by source.rename, by source.columns, then the keys by level.
+    """The row, as `read_slice` gives it, in our columns: by source.rename, by source.columns, then the keys by level.
 
     smoltalk2 rows stay as they are, apart from shapes that are told by their columns: `conversations` of role and
     content, TRL's `prompt` and `completion` (the completion trains), Llama-Nemotron's `input` list and `output`, xLAM's

@@ -5,8 +5,8 @@ import json
 import re
 from collections.abc import Iterator
 
-from smolpost.data.piece import Piece
 from smolpost.data.rows import Row, check_size, kind_of, parse_json
+from smolpost.data.source_slice import SourceSlice
 from smolpost.errors import UserError
 
 PEEKED = 4096  # bytes in which a list must begin
@@ -25,8 +25,8 @@ def begins_list(file: io.BufferedReader) -> bool:
 
 
 def cut_list(
-    content: bytes, path: str, begin: int, skip: int, stop: int, rows_per_piece: int
-) -> tuple[list[Piece], int]:
+    content: bytes, path: str, begin: int, skip: int, stop: int, rows_per_slice: int
+) -> tuple[list[SourceSlice], int]:
     """Pieces of the rows from skip to stop, and the number of rows.
 
     Args:
@@ -38,7 +38,7 @@ def cut_list(
     found, edges, place, offset, count = [], [], 0, begin, 0
     for first, end in elements(text, path):
         offset += len(text[place:first].encode())
-        if skip <= count < stop and (count - skip) % rows_per_piece == 0:
+        if skip <= count < stop and (count - skip) % rows_per_slice == 0:
             edges.append((count, offset))
         offset += len(text[first:end].encode())
         place, count = end, count + 1
@@ -46,7 +46,7 @@ def cut_list(
             last = (count, offset)
     for i, (row, start) in enumerate(edges):
         after, finish = edges[i + 1] if i + 1 < len(edges) else last
-        found.append(Piece(path, "", start, finish, row + 1, row, after - row))
+        found.append(SourceSlice(path, "", start, finish, row + 1, row, after - row))
     return found, count
 
 

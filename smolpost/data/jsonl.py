@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from smolpost.data.json_list import begins_list, count_elements, cut_list, list_rows
 from smolpost.data.paths import COMPRESSIONS, readable
-from smolpost.data.piece import ANY_NUMBER, Piece, cut_rows
 from smolpost.data.rows import Row, check_size, parse_row
+from smolpost.data.source_slice import ANY_NUMBER, SourceSlice, cut_rows
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -26,18 +26,18 @@ OTHER_BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }  # fmt: skip
 
 
-def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
+def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
     """Pieces of the rows from skip to stop, and the number of rows found up to stop."""
     with readable(path, "text file", "check its permissions"), open(path, "rb") as file:
         begin = text_begin(file.read(4), path)
         file.seek(begin)
         if begins_list(file):
-            return cut_list(file.read(), path, begin, skip, stop, rows_per_piece)
+            return cut_list(file.read(), path, begin, skip, stop, rows_per_slice)
         edges = [(0, begin, 1)] if not skip else []
         count, last = 0, None
         for ends, lines in row_ends(file, begin):
             rows = count + 1 + np.arange(len(ends))
-            cut = (rows >= skip) & (rows <= stop) & (((rows - skip) % rows_per_piece == 0) | (rows == stop))
+            cut = (rows >= skip) & (rows <= stop) & (((rows - skip) % rows_per_slice == 0) | (rows == stop))
             edges += zip(rows[cut].tolist(), ends[cut].tolist(), lines[cut].tolist(), strict=True)
             count, last = count + len(ends), (int(ends[-1]), int(lines[-1]))
             if count >= stop:
@@ -45,13 +45,15 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_piece: i
     if edges and edges[-1][0] < min(count, stop):
         edges.append((count, *last))
     found = [
-        Piece(path, "jsonl", begin, end, line, row, after - row)
+        SourceSlice(path, "jsonl", begin, end, line, row, after - row)
         for (row, begin, line), (after, end, _) in itertools.pairwise(edges)
     ]
     return found, count
 
 
-def cut_compressed(source: Source, path: str, skip: int, stop: int, rows_per_piece: int) -> tuple[list[Piece], int]:
+def cut_compressed(
+    source: Source, path: str, skip: int, stop: int, rows_per_slice: int
+) -> tuple[list[SourceSlice], int]:
     with uncompressed(path) as file:
         count = 0
         if begins_list(file):
@@ -93,7 +95,7 @@ def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.array([offset]), np.array([lines_before + 2])
 
 
-def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
+def jsonl_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
     with open(piece.path, "rb") as file:
         file.seek(text_begin(file.read(4), piece.path))
         as_list = begins_list(file)
@@ -105,7 +107,7 @@ def jsonl_rows(source: Source, piece: Piece) -> Iterator[Row]:
             yield from parsed_rows(file, piece.path, source.max_row_bytes, piece.line, piece.end - piece.begin)
 
 
-def compressed_rows(source: Source, piece: Piece) -> Iterator[Row]:
+def compressed_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
     with uncompressed(piece.path) as file:
         if begins_list(file):
             rows = list_rows(file.read(), piece.path, source.max_row_bytes)

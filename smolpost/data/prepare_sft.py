@@ -10,9 +10,9 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
+from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
 from smolpost.data.report import write_report
-from smolpost.data.taken import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
 from smolpost.schema import Mixture, SFTStage

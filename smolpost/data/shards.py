@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.data.piece import Piece
-from smolpost.data.sources import read_piece
+from smolpost.data.source_slice import SourceSlice
+from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
 from smolpost.progress import Progress
@@ -39,7 +39,7 @@ class Shard:
 
     folder: Path
     source: Source
-    piece: Piece
+    piece: SourceSlice
     rows: np.ndarray
 
     @property
@@ -78,7 +78,7 @@ class Tokenize:
         shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
         kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_piece(shard.source, shard.piece), taken))
+        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
         num_refused, fault = 0, None
         with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
             try:

@@ -10,8 +10,8 @@ from pathlib import Path
 from smolpost.data.arrow_rows import cut_dataset, cut_parquet, dataset_rows, parquet_rows
 from smolpost.data.jsonl import compressed_rows, cut_compressed, cut_jsonl, jsonl_rows
 from smolpost.data.paths import is_hub_id, parts, saved_entry
-from smolpost.data.piece import ANY_NUMBER, Piece
 from smolpost.data.rows import Row, without_nulls
+from smolpost.data.source_slice import ANY_NUMBER, SourceSlice
 from smolpost.errors import UserError
 from smolpost.files import sha256
 from smolpost.schema import Source
@@ -34,23 +34,23 @@ def read_rows(source: Source, *, faults: bool = False) -> Iterator[tuple[int, Ro
     Yields:
         (number, row), number as in Row.
     Raises:
-        UserError: As `pieces` and `read_piece`, or a row cannot be read.
+        UserError: As `slices` and `read_slice`, or a row cannot be read.
     """
-    for piece in pieces(source, READ_ROWS):
-        for row in read_piece(source, piece):
+    for piece in slices(source, READ_ROWS):
+        for row in read_slice(source, piece):
             if row.fault and not faults:
                 raise UserError(row.fault)
             yield row.number, row
 
 
-def pieces(source: Source, rows_per_piece: int) -> list[Piece]:
+def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
     """The rows of a source from first_row on, at most max_rows, cut into pieces; together they are all rows in order.
 
     A path is a JSONL (also .gz, .zst) or Parquet file, a pattern for such files, a folder of `datasets.save_to_disk`,
     a folder of such files, or, where it is relative, a Hub id. Nothing is parsed; JSONL is searched for line ends.
 
     Args:
-        rows_per_piece: At most this many; a compressed file is one piece, as it cannot be entered in its middle.
+        rows_per_slice: At most this many; a compressed file is one piece, as it cannot be entered in its middle.
     Raises:
         UserError: The path or split does not exist, a file is empty, no JSONL text or no Parquet, or no row is left.
     """
@@ -62,7 +62,7 @@ def pieces(source: Source, rows_per_piece: int) -> list[Piece]:
     skip, left = source.first_row, ANY_NUMBER if source.max_rows is None else source.max_rows
     found, first = [], 0
     for path, kind in parts(source):
-        cut, num_rows = CUTTERS[kind](source, path, skip, skip + left, rows_per_piece)
+        cut, num_rows = CUTTERS[kind](source, path, skip, skip + left, rows_per_slice)
         if not num_rows:
             raise UserError(f"{path}: is empty; expected at least one row; delete the file or write it again")
         for piece in cut:
@@ -77,7 +77,7 @@ def pieces(source: Source, rows_per_piece: int) -> list[Piece]:
     return found
 
 
-def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
+def read_slice(source: Source, piece: SourceSlice) -> Iterator[Row]:
     """The rows of one piece, in any process, without the keys that hold null; a row that cannot be read says why
     (`Row.fault`).
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from smolpost import schema
-from smolpost.doctor import batch, text
-from smolpost.doctor.case import Case, NotChecked, one_line
+from smolpost.doctor import check_batches, check_texts
+from smolpost.doctor.stage_sample import Case, NotChecked, one_line
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.steps import input_folders
@@ -24,69 +24,69 @@ STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 SFT, APO = ("sft",), ("apo",)
 # Name -> kinds of stages it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
-    "rows": (SFT + APO, text.rows_are_valid, "do what the line says, or delete these rows of data={data}"),
+    "rows": (SFT + APO, check_texts.rows_are_valid, "do what the line says, or delete these rows of data={data}"),
     "template": (
         SFT + APO,
-        text.template_round_trip,
+        check_texts.template_round_trip,
         "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
     ),
     "stop token": (
         SFT + APO,
-        batch.replies_stop,
+        check_batches.replies_stop,
         "end each reply with a control token of the tokenizer inside its generation span; stages.{stage}.template",
     ),
     "mask": (
         SFT,
-        batch.mask_is_policy,
+        check_batches.mask_is_policy,
         "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
-    "shared prompt": (APO, batch.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
+    "shared prompt": (APO, check_batches.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
     "pair mask": (
         APO,
-        batch.pair_mask_is_policy,
+        check_batches.pair_mask_is_policy,
         "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
     "control tokens": (
         SFT + APO,
-        text.users_write_no_control_tokens,
+        check_texts.users_write_no_control_tokens,
         "delete rows of data={data} in which users write such tokens, and report this as a bug of smolpost",
     ),
     "packing": (
         SFT,
-        batch.packed_equals_unpacked,
+        check_batches.packed_equals_unpacked,
         f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps documents apart",
     ),
     "pairs": (
         APO,
-        batch.pair_equals_two_sequences,
+        check_batches.pair_equals_two_sequences,
         f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps the sides apart",
     ),
     "reference loss": (
         APO,
-        batch.loss_at_reference,
+        check_batches.loss_at_reference,
         "report this as a bug of smolpost, with the stage's settings",
     ),
     "accumulation": (
         SFT + APO,
-        batch.accumulation,
+        check_batches.accumulation,
         "report this as a bug of smolpost, with the model's config.json",
     ),
-    "equal pairs": (APO, batch.sides_differ, "delete the pairs of data={data} whose sides render alike"),
+    "equal pairs": (APO, check_batches.sides_differ, "delete the pairs of data={data} whose sides render alike"),
     "chat parity": (
         SFT + APO,
-        text.chat_parity,
+        check_texts.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
         "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same, and a "
         "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (
         SFT + APO,
-        batch.vocabulary,
+        check_batches.vocabulary,
         "resize and initialise the checkpoint's embeddings for its tokenizer; use a tokenizer that knows the text",
     ),
     "lengths": (
         SFT + APO,
-        text.lengths,
+        check_texts.lengths,
         "raise stages.{stage}.max_seq_len, or set stages.{stage}.overlong=truncate or drop; keep rows within "
         "the model's context, or raise stages.{stage}.max_position_embeddings",
     ),

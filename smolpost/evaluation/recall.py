@@ -11,7 +11,7 @@ from smolpost.chat.reasoning import split_reasoning
 from smolpost.data.tasks import KEYS, recall_row
 from smolpost.errors import UserError
 from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.fitting import largest
+from smolpost.evaluation.fit_length import largest
 from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.schema import RecallTask
 

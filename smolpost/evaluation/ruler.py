@@ -18,7 +18,7 @@ from smolpost.data.sources import read_rows
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.fitting import fitted
+from smolpost.evaluation.fit_length import fitted
 from smolpost.evaluation.haystack import text_pieces
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, Problem, Question
 from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies

@@ -13,9 +13,9 @@ from smolpost.data.sources import read_rows
 from smolpost.data.tools import json_schema_tool
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
-from smolpost.evaluation.call_match import TYPES, mismatch
-from smolpost.evaluation.calls import TAGS, Call, read_calls
+from smolpost.evaluation.bfcl_match import TYPES, mismatch
 from smolpost.evaluation.engine import Engine, Reply
+from smolpost.evaluation.parse_calls import TAGS, Call, read_calls
 from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
 from smolpost.schema import Source, ToolCallsTask
 

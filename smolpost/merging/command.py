@@ -75,7 +75,8 @@ def merge_command(
         OSError: The disk became full, among others; nothing is left behind.
     """
     # Importing torch takes a second; `smolpost --help` does not need it.
-    from smolpost.merging import linear, methods
+    from smolpost.merging import linear
+    from smolpost.merging.mergekit import methods
 
     common = {"allow_template_change": allow_template_change, "no_tokenizer": no_tokenizer, "threads": threads}
     if config is not None:

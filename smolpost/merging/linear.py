@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from smolpost.errors import UserError
-from smolpost.merging import mergekit
+from smolpost.merging.build import Job, Made, build
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.draft import Job, Made, build
+from smolpost.merging.mergekit import mean
 from smolpost.merging.preflight import ENGINES, VERIFICATIONS, check_choice, check_request, check_sum, check_values
 from smolpost.merging.shards import SHARD_BYTES, NotFinite, write_mean
 from smolpost.merging.verify import compare_with_mean
@@ -69,7 +69,7 @@ def merge(
     def write(full, donor, draft, finished) -> Made:
         if engine == "mergekit":
             check_values(full, donor.tensors)
-            mergekit.write_mean(full, donor, draft, dtype, limit=shard_bytes, finished=finished)
+            mean.write_mean(full, donor, draft, dtype, limit=shard_bytes, finished=finished)
         else:
             _write_ours(full, draft, dtype, threads=threads, limit=shard_bytes, finished=finished)
         return Made()

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from smolpost.merging.mergekit_plan import in_users_words
+from smolpost.merging.mergekit.plan import in_users_words
 from smolpost.merging.shards import write_json
 
 

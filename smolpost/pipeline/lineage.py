@@ -31,7 +31,7 @@ CODE = {  # where the code that decides a step's result begins; what it imports 
     "reference": ("training/reference.py", *MODEL),
     "pairs": ("synthesis/pairs.py", "model/loading.py", *ROWS),
     "merge": ("merging/linear.py", "merging/trajectory.py"),
-    "mergekit": ("merging/methods.py",),
+    "mergekit": ("merging/mergekit/methods.py",),
     "sweep": ("merging/sweep.py", *CHOOSING),
     "greedy": ("merging/greedy.py", *CHOOSING),
     "task": ("evaluation/run.py", "evaluation/engine.py", "model/loading.py", *ROWS),  # and the task's own file

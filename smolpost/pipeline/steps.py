@@ -132,9 +132,9 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     """Tokenize, mask and pack a training stage's rows, once for all its seeds."""
     from transformers import AutoTokenizer
 
+    from smolpost.data.ledger import DROPPED, RefusedRows, refused_rows
     from smolpost.data.prepare import prepare as prepare_rows
     from smolpost.data.report import format_report
-    from smolpost.data.taken import DROPPED, RefusedRows, refused_rows
     from smolpost.training.start import check_start
 
     config = stage.plan.config

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.chat.masks import Policy, encode, encode_batch, encode_pair, trained_by_prefixes
-from smolpost.chat.pieces import vocabulary_of
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import load_template, render
+from smolpost.chat.text_pieces import vocabulary_of
 from smolpost.errors import UserError
 
 DAY = "01 July 2025"

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolpost.data import arrow_rows
-from smolpost.data.sources import fingerprint, pieces, read_piece
+from smolpost.data.sources import fingerprint, read_slice, slices
 from smolpost.errors import UserError
 from smolpost.schema import Source
-from tests.reading import check_pieces, read, saved
+from tests.reading import check_slices, read, saved
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 CHAT = {"messages": [USER, REPLY]}
@@ -93,9 +93,9 @@ def test_parquet_pieces(tmp_path_factory, groups, size, first_row, max_rows, bat
         patch.setattr(arrow_rows, "rows_at_a_time", lambda *_: batch)
         if not expected:
             with pytest.raises(UserError, match="no row is left"):
-                pieces(source, size)
+                slices(source, size)
             return
-        cut = check_pieces(source, size, expected)
+        cut = check_slices(source, size, expected)
     for piece in cut:  # a piece that crosses a row group's end holds whole groups only, or the rest of a cut one
         inner = [end for end in ends if piece.begin < end < piece.end]
         assert not inner or piece.end in (*ends, first_row + len(expected))
@@ -115,8 +115,8 @@ def test_pieces_of_one_row_group_decode_it_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pq, "ParquetFile", Counted)
     monkeypatch.setattr(arrow_rows, "rows_at_a_time", lambda *_: 10)
     source = Source(path=str(tmp_path / "rows.parquet"))
-    cut = pieces(source, 7)
-    assert [row for piece in cut for row in read_piece(source, piece)] == rows
+    cut = slices(source, 7)
+    assert [row for piece in cut for row in read_slice(source, piece)] == rows
     assert decoded == [10] * 6
 
 
@@ -124,9 +124,9 @@ def test_datasets_folder_pieces_and_joined_splits(tmp_path):
     both = {name: saved(tmp_path / "both" / name, rows) for name, rows in (("train", 5), ("test", 3))}
     (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     source = Source(path=str(tmp_path / "both"), split="test+train")
-    cut = check_pieces(source, 2, both["test"] + both["train"])
+    cut = check_slices(source, 2, both["test"] + both["train"])
     assert [piece.num_rows for piece in cut] == [2, 1, 2, 2, 1]
-    assert [piece.num_rows for piece in pieces(Source(path=source.path, first_row=1, max_rows=3), 2)] == [2, 1]
+    assert [piece.num_rows for piece in slices(Source(path=source.path, first_row=1, max_rows=3), 2)] == [2, 1]
     assert [Path(row.path).name for _, row in read(source.path, split="test", first_row=2)] == ["test"]
     with pytest.raises(
         UserError, match=r"no split 'train\[:2\]'; .* slices are for Hub ids, use first_row and max_rows"
@@ -143,8 +143,8 @@ def test_hub_pieces(monkeypatch):
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    check_pieces(Source(path="org/name", split="a+b[:3]"), 2, rows)
-    assert calls == ["a+b[:3]"] * 2  # once by each `pieces`, never by a piece
+    check_slices(Source(path="org/name", split="a+b[:3]"), 2, rows)
+    assert calls == ["a+b[:3]"] * 2  # once by each `slices`, never by a piece
 
 
 def test_json_columns_are_read(tmp_path):

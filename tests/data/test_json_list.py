@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from smolpost.data.sources import pieces, read_piece, read_rows
+from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
 from smolpost.schema import Source
 
@@ -23,8 +23,8 @@ def test_rows_of_a_list_are_those_of_jsonl(tmp_path, indent, suffix, begin):
         source = Source(path=str(file), first_row=first_row, max_rows=max_rows)
         expected = list(enumerate(ROWS, start=1))[first_row:][:max_rows]
         assert list(read_rows(source)) == expected
-        cut = pieces(source, 4)
-        assert [row for piece in cut for row in read_piece(source, piece)] == [row for _, row in expected]
+        cut = slices(source, 4)
+        assert [row for piece in cut for row in read_slice(source, piece)] == [row for _, row in expected]
         assert sum(piece.num_rows for piece in cut) == len(expected)
         if not suffix.endswith(".gz"):
             assert max(piece.num_rows for piece in cut) <= 4

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from smolpost.data import jsonl
 from smolpost.data.paths import COMPRESSIONS
 from smolpost.data.rows import without_nulls
-from smolpost.data.sources import pieces, read_piece, read_rows
+from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
 from smolpost.schema import Source
-from tests.reading import ROWS, check_pieces, read
+from tests.reading import ROWS, check_slices, read
 
 
 def test_jsonl_rows_keep_their_own_keys_and_line_numbers(write_jsonl):
@@ -72,18 +72,18 @@ def test_jsonl_pieces(tmp_path_factory, lines, indent, end, last_end, mark, wind
         patch.setattr(jsonl, "WINDOW_BYTES", max(window, 4) if suffix else window)
         if not expected:
             with pytest.raises(UserError, match="no row is left" if numbered else "is empty"):
-                pieces(source, size)
+                slices(source, size)
             return
-        check_pieces(source, size, [row for _, row in expected], whole=bool(suffix))
+        check_slices(source, size, [row for _, row in expected], whole=bool(suffix))
     assert list(read_rows(source)) == expected
 
 
 def test_a_broken_line_is_its_own_rows_fault(write_jsonl):
     path = write_jsonl([ROWS[0], ROWS[1], '{"text"', ROWS[2]])
     source = Source(path=path)
-    good, bad = pieces(source, 2)
-    assert list(read_piece(source, good)) == ROWS[:2]
-    broken, whole = read_piece(source, bad)
+    good, bad = slices(source, 2)
+    assert list(read_slice(source, good)) == ROWS[:2]
+    broken, whole = read_slice(source, bad)
     assert broken.fault.startswith(f"{path}:3: is no JSON") and broken.number == 3
     assert (whole, whole.number, whole.fault) == (ROWS[2], 4, None)
     with pytest.raises(UserError, match=r"rows.jsonl:3: is no JSON"):
@@ -98,7 +98,7 @@ def test_counting_does_not_parse(tmp_path):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        cut = pieces(Source(path=str(path)), 1000)
+        cut = slices(Source(path=str(path)), 1000)
         seconds.append(time.perf_counter() - start)
     assert len(cut) == 100
     assert path.stat().st_size / 1e6 / min(seconds) > 200  # MB/s; 2000 on an idle core, where json.loads reaches 130

@@ -8,7 +8,7 @@ from datasets.data_files import get_data_patterns, resolve_pattern
 
 from smolpost.errors import UserError
 from smolpost.schema import Source
-from tests.reading import ROWS, check_pieces, read
+from tests.reading import ROWS, check_slices, read
 
 
 def test_plain_folder_reads_its_files_by_name(tmp_path, write_jsonl):
@@ -29,8 +29,8 @@ def test_patterns(tmp_path, write_jsonl):
     pq.write_table(pa.Table.from_pylist(ROWS[2:]), tmp_path / "sub" / "part-3.parquet")
     assert [row for _, row in read(tmp_path / "part-*.jsonl")] == ROWS[:2]
     assert [row for _, row in read(tmp_path / "**" / "part-[13].*")] == [ROWS[0], ROWS[2]]
-    check_pieces(Source(path=str(tmp_path / "**" / "*-*"), first_row=1), 2, ROWS[1:])
-    check_pieces(Source(path=str(tmp_path / "**" / "*-*"), first_row=2), 2, ROWS[2:])
+    check_slices(Source(path=str(tmp_path / "**" / "*-*"), first_row=1), 2, ROWS[1:])
+    check_slices(Source(path=str(tmp_path / "**" / "*-*"), first_row=2), 2, ROWS[2:])
     with pytest.raises(UserError, match=r"rest-\*.jsonl: matches no file; check the pattern"):
         read(tmp_path / "rest-*.jsonl")
     with pytest.raises(UserError, match=r"part-\*.jsonl: has no split 'test'; expected one of train"):

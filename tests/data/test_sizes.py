@@ -12,7 +12,7 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template
 from smolpost.data.rows import MAX_DEPTH
-from smolpost.data.sources import pieces, read_piece, read_rows
+from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
 from smolpost.schema import Mixture, SFTStage, Source
 from tests.families import byte_level
@@ -112,8 +112,8 @@ def test_a_line_at_the_limit_is_read_and_one_above_is_not(write, end, tmp_path, 
 def test_a_line_that_begins_with_a_page_of_blanks_is_one_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text(" " * 99 + '{"text": "a"}\n{"text": "b"}\n')
     source = Source(path=str(tmp_path / "rows.jsonl"), max_row_bytes=20)
-    [piece] = pieces(source, 10)
-    assert [bool(row.fault) for row in read_piece(source, piece)] == [True, False]
+    [piece] = slices(source, 10)
+    assert [bool(row.fault) for row in read_slice(source, piece)] == [True, False]
 
 
 def test_many_rows_that_are_large_together_are_read(tmp_path):

@@ -2,10 +2,10 @@ import multiprocessing
 
 import pytest
 
-from smolpost.data.sources import fingerprint, pieces, read_piece
+from smolpost.data.sources import fingerprint, read_slice, slices
 from smolpost.errors import UserError
 from smolpost.schema import Source
-from tests.reading import ROWS, check_pieces, read, saved
+from tests.reading import ROWS, check_slices, read, saved
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_empty_files_are_refused_among_others(tmp_path, write_jsonl):
 def test_other_processes_read_pieces(write_jsonl):
     source = Source(path=write_jsonl([{"text": str(i)} for i in range(50)]))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        rows = pool.starmap(rows_of, [(source, piece) for piece in pieces(source, 20)])
+        rows = pool.starmap(rows_of, [(source, piece) for piece in slices(source, 20)])
     assert [[row["text"] for row in part] for part in rows] == [
         [str(i) for i in span] for span in (range(20), range(20, 40), range(40, 50))
     ]
@@ -78,21 +78,21 @@ def test_other_processes_read_pieces(write_jsonl):
 
 
 def rows_of(source, piece):
-    return list(read_piece(source, piece))
+    return list(read_slice(source, piece))
 
 
 def test_pieces_end_with_max_rows(write_jsonl):
     rows = [{"text": str(i)} for i in range(10)]
-    cut = check_pieces(Source(path=write_jsonl(rows), first_row=1, max_rows=3), 2, rows[1:4])
+    cut = check_slices(Source(path=write_jsonl(rows), first_row=1, max_rows=3), 2, rows[1:4])
     assert [(piece.first, piece.num_rows, piece.line) for piece in cut] == [(0, 2, 2), (2, 1, 4)]
 
 
 def test_a_file_that_changes_between_counting_and_reading_is_refused(write_jsonl):
     source = Source(path=write_jsonl(ROWS))
-    cut = pieces(source, 9)
+    cut = slices(source, 9)
     write_jsonl(ROWS[:2])
     with pytest.raises(UserError, match=r"rows.jsonl: has 2 rows from row 1 on, where 3 were counted: it was changed"):
-        list(read_piece(source, cut[0]))
+        list(read_slice(source, cut[0]))
 
 
 def test_fingerprint_follows_content_and_not_settings(tmp_path, write_jsonl):

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from smolpost.chat.masks import Encoded
 from smolpost.chat.render import load_template, render
 from smolpost.data.collate import collate_packs
-from smolpost.doctor import case as doctor_case
-from smolpost.doctor import text as doctor_text
+from smolpost.doctor import check_texts as doctor_text
+from smolpost.doctor import stage_sample as doctor_case
 from smolpost.doctor.checks import Check, diagnose, exit_code, report
 from smolpost.errors import UserError
 from smolpost.model import attention

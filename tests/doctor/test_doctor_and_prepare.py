@@ -5,7 +5,7 @@ import re
 import pytest
 from clinic import ASK, TURNS, conversations, failed, pairs
 
-from smolpost.doctor import case as doctor_case
+from smolpost.doctor import stage_sample as doctor_case
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest, steps
 

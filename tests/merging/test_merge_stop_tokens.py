@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, SmolLM3ForCausalLM
 
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.linear import merge
-from smolpost.merging.methods import merge_method
+from smolpost.merging.mergekit.methods import merge_method
 from smolpost.merging.stop_tokens import differing, stop_token_ids
 from tests.merging.checkpoints import edit_config, save_checkpoint, save_tokenizer, weights
 

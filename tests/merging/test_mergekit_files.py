@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from smolpost.merging.methods import merge_yaml
+from smolpost.merging.mergekit.methods import merge_yaml
 from tests.merging.checkpoints import WORDS, save_model, save_tokenizer, weights
 
 LLAMA = {

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from smolpost.errors import UserError
 from smolpost.merging.linear import merge
-from smolpost.merging.methods import merge_yaml
+from smolpost.merging.mergekit.methods import merge_yaml
 from tests.merging.checkpoints import edit_config, edit_weights, mean, save_adapter, save_model, save_tokenizer, weights
 from tests.merging.test_mergekit_files import same_bits, save_llama, theirs
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from smolpost.errors import UserError
 from smolpost.merging.linear import merge
-from smolpost.merging.methods import merge_method, merge_yaml
+from smolpost.merging.mergekit.methods import merge_method, merge_yaml
 from tests.merging.checkpoints import WORDS, mean, weights
 from tests.merging.test_mergekit_files import same_bits, save_llama, theirs
 

@@ -152,7 +152,8 @@ def test_memory_is_a_few_chunks_per_thread(tmp_path, monkeypatch):
 SLOW_MERGE = """
 import sys, time
 from pathlib import Path
-from smolpost.merging import draft, linear
+from smolpost.merging import linear
+from smolpost.merging import build
 step = sys.argv[4]
 def slow(module, name):
     function = getattr(module, name)

@@ -9,13 +9,14 @@ import torch
 
 from smolpost.errors import UserError
 from smolpost.files import workplace
-from smolpost.merging import linear, mergekit
+from smolpost.merging import linear
 from smolpost.merging.adapters import base_of, is_adapter
+from smolpost.merging.build import Job, Made, build
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.draft import Job, Made, build
-from smolpost.merging.mergekit_config import STOCHASTIC, check_config, check_filters, method_of
-from smolpost.merging.mergekit_file import Document, entries, read_file
-from smolpost.merging.mergekit_plan import planned, without_embedding
+from smolpost.merging.mergekit import mean
+from smolpost.merging.mergekit.config import STOCHASTIC, check_config, check_filters, method_of
+from smolpost.merging.mergekit.plan import planned, without_embedding
+from smolpost.merging.mergekit.yaml_file import Document, entries, read_file
 from smolpost.merging.preflight import ENGINES, WEIGHT_TOLERANCE, check_choice, check_out, check_request, check_values
 from smolpost.merging.shards import SHARD_BYTES
 from smolpost.merging.tokenizer import template_text, write_tokenizer
@@ -225,7 +226,7 @@ def _merge(
             check_filters(config, plan.names)
             resolved = [_normalized(entry) for entry in plan.resolved] if method == "linear" else plan.resolved
             template = chat_template and template_text(chat_template, plan.references)
-            mergekit.write_result(plan, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
+            mean.write_result(plan, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
         report = {"resolved": resolved if len(resolved) > 1 else [resolved[0] | {"tensors": "all"}]}
         if plan.vocabulary:
             report["tokenizer"] = config["tokenizer"].get("source", "union")

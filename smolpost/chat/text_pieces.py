@@ -20,7 +20,7 @@ from smolpost.errors import UserError
 _known = WeakKeyDictionary()
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of a rendering that is tokenized by itself.
 
     Attributes:
@@ -103,7 +103,7 @@ class Vocabulary:
         """Token ids of pieces.
 
         Args:
-            pieces: [P] Piece.
+            pieces: [P] TextPiece.
         Returns:
             [P] (ids, num_before): num_before(place) is how many of the tokens begin before a place in the rendering;
             None where not asked for.

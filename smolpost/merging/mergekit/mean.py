@@ -12,7 +12,7 @@ import torch
 
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.mergekit_plan import Plan, in_users_words, planned
+from smolpost.merging.mergekit.plan import Plan, in_users_words, planned
 from smolpost.merging.shards import SHARD_BYTES, NotFinite, write_tensors
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smolpost.evaluation.calls import Call, read_calls
+from smolpost.evaluation.parse_calls import Call, read_calls
 
 
 def xml(*blocks):

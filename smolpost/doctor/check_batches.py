@@ -12,11 +12,11 @@ import numpy as np
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Policy, encode, trained_by_prefixes
-from smolpost.chat.pieces import vocabulary_of
 from smolpost.chat.render import clean_messages
+from smolpost.chat.text_pieces import vocabulary_of
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.tokenize import check_tags, policy_of
-from smolpost.doctor.case import Case, NotChecked, conversations, difference
+from smolpost.doctor.stage_sample import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 
 
@@ -268,40 +268,40 @@ def sides_differ(case: Case) -> tuple[bool, str]:
 
 
 def packed_equals_unpacked(case: Case) -> tuple[bool, str]:
-    from smolpost.doctor import steps
+    from smolpost.doctor import training_steps
 
-    return steps.packed_equals_unpacked(case.model_to_run(), case.short_documents(), case.environment)
+    return training_steps.packed_equals_unpacked(case.model_to_run(), case.short_documents(), case.environment)
 
 
 def pair_equals_two_sequences(case: Case) -> tuple[bool, str]:
-    from smolpost.doctor import steps
+    from smolpost.doctor import training_steps
 
     rows = case.short_pairs.with_format("numpy")
-    return steps.pair_equals_two_sequences(case.model_to_run(), [*rows], case.environment)
+    return training_steps.pair_equals_two_sequences(case.model_to_run(), [*rows], case.environment)
 
 
 def accumulation(case: Case) -> tuple[bool, str]:
-    from smolpost.doctor import steps
+    from smolpost.doctor import training_steps
 
     for other in ("packing", "pairs"):
         if other in case.failed:
             raise NotChecked(f"forward passes of several rows cannot be compared, see {other}")
     if case.config.kind == "apo":
-        return steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
-    return steps.sft_accumulation(
+        return training_steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
+    return training_steps.sft_accumulation(
         case.config, case.model_to_run(), case.tokenizer, case.short_documents(), case.environment, case.folder
     )
 
 
 def loss_at_reference(case: Case) -> tuple[bool, str]:
-    from smolpost.doctor import steps
+    from smolpost.doctor import training_steps
 
-    return steps.loss_at_reference(case.config, case.pair_steps, case.environment)
+    return training_steps.loss_at_reference(case.config, case.pair_steps, case.environment)
 
 
 def vocabulary(case: Case) -> tuple[bool, str]:
-    from smolpost.doctor import steps
+    from smolpost.doctor import training_steps
 
     case.need("sample", "rows")
     ids = np.concatenate([np.array(ids) for sides in case.ids for ids in sides])
-    return steps.vocabulary(case.model, case.tokenizer, ids)
+    return training_steps.vocabulary(case.model, case.tokenizer, ids)

@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolpost.evaluation.fitting import fitted, largest
+from smolpost.evaluation.fit_length import fitted, largest
 
 
 class Counted:

@@ -7,7 +7,7 @@ ANY_NUMBER = 2**60  # of rows or bytes: no limit
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourceSlice:
     """Neighbouring rows of one file, folder or Hub dataset.
 
     Attributes:
@@ -29,10 +29,10 @@ class Piece:
     num_rows: int
 
 
-def cut_rows(path: str, edges: list[int]) -> list[Piece]:
+def cut_rows(path: str, edges: list[int]) -> list[SourceSlice]:
     """The pieces between neighbouring edges, rows of the path."""
     return [
-        Piece(path, "", begin, end, begin + 1, 0, end - begin)
+        SourceSlice(path, "", begin, end, begin + 1, 0, end - begin)
         for begin, end in itertools.pairwise(edges)
         if begin < end
     ]

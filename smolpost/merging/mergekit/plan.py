@@ -14,7 +14,7 @@ from typing import Any
 
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.mergekit_file import reason, with_models
+from smolpost.merging.mergekit.yaml_file import reason, with_models
 from smolpost.merging.slices import check_ranges, layer_fields
 from smolpost.model.stored import read_config
 

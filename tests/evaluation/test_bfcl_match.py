@@ -2,8 +2,8 @@
 
 import pytest
 
-from smolpost.evaluation.call_match import call_mismatch, mismatch, value_mismatch
-from smolpost.evaluation.calls import Call
+from smolpost.evaluation.bfcl_match import call_mismatch, mismatch, value_mismatch
+from smolpost.evaluation.parse_calls import Call
 
 INTEGER, FLOAT, STRING, BOOLEAN = ({"type": name} for name in ("integer", "float", "string", "boolean"))
 OBJECT, ANY = {"type": "dict"}, {"type": "any"}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from smolpost.chat.tokenizer import build_tokenizer
-from smolpost.doctor import steps
-from smolpost.doctor.steps import PairSteps, Step, compare, documents, joined, short_documents
+from smolpost.doctor import training_steps
+from smolpost.doctor.training_steps import PairSteps, Step, compare, documents, joined, short_documents
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import PREFERENCE_LOSSES, APOStage
 from smolpost.training.environment import Environment
@@ -78,10 +78,10 @@ def test_theory_has_a_value_for_every_loss(loss):
     stage = APOStage(init_from="x", data="y", max_seq_len=8, global_batch_size=1, loss=loss, beta=0.1, sft_weight=0.5)
     zero = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
     right, wrong = (step(THEORY[loss] * factor + 0.5 * 3.0, 1.0) for factor in (1, 1.01))
-    assert steps.loss_at_reference(stage, PairSteps(right, right, zero, 3.0), CPU).passed
-    assert not steps.loss_at_reference(stage, PairSteps(wrong, wrong, zero, 3.0), CPU).passed
+    assert training_steps.loss_at_reference(stage, PairSteps(right, right, zero, 3.0), CPU).passed
+    assert not training_steps.loss_at_reference(stage, PairSteps(wrong, wrong, zero, 3.0), CPU).passed
     off = zero | {"rewards/rejected": 0.01}
-    assert not steps.loss_at_reference(stage, PairSteps(right, right, off, 3.0), CPU).passed
+    assert not training_steps.loss_at_reference(stage, PairSteps(right, right, off, 3.0), CPU).passed
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def build(tokenizer, attention, **changes):
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
 def test_every_attention_keeps_packed_documents_apart(tokenizer, attention):
-    found = steps.packed_equals_unpacked(build(tokenizer, attention), documents([pack(9, 5, 12)]), CPU)
+    found = training_steps.packed_equals_unpacked(build(tokenizer, attention), documents([pack(9, 5, 12)]), CPU)
     assert found.passed, found.detail
 
 
 def test_dropout_is_off_where_two_passes_are_compared(tokenizer):
-    model = steps.without_dropout(build(tokenizer, "packed", attention_dropout=0.5)).train()
+    model = training_steps.without_dropout(build(tokenizer, "packed", attention_dropout=0.5)).train()
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, model(ids).logits, atol=0, rtol=0)
 
@@ -116,11 +116,11 @@ def test_vocabulary_looks_at_the_tokens_in_use(tokenizer):
     start, end, pad = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>"])
     ids, weight = np.array([start, end, 5, 5]), model.get_input_embeddings().weight.data
     weight[pad] = 0  # is not in use
-    found = steps.vocabulary(model, tokenizer, ids)
+    found = training_steps.vocabulary(model, tokenizer, ids)
     assert (
         found.passed and f"highest id {len(tokenizer) - 1}" in found.detail and "2 added tokens in use" in found.detail
     )
-    unknown = steps.vocabulary(model, tokenizer, np.array([start, tokenizer.unk_token_id]))
+    unknown = training_steps.vocabulary(model, tokenizer, np.array([start, tokenizer.unk_token_id]))
     assert not unknown.passed and "1 unknown of 2 tokens" in unknown.detail
     weight[start] = 0
-    assert "1 with an embedding of 0 (<|im_start|>)" in steps.vocabulary(model, tokenizer, ids).detail
+    assert "1 with an embedding of 0 (<|im_start|>)" in training_steps.vocabulary(model, tokenizer, ids).detail

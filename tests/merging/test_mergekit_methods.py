@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.files import sha256
-from smolpost.merging.methods import merge_method, merge_yaml
+from smolpost.merging.mergekit.methods import merge_method, merge_yaml
 from tests.merging.checkpoints import TEMPLATE, edit_config, edit_weights, mean, save_adapter, save_checkpoint, weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -491,7 +491,9 @@ def test_a_result_the_dtype_cannot_hold_is_refused(trained, edited, tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from smolpost.merging import draft, mergekit, shards
+from smolpost.merging import shards
+from smolpost.merging import build
+from smolpost.merging.mergekit import mean
 step = sys.argv[4]
 def here():
     print("here", flush=True)
@@ -512,7 +514,7 @@ def stopping(name):
     setattr(draft, name, call)
 for name in ("write_config", "check_tensors", "check_model", "_write_manifest"):
     stopping(name)
-from smolpost.merging.methods import merge_method
+from smolpost.merging.mergekit.methods import merge_method
 a, b, out = map(Path, sys.argv[1:4])
 inputs = [("a", a, {}), ("b", b, {})]
 merge_method("slerp", inputs, "a", out, "float32", parameters={"t": 0.5}, base_model="a")

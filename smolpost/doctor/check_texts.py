@@ -14,7 +14,7 @@ from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.prompts import mode_of
 from smolpost.data.rendering import NOTES
-from smolpost.doctor.case import Case, NotChecked, conversations, difference
+from smolpost.doctor.stage_sample import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 
 

@@ -17,7 +17,7 @@ from smolpost.data.columns import row_for
 from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
 from smolpost.data.shards import SHARD_ROWS, nth
-from smolpost.data.sources import pieces, read_piece
+from smolpost.data.sources import read_slice, slices
 from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -109,11 +109,11 @@ class Case:
 
     def _taken(self, name: str, source: schema.Source, seed: int) -> Iterator[dict]:
         """The rows of a source that `smolpost prepare` tokenizes."""
-        parts = pieces(source, SHARD_ROWS)
+        parts = slices(source, SHARD_ROWS)
         order = mixtures.choose(source, name, seed, sum(piece.num_rows for piece in parts))
         self.num_taken += len(order)
         for shard in shards_of(source, parts, np.unique(order), self.folder):
-            yield from nth(read_piece(source, shard.piece), iter(shard.rows.tolist()))
+            yield from nth(read_slice(source, shard.piece), iter(shard.rows.tolist()))
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
@@ -222,7 +222,7 @@ class Case:
     @cached_property
     def model(self):
         """The start checkpoint as training loads it, on the device, without dropout."""
-        from smolpost.doctor.steps import without_dropout
+        from smolpost.doctor.training_steps import without_dropout
         from smolpost.training.train import load
 
         model = load(self.start, self.config, self.lineage.recipe.model.attn_implementation)
@@ -231,7 +231,7 @@ class Case:
     @cached_property
     def pair_steps(self):
         """A step on a few pairs whose reference is the model itself."""
-        from smolpost.doctor.steps import pair_steps
+        from smolpost.doctor.training_steps import pair_steps
 
         return pair_steps(
             self.config, self.model_to_run(), self.tokenizer, self.short_pairs, self.environment, self.folder
@@ -253,7 +253,7 @@ class Case:
 
     def short_documents(self) -> list[dict]:
         """The shortest documents of the prepared sample, of at most SHORT_TOKENS together; two at least."""
-        from smolpost.doctor.steps import short_documents
+        from smolpost.doctor.training_steps import short_documents
 
         self.need("prepared_rows", "mask and lengths")
         found = short_documents(self.arrays, SHORT_TOKENS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import smolpost.chat
 from smolpost.chat.masks import Policy, encode
-from smolpost.chat.pieces import Ranges, vocabulary_of
+from smolpost.chat.text_pieces import Ranges, vocabulary_of
 
 CHAT = str(Path(smolpost.chat.__file__).parent)
 PLACES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)).map(lambda r: (r[0], r[0] + r[1])), max_size=8)

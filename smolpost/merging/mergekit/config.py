@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from smolpost.errors import UserError
-from smolpost.merging.mergekit_file import entries, reason
+from smolpost.merging.mergekit.yaml_file import entries, reason
 from smolpost.merging.preflight import BYTES
 
 COMPUTE_DTYPES = (*BYTES, "float64")

@@ -8,7 +8,7 @@ values says that the argument may be left out; an object's accepted values are g
 import re
 from typing import Any
 
-from smolpost.evaluation.calls import Call
+from smolpost.evaluation.parse_calls import Call
 
 # Berkeley's names of types, and JSON schema's; without a type, or with "any", a text is expected.
 TYPES = {

@@ -1,0 +1,1 @@
+"""mergekit's methods and YAML files behind our checks, and its linear engine."""
