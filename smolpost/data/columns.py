@@ -46,11 +46,11 @@ def as_row(row: Row, source: Source) -> Row:
     return row.with_content(content, tuple(sorted(unread)))
 
 
-def row_for(row: Row, source: Source, kind: str) -> Row:
-    """`as_row` for a training stage of a kind: of a row that has messages and a pair, the stage reads one."""
+def row_for(row: Row, source: Source, layout: str) -> Row:
+    """`as_row` for a training stage: of a row that has messages and a pair, it reads what its layout is made of."""
     row = as_row(row, source)
     if "messages" in row and "chosen" in row and "rejected" in row:
-        others = ("messages",) if kind == "apo" else ("chosen", "rejected")
+        others = ("messages",) if layout == "pairs" else ("chosen", "rejected")
         return row.with_content(without(row, *others), tuple(sorted((*row.unread, *others))))
     return row
 

@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.data.settings import Rows
 from smolpost.data.source_slice import SourceSlice
 from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
 from smolpost.progress import Progress
-from smolpost.schema import Source, TrainStage
+from smolpost.schema import Source
 from smolpost.signals import default_in_fork
 
 SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
@@ -64,7 +65,7 @@ class Tokenize:
         features: What hygiene compares rows by, or None.
     """
 
-    stage: TrainStage
+    stage: Rows
     tokenizer: PreTrainedTokenizerBase
     features: Callable[[dict], bytes] | None = None
 
@@ -77,8 +78,8 @@ class Tokenize:
         """
         shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
-        kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
+        layout = self.stage.layout
+        rows = (admitted(row, shard.source, layout) for row in nth(read_slice(shard.source, shard.piece), taken))
         num_refused, fault = 0, None
         with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
             try:

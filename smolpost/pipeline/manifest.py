@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -20,8 +19,7 @@ from pathlib import Path
 
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST, hashes, stamp, write_json
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
+from smolpost.pipeline.code import versions
 
 
 def digest(value: object) -> str:
@@ -53,12 +51,11 @@ def write(folder: Path, files: dict[str, dict] | None = None, **fields) -> dict:
     Args:
         files: `hashes` of the folder, where they are known.
     """
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     files = hashes(folder) if files is None else files
     manifest = {
         **fields,
         "files": files,
-        "versions": versions,
+        "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     stamp(folder, files)

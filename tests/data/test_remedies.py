@@ -8,7 +8,9 @@ import pytest
 
 from smolpost.data.prepare import prepare
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
+from smolpost.schema import Hygiene, Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 
 SHARED = {"init_from": "x", "data": "y", "max_seq_len": 512, "global_batch_size": 1, "num_workers": 1}
 SYSTEM = {"role": "system", "content": "/system_override"}

@@ -10,7 +10,7 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.doctor import training_steps
 from smolpost.doctor.training_steps import PairSteps, Step, compare, documents, joined, short_documents
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import PREFERENCE_LOSSES, APOStage
+from smolpost.stages.preference import APOStage
 from smolpost.training.environment import Environment
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)

@@ -10,8 +10,9 @@ from smolpost.data.collate import PARTS
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
 from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.report import write_report
+from smolpost.data.settings import PairRows
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Mixture
+from smolpost.schema import Mixture
 
 PAIR_TYPES = {
     **{f"{part}_ids": "int32" for part in PARTS},
@@ -22,7 +23,7 @@ PAIR_TYPES = {
 WEIGHT_TYPES = {"weights": "float32"}
 
 
-def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -> dict:
+def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path) -> dict:
     """Write preference pairs into a `datasets` folder.
 
     Columns: prompt_ids, chosen_ids, rejected_ids; prompt_mask, chosen_mask, rejected_mask: 1 where the policy is
@@ -46,7 +47,7 @@ def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -
     num_tokens = int(ends.fate_counts.sum())
     return write_report(
         folder,
-        {"kind": stage.kind, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
+        {"layout": stage.layout, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
         sources,
         evaluation_files_searched=taken.searched,
         pairs=len(kept),
@@ -54,7 +55,7 @@ def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -
     )
 
 
-def fit(stage: APOStage, taken: Taken) -> np.ndarray:
+def fit(stage: PairRows, taken: Taken) -> np.ndarray:
     """[M, 3] tokens of prompt, chosen and rejected that fit; all of them where a pair is dropped for its length."""
     parts = taken.tokens.parts[taken.rows]
     lengths = parts[:, 0] + parts[:, 1:].max(1)
@@ -86,7 +87,7 @@ def cut_parts(taken: Taken, takes: np.ndarray, fitted: np.ndarray) -> tuple[list
     return tokens.pieces(starts.ravel(), (starts + fitted[takes]).ravel())
 
 
-def ends_of(stage: APOStage, taken: Taken, fitted: np.ndarray) -> Ends:
+def ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
     tokens, num = taken.tokens, len(taken)
     parts = tokens.parts[taken.rows]
     overlong = parts[:, 0] + parts[:, 1:].max(1) > stage.max_seq_len
