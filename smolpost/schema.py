@@ -7,6 +7,8 @@ Every field says its meaning and unit. Fields marked `in_key=False` cannot chang
 from dataclasses import dataclass, field
 from typing import Any
 
+from smolpost.registry import LOSSES, Registry
+
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
 
@@ -14,7 +16,6 @@ RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the
 PACKED_ATTENTION = "packed"  # `smolpost.model.attention`, the one that keeps the sides of a pair apart
 DTYPES = ("float32", "bfloat16", "float16")  # of merged weights
 SEEDS = "[0, 4294967295]"  # what numpy, torch and Python all take
-PREFERENCE_LOSSES = ("apo_zero", "apo_down", "sigmoid", "ipo", "robust")
 
 
 def tuning(default: Any, interval: str | None = None) -> Any:
@@ -61,6 +62,11 @@ def _field(default: Any, **metadata: Any) -> Any:
 def choice(*options: str) -> Any:
     """A field that takes one of the options; the first is the default."""
     return field(default=options[0], metadata={"choices": options})
+
+
+def registered(registry: Registry, default: str) -> Any:
+    """A field that takes the name of an entry, also of one that is added later."""
+    return field(default=default, metadata={"choices": registry})
 
 
 # ---------------------------------------------------------------- data
@@ -278,9 +284,9 @@ class SFTStage(TrainStage):
 @dataclass
 class APOStage(TrainStage):
     kind: str = "apo"
-    loss: str = choice(*PREFERENCE_LOSSES)  # TRL's names; sigmoid is DPO
+    loss: str = registered(LOSSES, "apo_zero")  # TRL's names; sigmoid is DPO
+    loss_settings: dict[str, Any] = field(default_factory=dict)  # of the loss alone, e.g. robust's label_smoothing
     beta: float = positive(0.05)  # scale on the log-ratios, per nat
-    label_smoothing: float = number("[0, 0.5)", 0.0)  # share of flipped pairs that loss=robust assumes
     ld_alpha: float | None = number("[0, 1]", None)  # weight of tokens beyond the pair's shorter side (LD-DPO); null: 1
     sft_weight: float = number("[0, inf)", 0.0)  # of the chosen tokens' mean negative log-likelihood, added to the loss
     warmup_ratio: float = number("[0, 1)", 0.1)

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from smolpost import schema
+from smolpost.objectives.losses import configured
 from smolpost.recipe.written import Written, Wrong, near, text
+from smolpost.registry import LOSSES
 
 STAGE = "a stage of this pipeline"
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder or file under run_dir
@@ -101,7 +103,7 @@ def _check_interval(key: str, value: float, interval: str) -> None:
 
 def _check_stage(key: str, stage: schema.Stage, recipe: schema.Recipe, written: Written) -> None:
     if isinstance(stage, schema.TrainStage):
-        _check_training(key, stage)
+        _check_training(key, stage, written)
     if isinstance(stage, schema.MergeStage):
         _check_merge(key, stage, written)
     if isinstance(stage, schema.MergekitStage):
@@ -175,7 +177,7 @@ def _check_task(key: str, task: schema.EvaluationTask, recipe: schema.Recipe) ->
         _check_reference(f"{key}.stages", stage, models, "a stage of this pipeline with a model")
 
 
-def _check_training(key: str, stage: schema.TrainStage) -> None:
+def _check_training(key: str, stage: schema.TrainStage, written: Written) -> None:
     if stage.lora.r and stage.snapshot_steps:
         raise Wrong(
             f"{key}.snapshot_steps",
@@ -183,14 +185,11 @@ def _check_training(key: str, stage: schema.TrainStage) -> None:
             "them to null or 0",
         )
     if isinstance(stage, schema.APOStage):
-        _check_preference(key, stage)
+        _check_preference(key, stage, written)
 
 
-def _check_preference(key: str, stage: schema.APOStage) -> None:
-    if stage.label_smoothing and stage.loss != "robust":
-        raise Wrong(
-            f"{key}.label_smoothing",
-            f"={stage.label_smoothing:g} has no part in loss={stage.loss}; set it to 0, or choose loss=robust",
-        )
+def _check_preference(key: str, stage: schema.APOStage, written: Written) -> None:
+    written.check_settings(f"{key}.loss_settings", stage.loss_settings, LOSSES[stage.loss], f"loss={stage.loss}")
+    _check_values(configured(stage.loss, stage.loss_settings), f"{key}.loss_settings.")
     if stage.overlong == "split":
         raise Wrong(f"{key}.overlong", "=split cannot be done to a pair; choose one of: refuse, truncate, drop")
