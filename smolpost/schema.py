@@ -7,6 +7,8 @@ Every field says its meaning and unit. Fields marked `in_key=False` cannot chang
 from dataclasses import dataclass, field
 from typing import Any
 
+from smolpost.registry import Registry
+
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
 
@@ -55,6 +57,11 @@ def _field(default: Any, **metadata: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def registered(registry: Registry, default: str) -> Any:
+    """A field that takes the name of an entry, also of one that is added later."""
+    return field(default=default, metadata={"choices": registry})
 
 
 def choice(*options: str) -> Any:

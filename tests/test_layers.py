@@ -17,8 +17,8 @@ FLOORS = {
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {
-    ("files", "errors"), ("registry", "errors"), ("disks", "errors"), ("data", "chat"), ("merging", "model"),
-    ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("files", "errors"), ("registry", "errors"), ("schema", "registry"), ("disks", "errors"), ("data", "chat"),
+    ("merging", "model"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
 }  # fmt: skip
 
 

@@ -81,6 +81,11 @@ def test_stage_is_a_choice_not_a_setting():
     assert request.recipe.stages["sft"].learning_rate == 1e-3
 
 
+def test_a_loss_takes_its_own_settings():
+    words = [TINY, "stages.apo.loss=robust", "+stages.apo.loss_settings={label_smoothing: 0.1}"]
+    assert recipe.load(words).recipe.stages["apo"].loss_settings == {"label_smoothing": 0.1}
+
+
 def test_accelerate_values_become_launcher_flags():
     request = recipe.load([TINY, "accelerate=ddp", "accelerate.num_processes=2"])
     assert (request.accelerate.stem, request.launch_flags) == ("ddp", {"num_processes": 2})
@@ -118,6 +123,23 @@ def test_accelerate_values_become_launcher_flags():
         (
             ["stages.apo.overlong=split"],
             "stages.apo.overlong=split cannot be done to a pair; choose one of: refuse, truncate, drop",
+        ),
+        (
+            ["stages.apo.loss=robust", "+stages.apo.loss_settings.label_smoothing=0.5"],
+            "stages.apo.loss_settings.label_smoothing=0.5 is outside [0, 0.5)",
+        ),
+        (
+            ["stages.apo.loss=robust", "+stages.apo.loss_settings.label_smoothing=half"],
+            "stages.apo.loss_settings.label_smoothing=half is not a number",
+        ),
+        (
+            ["stages.apo.loss=robust", "+stages.apo.loss_settings.smoothing=0.1"],
+            "stages.apo.loss_settings.smoothing is not a setting of loss=robust; did you mean label_smoothing? "
+            "settings: label_smoothing; leave it out with ~stages.apo.loss_settings.smoothing",
+        ),
+        (
+            ["+stages.apo.loss_settings.label_smoothing=0.1"],
+            "stages.apo.loss_settings.label_smoothing is not a setting of loss=apo_zero; settings: (none); leave",
         ),
         (["stages.apo.beta=0"], "stages.apo.beta=0 must be above 0"),
         (["stages.sft.warmup_ratio=3"], "stages.sft.warmup_ratio=3 is outside [0, 1)"),

@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.data.collate import IGNORE_INDEX, PARTS
+from smolpost.objectives.losses import configured
 from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
@@ -299,14 +300,8 @@ def pair_steps(
 
 
 def loss_at_reference(stage: PairTraining, steps: PairSteps, environment: Environment) -> Finding:
-    """The loss where every log-ratio is 0, worked out by hand from the papers' equations (sigmoid(0) is 1/2)."""
-    theory = {
-        "apo_zero": 1 - 0.5 + 0.5,
-        "apo_down": 0.5 + 1 - 0.5,
-        "sigmoid": math.log(2),
-        "robust": math.log(2),  # ((1 - e) ln 2 - e ln 2) / (1 - 2 e)
-        "ipo": 1 / (2 * stage.beta) ** 2,
-    }[stage.loss]
+    """The loss where every log-ratio is 0, against the value that the loss states for it."""
+    theory = configured(stage.loss, stage.loss_settings).at_reference(stage.beta)
     words = f"{stage.loss} {theory:.6f}"
     if stage.sft_weight:
         theory += stage.sft_weight * steps.nll

@@ -101,6 +101,9 @@ def _check_interval(key: str, value: float, interval: str) -> None:
 
 
 def _check_stage(key: str, stage: Stage, recipe: schema.Recipe, written: Written) -> None:
+    for name, settings, kind, of in stage.nested_settings():
+        written.check_settings(f"{key}.{name}", settings, kind, of)
+        _check_values(kind(**settings), f"{key}.{name}.")
     stage.check(key, recipe, written.place)
     for name, parent in stage.parents():
         if parent == CHECKPOINT and not recipe.model.checkpoint:

@@ -78,6 +78,26 @@ class Written:
             del self.places[known]
             self.kinds.pop(known, None)
 
+    def check_settings(self, key: str, settings: dict, kind: type, of: str) -> None:
+        """Hold settings whose names depend on another value against the dataclass that this value stands for.
+
+        Args:
+            of: The other value, in words, e.g. loss=robust.
+        Raises:
+            UserError: A setting does not exist, or its value has the wrong type.
+        """
+        hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+        for name, value in settings.items():
+            full, known = _join(key, name), _list(hints) or "(none)"
+            place = self.places.get(full, "")
+            if name not in hints:
+                hint = near("", name, hints)
+                raise _in_file(
+                    place,
+                    f"{full} is not a setting of {of}; {hint}settings: {known}; leave it out with ~{full}",
+                )
+            self._add(full, value, hints[name], place, new=True)
+
     def place(self, key: str) -> str:
         """Who wrote a key, in words."""
         return self.places.get(key) or "the command line"

@@ -178,6 +178,13 @@ class Stage:
         """Key -> names of the user's choice that become files."""
         return {}
 
+    def nested_settings(self) -> list[tuple[str, dict[str, Any], type, str]]:
+        """(key, settings, dataclass, words) of every field whose keys are the fields of another registered entry.
+
+        The words name what chooses the dataclass, e.g. "loss=robust".
+        """
+        return []
+
     def check(self, key: str, recipe: Recipe, place: Callable[[str], str]) -> None:
         """Refuse settings that cannot be meant; types, choices and intervals are checked already.
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from smolpost.data.settings import PairRows
 from smolpost.errors import Wrong
+from smolpost.registry import LOSSES
 from smolpost.schema import PACKED_ATTENTION
 from smolpost.stages.base import stage_kind
 from smolpost.stages.train import TrainStage
@@ -18,13 +19,11 @@ class APOStage(TrainStage, PairTraining):
     VERSION = 1
     ROWS = PairRows
 
+    def nested_settings(self):
+        return [("loss_settings", self.loss_settings, LOSSES[self.loss], f"loss={self.loss}")]
+
     def check(self, key, recipe, place):
         super().check(key, recipe, place)
-        if self.label_smoothing and self.loss != "robust":
-            raise Wrong(
-                f"{key}.label_smoothing",
-                f"={self.label_smoothing:g} has no part in loss={self.loss}; set it to 0, or choose loss=robust",
-            )
         if self.overlong == "split":
             raise Wrong(f"{key}.overlong", "=split cannot be done to a pair; choose one of: refuse, truncate, drop")
         attention = recipe.model.attn_implementation

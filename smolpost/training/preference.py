@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from smolpost.objectives.apo import preference_loss, summed_logps
 from smolpost.objectives.logprobs import TokenScores
+from smolpost.objectives.losses import SideLengths, configured
+from smolpost.objectives.sides import summed_logps
 from smolpost.training.batches import GlobalBatches, by_tokens
 from smolpost.training.environment import Environment
 from smolpost.training.reference import (
@@ -35,7 +36,7 @@ class PairTrainer(StageTrainer):
 
     def __init__(self, *args, stage: PairTraining):
         super().__init__(*args)
-        self.stage = stage
+        self.stage, self.loss = stage, configured(stage.loss, stage.loss_settings)
 
     def count(self, batch):
         weights = batch["pair_weights"]
@@ -52,10 +53,7 @@ class PairTrainer(StageTrainer):
         ratios = summed_logps(
             (scores.logps - batch["ref_logps"])[tokens], sides, len(side_lengths), ld_alpha=stage.ld_alpha
         ).view(-1, 2)
-        losses = preference_loss(
-            stage.loss, *ratios.unbind(1), beta=stage.beta, label_smoothing=stage.label_smoothing,
-            num_chosen=side_lengths[::2], num_rejected=side_lengths[1::2],
-        )  # fmt: skip
+        losses = self.loss(*ratios.unbind(1), stage.beta, SideLengths(*side_lengths.view(-1, 2).unbind(1)))
         weights = batch["pair_weights"]
         loss = (weights * losses).sum() / num_pairs
         if stage.sft_weight:

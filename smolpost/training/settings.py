@@ -1,9 +1,11 @@
 """The fields of a training stage. Apart from the code that reads them, as a plan is made without torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from smolpost.data.settings import DocumentRows, PairRows, Rows
-from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, tuning
+from smolpost.registry import LOSSES
+from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
 
 
 @dataclass
@@ -62,9 +64,9 @@ class PackTraining(Training, DocumentRows):
 class PairTraining(Training, PairRows):
     """On preference pairs, beside a reference."""
 
-    loss: str = choice("apo_zero", "apo_down", "sigmoid", "ipo", "robust")  # TRL's names; sigmoid is DPO
+    loss: str = registered(LOSSES, "apo_zero")  # TRL's names; sigmoid is DPO
+    loss_settings: dict[str, Any] = field(default_factory=dict)  # of the loss alone, e.g. robust's label_smoothing
     beta: float = positive(0.05)  # scale on the log-ratios, per nat
-    label_smoothing: float = number("[0, 0.5)", 0.0)  # share of flipped pairs that loss=robust assumes
     ld_alpha: float | None = number("[0, 1]", None)  # weight of tokens beyond the pair's shorter side (LD-DPO); null: 1
     sft_weight: float = number("[0, inf)", 0.0)  # of the chosen tokens' mean negative log-likelihood, added to the loss
     warmup_ratio: float = number("[0, 1)", 0.1)

@@ -329,7 +329,7 @@ LOSSES = [
     ({"loss": "apo_down"}, {}),
     ({"loss": "sigmoid"}, {}),
     ({"loss": "ipo"}, {}),
-    ({"loss": "robust", "label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+    ({"loss": "robust", "loss_settings": {"label_smoothing": 0.2}}, {"label_smoothing": 0.2}),
     ({"loss": "sigmoid", "ld_alpha": 0.3}, {"ld_alpha": 0.3}),
     ({"loss": "apo_zero", "sft_weight": 0.7}, {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.7]}),
 ]
@@ -343,6 +343,10 @@ def test_preference_steps_equal_trls(tokenizer, tmp_path, ours, trls, pack_token
 
 def test_preference_steps_under_a_sliding_window_equal_trls(tokenizer, tmp_path):
     assert_preference_steps_equal(tokenizer, tmp_path, build_windowed, {"loss": "apo_zero"}, {}, 1000)
+
+
+def test_steps_of_a_registered_loss_equal_trls(hinge, tokenizer, tmp_path):
+    assert_preference_steps_equal(tokenizer, tmp_path, build, {"loss": "hinge"}, {}, 60)
 
 
 def assert_preference_steps_equal(tokenizer, tmp_path, make, ours, trls, pack_tokens):
