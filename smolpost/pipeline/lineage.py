@@ -10,6 +10,7 @@ from smolpost.data.mixtures import rows_alone
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
+from smolpost.evaluation.task import EvaluationTask
 from smolpost.files import MANIFEST, verify
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
@@ -20,7 +21,7 @@ from smolpost.screen import command_line
 
 ROWS = ("data/mixtures.py",)
 MODEL = ("model/__init__.py",)
-CHOOSING = ("evaluation/run.py", "evaluation/engine.py", "merging/points.py", "model/loading.py", *ROWS)
+CHOOSING = ("evaluation/run.py", "inference/local.py", "merging/points.py", "model/loading.py", *ROWS)
 CODE = {  # where the code that decides a step's result begins; what it imports counts with it
     "tasks": ("data/tasks.py",),
     "init": ("chat/tokenizer.py", "chat/render.py", *MODEL, *ROWS),
@@ -34,7 +35,7 @@ CODE = {  # where the code that decides a step's result begins; what it imports 
     "mergekit": ("merging/mergekit/methods.py",),
     "sweep": ("merging/sweep.py", *CHOOSING),
     "greedy": ("merging/greedy.py", *CHOOSING),
-    "task": ("evaluation/run.py", "evaluation/engine.py", "model/loading.py", *ROWS),  # and the task's own file
+    "task": ("evaluation/run.py", "inference/local.py", "model/loading.py", *ROWS),  # and the task's own file
 }
 # Settings of a training stage that decide its prepared rows.
 PREPARING = (
@@ -326,13 +327,14 @@ class Lineage:
     def _task_parts(self, name: str, seed: int) -> dict:
         """All that decides what a task measures, but the model."""
         task = self.recipe.evaluation.tasks[name]
+        file = f"{type(task).__module__.removeprefix('smolpost.').replace('.', '/')}.py"
         return {
             "task": _keyed(task, without=()),
             "today": self.recipe.evaluation.today,
             "seed": seed,
             "data": [self._mixture_key(self.recipe.data[mixture]) for _, mixture in task.mixtures()],
             "files": [self._fingerprint(schema.Source(path=path)) for _, path in task.files()],
-            "code": code_version(*CODE["task"], f"evaluation/{task.kind}.py"),
+            "code": code_version(*CODE["task"], file),
         }
 
 
@@ -342,7 +344,7 @@ def _file_key(config: schema.TasksStage, name: str) -> str:
     return digest([config.seed, name, file.replay, list(file.blocks.items()), code_version(*CODE["tasks"])])
 
 
-def _keyed(config: schema.Stage | schema.EvaluationTask, without: tuple[str, ...]) -> dict:
+def _keyed(config: schema.Stage | EvaluationTask, without: tuple[str, ...]) -> dict:
     """The settings that can change a stage's or task's result."""
     fields = [f for f in dataclasses.fields(config) if f.metadata.get("in_key", True) and f.name not in without]
     return {f.name: getattr(config, f.name) for f in fields}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from smolpost import schema
+from smolpost.evaluation.task import EvaluationTask
 from smolpost.recipe.written import Written, Wrong, near, text
 
 STAGE = "a stage of this pipeline"
@@ -164,7 +165,7 @@ def _check_choosing(key: str, stage: schema.ChoosingStage, recipe: schema.Recipe
             )
 
 
-def _check_task(key: str, task: schema.EvaluationTask, recipe: schema.Recipe) -> None:
+def _check_task(key: str, task: EvaluationTask, recipe: schema.Recipe) -> None:
     for name, mixture in task.mixtures():
         _check_reference(f"{key}.{name}", mixture, recipe.data, "a mixture under data")
     for name, path in task.files():

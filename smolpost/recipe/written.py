@@ -11,10 +11,11 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
+from smolpost.registry import TASK_KINDS
 from smolpost.screen import command_line
 
 # Entries that have a kind, which decides their fields: parent -> kinds.
-KINDS = {"stages": schema.STAGE_KINDS, "evaluation.tasks": schema.TASK_KINDS}
+KINDS = {"stages": schema.STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
 # Whose entries have names of the user's choice: `+data.NAME=...` adds one, or to one, typed as in a file.
 NAMED = ("data", *KINDS)
 LEAVES = {
@@ -121,7 +122,8 @@ class Written:
         if not isinstance(value, dict):
             raise _not_fields(key, value, place)
         self.places[key] = place
-        hints = typing.get_type_hints(kind)
+        types_of = typing.get_type_hints(kind)
+        hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}  # without class attributes
         for name, item in value.items():
             full = _join(key, name)
             if name not in hints:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from smolpost import schema
 from smolpost.pipeline import code
 from smolpost.pipeline.lineage import CODE
+from smolpost.registry import TASK_KINDS
 
 LIBRARY = Path(__file__).parent.parent.parent / "smolpost"
 
@@ -49,7 +49,7 @@ def test_code_counts_at_any_depth_and_comments_do_not(library):
 
 def test_entries_exist():
     entries = {entry for entries in CODE.values() for entry in entries}
-    entries |= {f"evaluation/{kind}.py" for kind in schema.TASK_KINDS}
+    entries |= {f"evaluation/tasks/{kind}.py" for kind in TASK_KINDS}
     assert [entry for entry in entries if not (LIBRARY / entry).is_file()] == []
 
 
@@ -63,7 +63,7 @@ def test_entries_exist():
         ("init", "chat/render.py", "data/packing.py"),
         ("merge", "merging/shards.py", "merging/sweep.py"),
         ("sweep", "merging/sweep.py", "training/train.py"),
-        ("task", "model/generation.py", "evaluation/ruler.py"),
+        ("task", "inference/generation.py", "evaluation/tasks/ruler.py"),
     ],
 )
 def test_a_step_hangs_on_what_it_runs(step, inside, outside):
