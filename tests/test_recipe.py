@@ -15,6 +15,9 @@ from omegaconf import OmegaConf
 from smolpost import recipe, schema
 from smolpost.data.tasks import TaskFile
 from smolpost.errors import UserError
+from smolpost.evaluation.tasks.perplexity import PerplexityTask
+from smolpost.evaluation.tasks.reasoning import ReasoningTask
+from smolpost.evaluation.tasks.recall import RecallTask
 from smolpost.recipe import checks, request
 from smolpost.recipe.written import Written
 from smolpost.stages.init import InitStage
@@ -213,7 +216,7 @@ def test_a_stage_and_a_task_from_the_command_line():
     assert found.stages["more"] == SFTStage(
         init_from="sft", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=LoRA(r=4)
     )
-    assert found.evaluation.tasks["loss"] == schema.PerplexityTask(data="sft")
+    assert found.evaluation.tasks["loss"] == PerplexityTask(data="sft")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ NUMBERS = [
     *floats(PairsStage, "stages.pairs."), *floats(SweepStage, "stages.sweep."),
     *floats(MergeStage, "stages.merge."), *floats(schema.Source, "data.sft.sources.tasks."),
     *floats(schema.Hygiene, "data.sft.hygiene."), *floats(schema.Architecture, "model.architecture."),
-    *floats(schema.ReasoningTask, "evaluation.tasks.answer."), *floats(schema.Harness, "harness."),
+    *floats(ReasoningTask, "evaluation.tasks.answer."), *floats(schema.Harness, "harness."),
     "stages.merge.inputs.soup", "stages.tasks.files.base.replay",
 ]  # fmt: skip
 
@@ -391,7 +394,7 @@ def test_no_name_leads_out_of_run_dir(name):
         {"data": {"d": schema.Mixture(sources={name: source})}},
         {"stages": {name: InitStage()}},
         {"stages": {"tasks": TasksStage(files={name: TaskFile()})}},
-        {"evaluation": schema.Evaluation(tasks={name: schema.RecallTask()})},
+        {"evaluation": schema.Evaluation(tasks={name: RecallTask()})},
     ):
         with pytest.raises(UserError, match=f"{re.escape(name)}, which becomes a folder or file; use letters"):
             checks.check(dataclasses.replace(plain, **change), Written())
@@ -402,4 +405,4 @@ def test_evaluation_none_measures_nothing_where_the_pipeline_sets_tasks():
     words = [TINY, "evaluation=none", "~stages.sweep"]
     assert recipe.load(words).recipe.evaluation.tasks == {}
     more = recipe.load([*words, "+evaluation.tasks.loss={kind:perplexity,data:sft}"]).recipe.evaluation.tasks
-    assert more == {"loss": schema.PerplexityTask(data="sft")}
+    assert more == {"loss": PerplexityTask(data="sft")}

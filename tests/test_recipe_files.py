@@ -8,6 +8,8 @@ import pytest
 
 from smolpost import recipe, schema
 from smolpost.errors import UserError
+from smolpost.evaluation.tasks.perplexity import PerplexityTask
+from smolpost.evaluation.tasks.reasoning import ReasoningTask
 from smolpost.recipe import room
 from smolpost.stages.sft import SFTStage
 from smolpost.training.settings import LoRA
@@ -66,7 +68,7 @@ MISTAKES = {
     ),
     "key of a task": (
         TINY + "evaluation: {tasks: {answer: {max_row: 3}}}",
-        f"mine.yaml: evaluation.tasks.answer.max_row is not a key of the recipe; did you mean evaluation.tasks.answer.max_rows? keys of evaluation.tasks.answer: {keys(schema.ReasoningTask)}",
+        f"mine.yaml: evaluation.tasks.answer.max_row is not a key of the recipe; did you mean evaluation.tasks.answer.max_rows? keys of evaluation.tasks.answer: {keys(ReasoningTask)}",
     ),
     "key of the root": (
         TINY + "run_dri: x",
@@ -247,7 +249,7 @@ FOLDER_MISTAKES = {
     ),
     "schema of no kind": (
         {"stage/mine.yaml": "defaults:\n  - /schema/sfft@_here_\n  - _self_\nseeds: [1]\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, perplexity, reasoning, recall, ruler, tool_calls, instructions, preference",
+        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
     ),
     "key in a stage file": (
         {"stage/sft.yaml": "defaults:\n  - /schema/sft@_here_\n  - _self_\nlerning_rate: 1\n"}, [],
@@ -273,7 +275,7 @@ FOLDER_MISTAKES = {
     "weight in a data file": ({"data/mine.yaml": "sft: {sources: {a: {path: x, weight: 0}}}\n"}, ["data=mine"], "own/data/mine.yaml: data.sft.sources.a.weight=0 must be above 0"),
     "key in a model file": ({"model/mine.yaml": "architecture: {hiden_size: 64}\n"}, ["model=mine"], f"own/model/mine.yaml: model.architecture.hiden_size is not a key of the recipe; did you mean model.architecture.hidden_size? keys of model.architecture: {keys(schema.Architecture)}"),
     "key in a task": (
-        {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(schema.PerplexityTask)}"
+        {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(PerplexityTask)}"
     ),
     "processes": ({"accelerate/mine.yaml": "num_processes: '2'\n"}, ["accelerate=mine"], "own/accelerate/mine.yaml: accelerate.num_processes='2' is not a whole number above 0; write 1 or more"),
     "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, tiny"),

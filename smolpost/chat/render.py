@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
@@ -140,6 +139,10 @@ class Conversation:
             raise UserError(self._complaint(error)) from error
 
     def _render(self):
+        from transformers.utils.chat_template_utils import (
+            render_jinja_template,  # half a second that planning need not pay
+        )
+
         texts, spans = render_jinja_template(
             conversations=[self.messages],
             tools=self.tools,
@@ -268,6 +271,8 @@ def _check_order(messages):
 
 def _schemas(tools):
     """Tools as JSON schemas; None where there are none."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
     for i, tool in enumerate(tools or []):
         if not isinstance(tool, dict) and not callable(tool):
             raise UserError(f"tools[{i}]={tool!r:.80} is not a JSON schema; pass finished strings as xml_tools")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from smolpost.evaluation.task import Sample
-from smolpost.model.generation import derive_seed
+from smolpost.inference.seeds import derive_seed
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

@@ -20,7 +20,7 @@ def plan(request: Request) -> list[Planned]:
     plans: list[Planned] = []
     for entry in _ordered(request.recipe):
         config = stages[entry]
-        config.check_inputs(entry, stages)
+        config.check_plan(entry, request.recipe)
         seeds = config.seeds_to_run()
         for seed in seeds:
             name = f"{entry}-{seed}" if len(seeds) > 1 else entry

@@ -14,6 +14,7 @@ from rich.rule import Rule
 from smolpost import disks, schema, signals
 from smolpost.errors import UserError
 from smolpost.evaluation import results
+from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import write_json
 from smolpost.pipeline import estimate, manifest
 from smolpost.pipeline.code import made_by_others
@@ -106,13 +107,10 @@ def run(request: Request, console: Console) -> int:
     return _conclude(lineage, wanted, time.monotonic() - began, console)
 
 
-def _check_tasks(tasks: dict[str, schema.EvaluationTask]) -> None:
+def _check_tasks(tasks: dict[str, EvaluationTask]) -> None:
     """Refuse settings of an evaluation before hours of training, not after them."""
-    from smolpost.evaluation.task import Context
-    from smolpost.evaluation.tasks import build
-
     for name, task in tasks.items():
-        build(name, task, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
+        task.build(name, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
 
 
 def _check_made(stage: Located, measured: list[Located]) -> None:

@@ -244,17 +244,16 @@ def _harness(lineage: Lineage, stage: str, root: Path) -> dict[str, dict]:
 def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
-    from smolpost.evaluation.engine import LocalEngine
     from smolpost.evaluation.run import run_task
-    from smolpost.evaluation.server import ServerEngine
-    from smolpost.evaluation.tasks import build
+    from smolpost.inference.local import LocalEngine
+    from smolpost.inference.server import ServerEngine
     from smolpost.model.loading import check_plain, load_for_inference
 
     spec = lineage.recipe.evaluation
     checkpoint = model_folder(lineage, stage)
     # Built before the model is loaded: a wrong setting is said at once.
     shared = context(lineage, folders)
-    tasks = {name: build(name, spec.tasks[name], shared) for name in folders}
+    tasks = {name: spec.tasks[name].build(name, shared) for name in folders}
     if spec.server:
         check_plain(checkpoint)
         engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)

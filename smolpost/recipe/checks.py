@@ -7,6 +7,7 @@ from pathlib import Path
 
 from smolpost import schema
 from smolpost.errors import Wrong
+from smolpost.evaluation.task import EvaluationTask
 from smolpost.recipe.written import Written, near, text
 from smolpost.stages.base import CHECKPOINT, Stage
 
@@ -120,7 +121,7 @@ def _check_reference(key: str, name: str, known, what: str) -> None:
         raise Wrong(key, f"={name} is not {what}; {hint}")
 
 
-def _check_task(key: str, task: schema.EvaluationTask, recipe: schema.Recipe) -> None:
+def _check_task(key: str, task: EvaluationTask, recipe: schema.Recipe) -> None:
     for name, mixture in task.mixtures():
         _check_reference(f"{key}.{name}", mixture, recipe.data, "a mixture under data")
     for name, path in task.files():

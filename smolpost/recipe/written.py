@@ -130,7 +130,8 @@ class Written:
         if not isinstance(value, dict):
             raise _not_fields(key, value, place)
         self.places[key] = place
-        hints = typing.get_type_hints(kind)
+        types_of = typing.get_type_hints(kind)
+        hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}  # without class attributes
         for name, item in value.items():
             full = _join(key, name)
             if name not in hints:

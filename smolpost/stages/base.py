@@ -195,8 +195,8 @@ class Stage:
             Wrong: With the key below `key`, the value and what would do.
         """
 
-    def check_inputs(self, entry: str, stages: Mapping[str, "Stage"]) -> None:
-        """Refuse inputs that do not fit; all names exist, and no stage depends on itself.
+    def check_plan(self, entry: str, recipe: Recipe) -> None:
+        """Refuse what does not fit the other stages or the launch; all names exist, and nothing depends on itself.
 
         Raises:
             UserError: With the remedy.

@@ -17,14 +17,13 @@ def measurer(work: Work, names: list[str], seed: int) -> Callable:
         UserError: A task cannot be measured.
     """
     from smolpost.evaluation import results
-    from smolpost.evaluation.engine import LocalEngine
     from smolpost.evaluation.run import run_task
     from smolpost.evaluation.task import Context
-    from smolpost.evaluation.tasks import build
+    from smolpost.inference.local import LocalEngine
 
     spec = work.recipe.evaluation
     shared = Context(spec.today, seed, work.rows)
-    tasks = {name: build(name, spec.tasks[name], shared) for name in names}
+    tasks = {name: spec.tasks[name].build(name, shared) for name in names}
     options = {"batch_tokens": spec.batch_tokens, "seed": seed}
 
     def measure(model, tokenizer, folder: Path) -> dict[str, dict]:

@@ -45,8 +45,6 @@ class TrainStage(Stage):
     # ------------------------------------------------------------ checks
 
     def check(self, key, recipe, place):
-        entry = key.removeprefix("stages.")
-        check_global_batch(entry, self.global_batch_size, recipe.accelerate.get("num_processes", 1))
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
                 f"{key}.snapshot_steps",
@@ -54,10 +52,15 @@ class TrainStage(Stage):
                 "of them to null or 0",
             )
 
-    def check_inputs(self, entry, stages):
-        """Refuse another template than the start's; a base checkpoint's own is known when its rows are prepared."""
+    def check_plan(self, entry, recipe):
+        """Refuse more ranks than rows, and another template than the start's.
+
+        A base checkpoint's own template is known when its rows are prepared.
+        """
         from smolpost.chat.render import load_template
 
+        check_global_batch(entry, self.global_batch_size, recipe.accelerate.get("num_processes", 1))
+        stages = recipe.stages
         spoken = stages[self.init_from].template_of(stages) if self.init_from in stages else None
         if spoken is None or self.allow_template_change or load_template(spoken) == load_template(self.template):
             return

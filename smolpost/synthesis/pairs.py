@@ -16,7 +16,8 @@ from smolpost.chat.render import load_template, render
 from smolpost.chat.turn_end import endless_replies
 from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
-from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.inference.generation import generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.inference.seeds import derive_seed
 from smolpost.progress import Progress
 
 SIDES = ("chosen", "rejected")

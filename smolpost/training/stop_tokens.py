@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smolpost.chat.fates import Fate
 from smolpost.chat.turn_end import is_blank
 from smolpost.errors import UserError
-from smolpost.model.generation import REPLY_TOKENS, stored_stop_token_ids
+from smolpost.inference.generation import REPLY_TOKENS, stored_stop_token_ids
 from smolpost.training.settings import Training
 
 FATES = np.array(sorted(Fate))

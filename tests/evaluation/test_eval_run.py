@@ -18,7 +18,7 @@ from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.run import batched, run_task
 from smolpost.evaluation.table import results_table, scores_table
 from smolpost.evaluation.task import Item, Sample
-from smolpost.schema import RecallTask
+from smolpost.evaluation.tasks.recall import RecallTask
 
 
 class Counting:

@@ -10,11 +10,11 @@ from canned import Canned
 from smolpost.chat.render import render
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine, Reply
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.evaluation.tool_calls import ToolCalls, category
-from smolpost.schema import ToolCallsTask
+from smolpost.evaluation.tasks.tool_calls import ToolCalls, ToolCallsTask, category
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "bfcl"
 

@@ -7,13 +7,13 @@ from export_models import THETA, letters, save_checkpoint
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.recall import Recall
-from smolpost.evaluation.ruler import Ruler
 from smolpost.evaluation.task import Sample
+from smolpost.evaluation.tasks.recall import Recall
+from smolpost.evaluation.tasks.ruler import Ruler
 from smolpost.export.check import Asked, Limits, ask, compare, logit_difference, refuse_failed
 from smolpost.export.folder import Source
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
+from smolpost.inference.local import LocalEngine
 from smolpost.model import SmolLM3ForCausalLM
 
 

@@ -15,7 +15,7 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.replies import answer_of
 from smolpost.evaluation.task import MODES
-from smolpost.model.generation import generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.inference.generation import generate, padding_token_id, reply_text, stop_token_ids
 from smolpost.progress import Progress
 from smolpost.schema import Harness
 

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.server import ServerEngine
+from smolpost.inference.local import LocalEngine
+from smolpost.inference.server import ServerEngine
 
 
 class Completions(BaseHTTPRequestHandler):

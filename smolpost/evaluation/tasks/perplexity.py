@@ -1,18 +1,19 @@
 """Loss of held-out rows, by source and mode."""
 
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, encode
 from smolpost.data.prompts import mode_of, named, where
-from smolpost.data.tokenize import encode_texts
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine
-from smolpost.evaluation.task import MODES, Context, Item, Sample, check_counts
-from smolpost.schema import PerplexityTask
+from smolpost.evaluation.task import MODES, Context, EvaluationTask, Item, Measurement, Sample, check_counts, measures
+from smolpost.inference.engine import Engine
+from smolpost.schema import count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Passage(NamedTuple):
@@ -33,7 +34,19 @@ class Passage(NamedTuple):
     places: list[int]
 
 
-class Perplexity:
+@dataclass
+class PerplexityTask(EvaluationTask):
+    """Loss of the reference replies' trained tokens, by source and mode."""
+
+    VERSION = 1
+
+    kind: str = "perplexity"
+    data: str = "heldout"  # mixture name
+    max_rows: int | None = count(200)  # per source and mode, the first ones; null: all
+
+
+@measures(PerplexityTask)
+class Perplexity(Measurement):
     """Mean negative log-likelihood of the trained tokens, in nats per token; its exponential is the perplexity.
 
     The mean is over tokens, as in training: a row counts by its number of trained tokens. Those are what training
@@ -50,10 +63,10 @@ class Perplexity:
     """
 
     def __init__(self, name: str, config: PerplexityTask, context: Context):
-        self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
+        super().__init__(name, config, context)
         check_counts(self.key, config, "max_rows")
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         self.notes = {"rows_without_trained_token": 0}
         taken = {mode: {} for mode in (*MODES, "text")}
         for source, row in self.context.rows(self.config.data):
@@ -90,6 +103,8 @@ class Perplexity:
 
     def _encoded(self, tokenizer, row: dict) -> Encoded:
         if row.get("messages") is None:
+            from smolpost.data.tokenize import encode_texts
+
             return encode_texts([row["text"]], tokenizer)[0]
         with named(row):
             return encode(

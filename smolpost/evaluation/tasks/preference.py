@@ -1,17 +1,19 @@
 """Held-out preference pairs: which side the model finds likelier, and by how much."""
 
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode_pair
 from smolpost.data.prompts import mode_of, named, where
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine
-from smolpost.evaluation.task import MODES, Context, Item, Sample, check_counts
-from smolpost.schema import PreferenceTask
+from smolpost.evaluation.task import MODES, Context, EvaluationTask, Item, Measurement, Sample, check_counts, measures
+from smolpost.inference.engine import Engine
+from smolpost.schema import count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
 DETAILS = {*MODES, *SIDES, "per_token"}
@@ -43,7 +45,19 @@ class Pair(NamedTuple):
     rejected: Side
 
 
-class Preference:
+@dataclass
+class PreferenceTask(EvaluationTask):
+    """Held-out pairs: which side the model finds likelier, and by how much."""
+
+    VERSION = 1
+
+    kind: str = "preference"
+    data: str = "heldout_pairs"  # mixture name
+    max_rows: int | None = count(200)  # the first ones; null: all
+
+
+@measures(PreferenceTask)
+class Preference(Measurement):
     """Accuracy and margin on pairs, encoded as training encodes them.
 
     With log p the log-probability of a side's scored tokens after the prompt, summed, in nats, a pair's margin is
@@ -64,10 +78,10 @@ class Preference:
     """
 
     def __init__(self, name: str, config: PreferenceTask, context: Context):
-        self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
+        super().__init__(name, config, context)
         check_counts(self.key, config, "max_rows")
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         self.notes = {"pairs_without_trained_token": 0, "pairs_equal": 0}
         taken = []
         for i, (source, row) in enumerate(self.context.rows(self.config.data)):

@@ -3,11 +3,12 @@
 Shapes: B prompts of one batch, L tokens of its longest prompt.
 """
 
-import random
 from contextlib import contextmanager
 
 import torch
 from transformers import AutoConfig, GenerationConfig
+
+from smolpost.inference.seeds import derive_seed
 
 # Part of a reply that a reader or a parser needs, even where a tokenizer calls them special.
 REPLY_TOKENS = frozenset(
@@ -83,11 +84,6 @@ def inference(model):
             yield
     finally:
         model.train(was_training)
-
-
-def derive_seed(*parts):
-    """One seed, in [0, 2^63), out of several ints or strings; the same on every machine."""
-    return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def stop_token_ids(settings):

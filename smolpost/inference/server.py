@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import stored_stop_token_ids
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import stored_stop_token_ids
 
 TIMEOUT = 3600.0  # seconds; a reply of 32k tokens takes minutes
 RETRIES = 5  # of a request that the server refused for now

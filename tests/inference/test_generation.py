@@ -8,14 +8,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
-from smolpost.model.generation import (
-    derive_seed,
+from smolpost.inference.generation import (
     generate,
     padding_token_id,
     reply_text,
     stop_token_ids,
     stored_stop_token_ids,
 )
+from smolpost.inference.seeds import derive_seed
 
 EOS, PAD, VOCAB = 2, 0, 64  # more tokens than the library's default top_k of 50
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20, 21], [22] * 12, [23, 5]]

@@ -8,23 +8,35 @@ import itertools
 import random
 import re
 from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple, NoReturn
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.data.sources import read_rows
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
-from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.fit_length import fitted
 from smolpost.evaluation.haystack import text_pieces
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, Problem, Question
-from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
-from smolpost.model.generation import derive_seed
+from smolpost.evaluation.task import (
+    Context,
+    EvaluationTask,
+    Item,
+    Measurement,
+    Sample,
+    check_choices,
+    check_counts,
+    greedy_replies,
+    measures,
+)
+from smolpost.inference.engine import Engine, Reply
+from smolpost.inference.seeds import derive_seed
 from smolpost.progress import Progress
-from smolpost.schema import RulerTask, Source
+from smolpost.schema import Source, count, numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUESTION_TASKS = ("qa_1", "qa_2")
 
@@ -49,7 +61,32 @@ class Asked(NamedTuple):
     opened: bool  # the prompt ends inside a think block
 
 
-class Ruler:
+@dataclass
+class RulerTask(EvaluationTask):
+    """RULER's tasks (arXiv:2404.06654) at given lengths, from text of our own or the user's."""
+
+    VERSION = 1
+
+    kind: str = "ruler"
+    tasks: list[str] = field(
+        default_factory=lambda: [
+            "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+            "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe",
+        ]
+    )  # fmt: skip
+    lengths: list[int] = numbers("[1, inf)", 4096, 8192, 16384)  # tokens of prompt and answer together
+    num_prompts: int = count(20)  # per task and length
+    text: str | None = None  # text file that haystacks are cut from; null: generated prose
+    questions: str | None = None  # for qa: JSONL of {"question", "context", "answers"}; contexts of qa_2 are lists
+    thinking: bool = False  # ask in think mode
+    think_tokens: int = count(1024)  # of each length, left free for the think block
+
+    def files(self):
+        return [(key, getattr(self, key)) for key in ("text", "questions") if getattr(self, key)]
+
+
+@measures(RulerTask)
+class Ruler(Measurement):
     """Metrics: `LENGTH`, the mean over tasks; `LENGTH/TASK`; `LENGTH/depth_D` over tasks with a single asked needle.
 
     Attributes:
@@ -62,9 +99,7 @@ class Ruler:
         Raises:
             UserError: A setting is out of range.
         """
-        self.config, self.context = config, context
-        self.key = f"evaluation.tasks.{name}"
-        self.notes: dict[str, int] = {}
+        super().__init__(name, config, context)
         check_choices(self.key, config, "tasks", PROBLEMS)
         check_choices(self.key, config, "lengths")
         check_counts(self.key, config, "num_prompts", "think_tokens")
@@ -72,7 +107,7 @@ class Ruler:
             if task in QUESTION_TASKS and not config.questions:
                 raise UserError(f"{self.key}.questions is not given; {task} needs it: give it, or take {task} out")
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         """Prompts that would, with one unit more (a sentence, a needle, a word, a document), be too long.
 
         Prompt i of a task begins with the same random numbers at every length, whatever else is asked.
@@ -114,7 +149,7 @@ class Ruler:
         )
         return PROBLEMS[task](random.Random(derive_seed(self.context.seed, "ruler", task, i)), material)
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", message: str) -> list[int]:
         """Token ids of the prompt with a user's message."""
         return encode_prompt(
             tokenizer,
@@ -123,7 +158,7 @@ class Ruler:
             today=self.context.today,
         )
 
-    def _room(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> int:
+    def _room(self, tokenizer: "PreTrainedTokenizerBase", problem: Problem) -> int:
         """Tokens of the longest reply: RULER's number, or twice a longer answer, and the think block's."""
         num_tokens = len(tokenizer.encode(", ".join(problem.references), add_special_tokens=False))
         return max(ANSWER_TOKENS, 2 * num_tokens) + (self.config.think_tokens if self.config.thinking else 0)
@@ -152,7 +187,7 @@ class Ruler:
         asked = itertools.chain.from_iterable(self._questions.values())
         return tuple(dict.fromkeys(document for question in asked for document in question.documents))
 
-    def _refuse(self, tokenizer: PreTrainedTokenizerBase, length: int) -> NoReturn:
+    def _refuse(self, tokenizer: "PreTrainedTokenizerBase", length: int) -> NoReturn:
         """Raise, with the least length of every task that this one cannot hold."""
         least: dict[str, int] = defaultdict(int)
         for task, i in itertools.product(self.config.tasks, range(self.config.num_prompts)):

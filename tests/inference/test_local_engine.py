@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
+from smolpost.inference.generation import stop_token_ids
+from smolpost.inference.local import LocalEngine
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.model.generation import stop_token_ids
 from smolpost.model.loading import load_for_inference
 
 TEXTS = ["ab", "a longer prompt, with words", "c?"]

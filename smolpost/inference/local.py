@@ -1,57 +1,17 @@
-"""What answers: a model in this process, or one behind an OpenAI-compatible server.
+"""A model in this process that answers prompts and scores tokens.
 
 Shapes: B sequences, L tokens of the longest one, T scored tokens, H hidden.
 """
-
-from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
-from smolpost.model.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
 from smolpost.objectives.head import head_of
 from smolpost.objectives.logprobs import token_scores
-
-
-class Reply(NamedTuple):
-    """What the model answered.
-
-    Attributes:
-        text: Without the stop token; think and tool tags stay.
-        num_tokens: The stop token included.
-        cut: It reached the longest reply's length without a stop token.
-    """
-
-    text: str
-    num_tokens: int
-    cut: bool
-
-
-class Engine(Protocol):
-    tokenizer: PreTrainedTokenizerBase
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        num_samples: int = 1,
-        seed: int = 0,
-    ) -> list[list[Reply]]:
-        """`num_samples` replies to each prompt (token ids, as one batch); greedy at temperature 0."""
-
-    def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """Log-probabilities, as one batch.
-
-        Args:
-            sequences: Token ids, and the places in them that are scored, ascending, each >= 1.
-        Returns:
-            For each sequence the log-probability, in nats, of the token at each place after all tokens before it.
-        """
 
 
 class LocalEngine:

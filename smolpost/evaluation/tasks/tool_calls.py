@@ -2,9 +2,8 @@
 
 import json
 import re
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.data.prompts import named
@@ -14,10 +13,23 @@ from smolpost.data.tools import json_schema_tool
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.bfcl_match import TYPES, mismatch
-from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.parse_calls import TAGS, Call, read_calls
-from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
-from smolpost.schema import Source, ToolCallsTask
+from smolpost.evaluation.task import (
+    Context,
+    EvaluationTask,
+    Item,
+    Measurement,
+    Sample,
+    check_choices,
+    check_counts,
+    greedy_replies,
+    measures,
+)
+from smolpost.inference.engine import Engine, Reply
+from smolpost.schema import MISSING, Source, count, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VARIABLES = {"xml": "xml_tools", "python": "python_tools"}  # of the template
 SHARES = ("parsed", "name", "cut")
@@ -45,7 +57,26 @@ class Question(NamedTuple):
     opened: bool
 
 
-class ToolCalls:
+@dataclass
+class ToolCallsTask(EvaluationTask):
+    """Berkeley function calling: calls compared with the accepted ones as syntax trees."""
+
+    VERSION = 1
+
+    kind: str = "tool_calls"
+    questions: str = MISSING  # JSONL of {"id", "question", "function"}
+    answers: str = MISSING  # JSONL of {"id", "ground_truth"}
+    styles: list[str] = some("xml", "python")  # <tool_call> with JSON, <code> with Python
+    max_rows: int | None = count(100)  # the first ones; null: all
+    thinking: bool = False
+    max_new_tokens: int = count(512)
+
+    def files(self):
+        return [("questions", self.questions), ("answers", self.answers)]
+
+
+@measures(ToolCallsTask)
+class ToolCalls(Measurement):
     """Share of rows that are answered with exactly the accepted calls, per style.
 
     Metrics, for each style of `config.styles`:
@@ -60,11 +91,11 @@ class ToolCalls:
     """
 
     def __init__(self, name: str, config: ToolCallsTask, context: Context):
-        self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
+        super().__init__(name, config, context)
         check_choices(self.key, config, "styles", TAGS)
         check_counts(self.key, config, "max_rows", "max_new_tokens")
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         answers = {}
         for row in self._rows("answers", ("id", "ground_truth")):
             answers[row["id"]] = row

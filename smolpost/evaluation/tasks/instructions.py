@@ -1,17 +1,30 @@
 """Instruction following with verifiable instructions, as IFEval (arXiv:2311.07911) scores it."""
 
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.constraints import follows, follows_loosely
-from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.instruction_prompts import Prompt, own_prompts, read_prompts
-from smolpost.evaluation.task import MODES, Context, Item, Sample, check_choices, check_counts, greedy_replies
-from smolpost.schema import InstructionsTask
+from smolpost.evaluation.task import (
+    MODES,
+    Context,
+    EvaluationTask,
+    Item,
+    Measurement,
+    Sample,
+    check_choices,
+    check_counts,
+    greedy_replies,
+    measures,
+)
+from smolpost.inference.engine import Engine, Reply
+from smolpost.schema import count, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Asked(NamedTuple):
@@ -30,7 +43,24 @@ class Asked(NamedTuple):
     opened: bool
 
 
-class Instructions:
+@dataclass
+class InstructionsTask(EvaluationTask):
+    """Instructions whose following a program can verify (IFEval, arXiv:2311.07911)."""
+
+    VERSION = 1
+
+    kind: str = "instructions"
+    prompts: str | None = None  # JSONL of {"key", "prompt", "instruction_id_list", "kwargs"}; null: own prompts
+    num_prompts: int | None = count(100)  # the first ones, or as many made; null: all of the file
+    modes: list[str] = some("think", "no_think")
+    max_new_tokens: int = count(1024)
+
+    def files(self):
+        return [("prompts", self.prompts)] if self.prompts else []
+
+
+@measures(InstructionsTask)
+class Instructions(Measurement):
     """Share of prompts whose instructions are all followed, per mode; replies are greedy.
 
     Judged is the text after the think block; of a reply that ends inside it, nothing, which follows no instruction.
@@ -45,7 +75,7 @@ class Instructions:
     """
 
     def __init__(self, name: str, config: InstructionsTask, context: Context):
-        self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
+        super().__init__(name, config, context)
         check_choices(self.key, config, "modes", MODES)
         check_counts(self.key, config, "num_prompts", "max_new_tokens")
         if config.num_prompts is None and config.prompts is None:
@@ -53,7 +83,7 @@ class Instructions:
                 f"{self.key}.num_prompts=null asks for all prompts of a file, and prompts=null names none; give one"
             )
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         if self.config.prompts is None:
             prompts = own_prompts(self.config.num_prompts, self.context.seed)
         else:

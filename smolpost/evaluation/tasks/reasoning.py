@@ -4,19 +4,31 @@ Chen et al. 2021 (arXiv:2107.03374) define pass@k: the chance that one of k repl
 """
 
 import math
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.render import text_of
 from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import Answers, MathAnswers, PatternAnswers, opens_thinking, parts_of
-from smolpost.evaluation.engine import Engine, Reply
-from smolpost.evaluation.task import MODES, Context, Item, Sample, check_choices, check_counts
-from smolpost.model.generation import derive_seed
-from smolpost.schema import ReasoningTask
+from smolpost.evaluation.task import (
+    MODES,
+    Context,
+    EvaluationTask,
+    Item,
+    Measurement,
+    Sample,
+    check_choices,
+    check_counts,
+    measures,
+)
+from smolpost.inference.engine import Engine, Reply
+from smolpost.inference.seeds import derive_seed
+from smolpost.schema import choice, count, number, numbers, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FLAGS = {"/think", "/no_think"}
 SHARES = ("tokens", "cut", "unclosed")
@@ -44,7 +56,27 @@ class Problem(NamedTuple):
     opened: bool
 
 
-class Reasoning:
+@dataclass
+class ReasoningTask(EvaluationTask):
+    """Problems with one right answer, asked with and without thinking."""
+
+    VERSION = 1
+
+    kind: str = "reasoning"
+    data: str = "heldout"  # mixture name; a row's last assistant turn holds the right answer
+    max_rows: int | None = count(100)  # the first rows that hold an answer; null: all
+    modes: list[str] = some("think", "no_think")
+    answer: str = choice("pattern", "math")  # equal as text, or as mathematics (math-verify)
+    answer_pattern: str = r"(?s)(.*)"  # first group of the last match in the text after the think block is the answer
+    max_new_tokens: int = count(256)
+    num_samples: int = count(1)  # replies per problem and mode
+    temperature: float = number("[0, inf)", 0.0)  # 0: greedy; above 0 for several samples
+    top_p: float = number("(0, 1]", 1.0)
+    pass_at: list[int] = numbers("[1, inf)", 1)  # k of pass@k, each at most num_samples
+
+
+@measures(ReasoningTask)
+class Reasoning(Measurement):
     """Share of right answers, per mode.
 
     Metrics, for each mode of `config.modes`:
@@ -61,11 +93,11 @@ class Reasoning:
     """
 
     def __init__(self, name: str, config: ReasoningTask, context: Context):
-        self.key, self.config, self.context, self.notes = f"evaluation.tasks.{name}", config, context, {}
+        super().__init__(name, config, context)
         self._check_settings()
         self.answers = self._answers()
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         self.notes = {"rows_without_answer": 0, "rows_with_flag": 0}
         asked = []
         for i, (source, row) in enumerate(self.context.rows(self.config.data)):

@@ -1,19 +1,32 @@
 """Key-value recall by context length and depth, in the miniature's alphabet."""
 
 from collections import defaultdict
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.data.tasks import KEYS, recall_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine, Reply
 from smolpost.evaluation.fit_length import largest
-from smolpost.evaluation.task import Context, Item, Sample, check_choices, check_counts, greedy_replies
-from smolpost.schema import RecallTask
+from smolpost.evaluation.task import (
+    Context,
+    EvaluationTask,
+    Item,
+    Measurement,
+    Sample,
+    check_choices,
+    check_counts,
+    greedy_replies,
+    measures,
+)
+from smolpost.inference.engine import Engine, Reply
+from smolpost.schema import count, numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NUM_DEPTHS = 10  # bins
 
@@ -26,7 +39,21 @@ class Asked(NamedTuple):
     answer: str
 
 
-class Recall:
+@dataclass
+class RecallTask(EvaluationTask):
+    """Key-value recall in the miniature's alphabet, by context length and depth."""
+
+    VERSION = 1
+
+    kind: str = "recall"
+    lengths: list[int] = numbers("[1, inf)", 64, 256, 1024)  # tokens of prompt and answer together
+    num_prompts: int = count(16)  # per length
+    pairs: int = count(8)  # keys and values in each context
+    queries: int = count(8)  # of them asked for
+
+
+@measures(RecallTask)
+class Recall(Measurement):
     """Metrics: `LENGTH`, the share of asked pairs in the reply; `LENGTH/depth_D`, the same of the pairs at a depth.
 
     A depth is a pair's place in its context, 0 first and 1 last, in bins of a tenth named by their lower ends.
@@ -37,9 +64,7 @@ class Recall:
         Raises:
             UserError: A setting is out of range.
         """
-        self.config, self.context = config, context
-        self.key = f"evaluation.tasks.{name}"
-        self.notes: dict[str, int] = {}
+        super().__init__(name, config, context)
         check_choices(self.key, config, "lengths")
         check_counts(self.key, config, "num_prompts", "pairs", "queries")
         for field, limit, what in (("pairs", len(KEYS), "the number of keys"), ("queries", config.pairs, "pairs")):
@@ -47,7 +72,7 @@ class Recall:
             if value > limit:
                 raise UserError(f"{self.key}.{field}={value} is above {limit}, {what}; lower it")
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         """Prompts whose tokens, with those of the answer and its stop token, would with one symbol more be too many.
 
         Prompt i starts from the same random numbers at every length. Lengths above the model's
@@ -65,7 +90,7 @@ class Recall:
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
-    def _item(self, tokenizer: PreTrainedTokenizerBase, length: int, i: int) -> Item:
+    def _item(self, tokenizer: "PreTrainedTokenizerBase", length: int, i: int) -> Item:
         smallest = 3 * self.config.pairs + 1 + self.config.queries
         found = largest(lambda size: self._ids(tokenizer, i, size)[0], length, smallest, smallest + length)
         if found is None:
@@ -84,7 +109,7 @@ class Recall:
         rng = np.random.default_rng([self.context.seed, i])
         return recall_row(rng, size, self.config.pairs, self.config.queries, distinct=True)
 
-    def _ids(self, tokenizer: PreTrainedTokenizerBase, i: int, size: int) -> tuple[list[int], int]:
+    def _ids(self, tokenizer: "PreTrainedTokenizerBase", i: int, size: int) -> tuple[list[int], int]:
         """Prompt, answer and stop token; and how many tokens the last two are."""
         row = self._row(i, size)
         *messages, answer = row["messages"]
