@@ -19,7 +19,8 @@ FLOORS = {
 # The exceptions on one floor.
 NEIGHBOURS = {
     ("files", "errors"), ("registry", "errors"), ("schema", "registry"), ("disks", "errors"), ("data", "chat"),
-    ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"), ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
 }  # fmt: skip
 
 

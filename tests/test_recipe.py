@@ -20,6 +20,7 @@ from smolpost.evaluation.tasks.reasoning import ReasoningTask
 from smolpost.evaluation.tasks.recall import RecallTask
 from smolpost.recipe import checks, request
 from smolpost.recipe.written import Written
+from smolpost.registry import STAGE_KINDS
 from smolpost.stages.init import InitStage
 from smolpost.stages.merge import MergeStage
 from smolpost.stages.pairs import PairsStage
@@ -74,7 +75,7 @@ def test_published_mixture_weights():
 def test_every_pipeline_composes(file):
     request = recipe.load([f"pipeline={file.stem}", "data_root=somewhere"])
     assert request.recipe.pipeline == file.stem
-    assert all(type(s) is schema.STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
+    assert all(type(s) is STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
 
 
 def test_stage_is_a_choice_not_a_setting():

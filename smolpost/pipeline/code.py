@@ -12,8 +12,10 @@ import platform
 from functools import cache
 from pathlib import Path
 
-# A recipe's values are in the key as such; messages and bars change no result.
+# A recipe's values are in the key as such; messages and bars change no result; and packages that register are no part of
+# what one entry does.
 WITHOUT_RESULT = ("schema.py", "errors.py", "progress.py", "screen.py", "signals.py")
+REGISTERING = ("stages/__init__.py", "evaluation/tasks/__init__.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "mergekit", "smolpost")
 
 
@@ -61,7 +63,8 @@ def imported(library: Path, entry: str) -> frozenset[str]:
     todo = [library / entry]
     while todo:
         path = todo.pop()
-        if path not in found and path.name not in WITHOUT_RESULT:
+        name = str(path.relative_to(library))
+        if path not in found and name not in (*WITHOUT_RESULT, *REGISTERING):
             found.add(path)
             todo += [path.parent / "__init__.py", *_imports(library, path)]  # a package runs before its modules
     return frozenset(str(path.relative_to(library)) for path in found if path.is_file())

@@ -127,7 +127,7 @@ def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
     wanted = set(names)
     for name in names:
         wanted.update(lineage.measured_on(name))
-    for name in reversed(lineage.stages):  # children come after their parents
+    for name in reversed([*lineage.stages]):  # children come after their parents
         if name in wanted:
             wanted.update(lineage.stages.planned[name].parents)
     return [name for name in lineage.stages if name in wanted]

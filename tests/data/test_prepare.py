@@ -313,7 +313,7 @@ def test_report_by_hand(tokenizer, tmp_path):
     assert (a["tokens_unknown"], b["tokens_unknown"]) == (0, 1)
     assert b["masked"]["first of a document"] == 1
     assert a["length_percentiles"] == {"50": 17, "90": 18, "99": 18, "100": 18}
-    assert report["settings"] == {"kind": "sft", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
+    assert report["settings"] == {"layout": "documents", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
     assert report["totals"]["tokens_read"] == a["tokens_read"] + b["tokens_read"] == 43
 
 

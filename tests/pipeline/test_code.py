@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from smolpost import stages  # noqa: F401 (registers the kinds)
 from smolpost.pipeline import code
 from smolpost.registry import STAGE_KINDS
 
