@@ -119,7 +119,7 @@ def test_only_the_stages_that_are_asked_for_are_looked_at(words, tmp_path):
     before = keys(words)["init"]
     (tmp_path / "smoltalk2_preference.jsonl").unlink()
     stages = Lineage(recipe.load(words)).stages
-    assert (stages["init"].key, len(stages)) == (before, 8)
+    assert (stages["init"].key, len(stages)) == (before, 9)
     with pytest.raises(UserError, match=r"smoltalk2_preference.jsonl: does not exist"):
         stages["apo-42"]
 
