@@ -84,6 +84,13 @@ def test_links_lead_to_files():
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
 
 
+def test_files_named_in_documents_exist():
+    named = r"`((?:tests|smolpost|benchmarks|recipes)/[\w/*.-]+\.(?:py|yaml|json))`"
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(named, page.read_text()):
+            assert list(ROOT.glob(name)), f"{page.name}: {name}"
+
+
 def test_there_are_commands():
     assert len(commands()) >= 6
 
