@@ -5,6 +5,7 @@ reply. HTML's <code> inside a sentence, or a sentence about <tool_call>, is text
 """
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 TAGS = {"xml": "tool_call", "python": "code"}  # style -> tag around its calls
@@ -23,7 +24,7 @@ class CallBlock(NamedTuple):
     tag: str
 
 
-def call_blocks(text, tags=ALL_TAGS):
+def call_blocks(text: str, tags: Collection[str] = ALL_TAGS) -> list[CallBlock]:
     """The blocks of a text that stand as calls, ascending and disjoint.
 
     Args:
@@ -61,18 +62,18 @@ def call_blocks(text, tags=ALL_TAGS):
     return sorted(found)
 
 
-def _is_json(text, block):
+def _is_json(text: str, block: CallBlock) -> bool:
     inner = text[block.inner_start : block.inner_end].strip()
     return block.tag == TAGS["xml"] and (inner[:1], inner[-1:]) in (("{", "}"), ("[", "]"))
 
 
-def _begins_line(text, place):
+def _begins_line(text: str, place: int) -> bool:
     while place and text[place - 1] in " \t":
         place -= 1
     return place == 0 or text[place - 1] == "\n"
 
 
-def _before_blanks(text, end):
+def _before_blanks(text: str, end: int) -> int:
     while end and text[end - 1].isspace():
         end -= 1
     return end

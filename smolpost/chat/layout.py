@@ -2,15 +2,19 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from smolpost.chat.contents import locate
+from smolpost.chat.contents import Content, locate
 from smolpost.chat.fates import Fate
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
-from smolpost.chat.render import RESULT_ROLES, text_of
-from smolpost.chat.shown import losses
-from smolpost.chat.spans import EndlessTurn, assistant_turns, check_stop, generation_spans, prefix_spans, turn_end
-from smolpost.chat.text_pieces import Ranges, check_encodable, vocabulary_of
+from smolpost.chat.render import RESULT_ROLES, Conversation, Message, text_of
+from smolpost.chat.shown import Loss, losses
+from smolpost.chat.spans import EndlessTurn, Span, assistant_turns, check_stop, generation_spans, prefix_spans, turn_end
+from smolpost.chat.text_pieces import Ranges, Vocabulary, check_encodable, vocabulary_of
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_BY_PREFIXES = 1000  # replies of a conversation, which is rendered twice for each: seconds
 ROLES = ("system", "user", "assistant", "tool", "all")
@@ -34,12 +38,12 @@ class Policy:
     reasoning: bool = True
     last_turn_only: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for role in self.roles:
             if role not in ROLES:
                 raise UserError(f"role {role!r} cannot be trained; use {', '.join(ROLES)}")
 
-    def turns(self, messages):
+    def turns(self, messages: list[Message]) -> list[int]:
         """Indices of the messages that train."""
         chosen = [i for i, m in enumerate(messages) if _role(m) in self.roles and not _left_out(m)]
         return chosen[-1:] if self.last_turn_only else chosen
@@ -63,17 +67,25 @@ class Layout:
     """
 
     text: str
-    pieces: list
-    ranges: list
-    neutral: list
-    trained_starts: frozenset
+    pieces: list[tuple[int, int, bool]]
+    ranges: list[tuple[int, int, Fate]]
+    neutral: list[tuple[int, int]]
+    trained_starts: frozenset[int]
     thinks: bool
-    lost: tuple
+    lost: tuple[Loss, ...]
     trains_all: bool
     boundary: int = 0
 
 
-def lay_out(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes=False):
+def lay_out(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversation: Conversation,
+    policy: Policy,
+    *,
+    first: int = 0,
+    trim: bool = False,
+    by_prefixes: bool = False,
+) -> Layout:
     """The Layout of a conversation.
 
     Args:
@@ -126,7 +138,7 @@ def lay_out(tokenizer, conversation, policy, *, first=0, trim=False, by_prefixes
     return Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, lost, trains_all)
 
 
-def check_number(conversation):
+def check_number(conversation: Conversation) -> None:
     """Refuse a conversation whose replies would take long to find: two renderings for each of them.
 
     Raises:
@@ -139,11 +151,13 @@ def check_number(conversation):
         )
 
 
-def one_each(spans, conversation):
+def one_each(spans: list[Span], conversation: Conversation) -> bool:
     return conversation.marks_spans and all(span.message is not None for span in spans)
 
 
-def _turn(conversation, text, contents, i, vocabulary):
+def _turn(
+    conversation: Conversation, text: str, contents: list[Content] | None, i: int, vocabulary: Vocabulary
+) -> tuple[int, int]:
     """(start, end) of a turn that is no reply: its text up to and including its stop token, or that alone."""
     start = next((content.start for content in contents or [] if content.message == i), None)
     is_empty = not text_of(conversation.messages[i].get("content")).strip()
@@ -158,7 +172,7 @@ def _turn(conversation, text, contents, i, vocabulary):
     return start, end
 
 
-def _search_reply(conversation, text, i):
+def _search_reply(conversation: Conversation, text: str, i: int) -> tuple[int, int]:
     """A reply the template shows differently later on: its answer where that stands once, else nothing."""
     answer = split_reasoning(text_of(conversation.messages[i].get("content")))[1].strip()
     start = text.find(answer)
@@ -166,7 +180,9 @@ def _search_reply(conversation, text, i):
     return (start, start + len(answer)) if once else (0, 0)
 
 
-def _inner_stops(text, span, vocabulary, eos, only_text):
+def _inner_stops(
+    text: str, span: Span, vocabulary: Vocabulary, eos: str | None, only_text: Ranges
+) -> list[tuple[int, int]]:
     """Stop tokens inside a reply that came about in rendering: only the last one ends it."""
     stop = eos if eos and text.endswith(eos, 0, span.end) else None
     stop = stop or next((s for s in vocabulary.stops if text.endswith(s, 0, span.end)), None)
@@ -178,7 +194,7 @@ def _inner_stops(text, span, vocabulary, eos, only_text):
     return found
 
 
-def _reasoning(text, span, vocabulary, words):
+def _reasoning(text: str, span: Span, vocabulary: Vocabulary, words: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Where the reasoning of a reply stands, by its text: tokenizers may know the tags or spell them out. What length
     cut takes the stop token with it.
 
@@ -195,7 +211,7 @@ def _reasoning(text, span, vocabulary, words):
     return [(span.start + a, span.end if span.start + b == end else span.start + b) for a, b in ranges]
 
 
-def without_flags(conversation):
+def without_flags(conversation: Conversation) -> Conversation:
     """Without train and training: templates then mark each reply, and the policy decides."""
     flags = ("train", "training")
     if not any(flag in message for message in conversation.messages for flag in flags):
@@ -204,9 +220,9 @@ def without_flags(conversation):
     return replace(conversation, messages=messages)
 
 
-def _left_out(message):
+def _left_out(message: Message) -> bool:
     return message.get("train") is False or message.get("training") is False
 
 
-def _role(message):
+def _role(message: Message) -> str | None:
     return "tool" if message.get("role") in RESULT_ROLES else message.get("role")

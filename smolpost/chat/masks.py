@@ -4,16 +4,20 @@ Text is cut at the edges of the replies and each piece is tokenized by itself. N
 are those of inference: a tokenized prompt, then the reply. What trains changes no id.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.layout import MAX_BY_PREFIXES, REPLIES, Layout, Policy, lay_out, one_each, without_flags
-from smolpost.chat.render import clean_messages, conversation_of
+from smolpost.chat.render import Conversation, Message, Tool, clean_messages, conversation_of
 from smolpost.chat.shown import Loss
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans
-from smolpost.chat.text_pieces import TextPiece, vocabulary_of
+from smolpost.chat.text_pieces import TextPiece, Vocabulary, vocabulary_of
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Encoded(NamedTuple):
@@ -60,7 +64,15 @@ class EncodedPair(NamedTuple):
     lost: tuple[Loss, ...]
 
 
-def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> Encoded:
     """Tokenize one conversation.
 
     Args:
@@ -76,7 +88,15 @@ def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, poli
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, policy)])[0].encoded()
 
 
-def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode_batch(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: list[list[Message]],
+    *,
+    template_kwargs: list[dict[str, Any] | None] | None = None,
+    tools: list[list[Tool] | None] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> list[Encoded]:
     """`encode` for many conversations in one call of the fast tokenizer.
 
     Args:
@@ -102,7 +122,16 @@ def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, 
     return [tokens.encoded() for tokens in _tokenize(tokenizer, rows)]
 
 
-def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode_pair(
+    tokenizer: "PreTrainedTokenizerBase",
+    chosen: list[Message],
+    rejected: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> EncodedPair:
     """Tokenize a preference pair given as two full conversations.
 
     The prompt is the longest common prefix of messages, with the generation prompt where both continue with a trained
@@ -142,7 +171,14 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
     )
 
 
-def encode_prompt(tokenizer, messages, *, template_kwargs=None, tools=None, today):
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+) -> list[int]:
     """The ids of a conversation up to where its next reply begins: what precedes that reply in training.
 
     Args, Raises: As `encode`.
@@ -151,7 +187,15 @@ def encode_prompt(tokenizer, messages, *, template_kwargs=None, tools=None, toda
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, Policy(roles=()))])[0].ids
 
 
-def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def trained_by_prefixes(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> Encoded:
     """`encode` by differences of renderings alone, whatever the template's {% generation %} tags say.
 
     Raises:
@@ -161,7 +205,14 @@ def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, policy, by_prefixes=True)])[0].encoded()
 
 
-def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today):
+def check_spans(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+) -> None:
     """Refuse a template whose {% generation %} tags mark something else than the replies after their prompts.
 
     Replies whose prompts do not tell where they stand, as the template rewrites earlier turns, are left to the tags.
@@ -193,16 +244,16 @@ def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today)
 
 @dataclass
 class _Tokens:
-    ids: list
-    fates: list
+    ids: list[int]
+    fates: list[int]
     layout: Layout
     num_before: int = 0  # tokens that begin before the layout's boundary
 
-    def encoded(self):
+    def encoded(self) -> Encoded:
         return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks, self.layout.lost)
 
 
-def _tokenize(tokenizer, layouts):
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", layouts: list[Layout]) -> list[_Tokens]:
     """One tokenizer call for the pieces of all rows: [B] Layout to [B] _Tokens."""
     vocabulary = vocabulary_of(tokenizer)
     painted = [_painted(layout) for layout in layouts]
@@ -222,7 +273,7 @@ def _tokenize(tokenizer, layouts):
     return tokens
 
 
-def _painted(layout):
+def _painted(layout: Layout) -> list[tuple[TextPiece, list[tuple[int, int, Fate]]]]:
     """[(TextPiece, the ranges that reach into it)]."""
     painted, first = [], 0
     for start, end, plain in layout.pieces:
@@ -239,7 +290,13 @@ def _painted(layout):
     return painted
 
 
-def _fates(piece, ranges, ids, num_before, vocabulary):
+def _fates(
+    piece: TextPiece,
+    ranges: list[tuple[int, int, Fate]],
+    ids: list[int],
+    num_before: Callable[[int], int] | None,
+    vocabulary: Vocabulary,
+) -> list[int]:
     """A token has the fate of its first character."""
     fates = [Fate.TEMPLATE.value] * len(ids)
     for start, end, fate in ranges:
@@ -257,7 +314,7 @@ def _fates(piece, ranges, ids, num_before, vocabulary):
 _OWN = (Fate.SYSTEM, Fate.USER, Fate.TOOL)
 
 
-def _num_common(chosen, rejected):
+def _num_common(chosen: list[Message], rejected: list[Message]) -> int:
     """Number of leading messages both sides share, leaving each at least its last message."""
     num = 0
     while num < min(len(chosen), len(rejected)) - 1 and chosen[num] == rejected[num]:
@@ -269,7 +326,7 @@ def _num_common(chosen, rejected):
     return num
 
 
-def _common_prompt_length(common, rows):
+def _common_prompt_length(common: Conversation, rows: list[Layout]) -> int:
     """Length in characters of the prompt that both renderings begin with."""
     common = without_flags(common)
     prompt = replace(common, add_generation_prompt=True).text()

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     positional: tuple = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         values = [*map(repr, self.positional), *(f"{name}={value!r}" for name, value in self.arguments.items())]
         return f"{self.name}({', '.join(values)})"
 
@@ -68,7 +68,7 @@ def _dotted(function: ast.AST) -> str:
     return ".".join([node.id, *reversed(names)])
 
 
-def _literal(node: ast.AST):
+def _literal(node: ast.AST) -> Any:
     """The value of an expression that is a literal such as JSON has, or a tuple."""
     try:
         value = ast.literal_eval(node)

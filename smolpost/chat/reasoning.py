@@ -28,7 +28,7 @@ class ThinkBlock(NamedTuple):
     end: int
 
 
-def think_blocks(text, *, opened_in_prompt=False):
+def think_blocks(text: str, *, opened_in_prompt: bool = False) -> list[ThinkBlock]:
     """The blocks that open a reply, ascending; nothing but white space stands between them.
 
     A block of one line ends at its first `</think>`. A longer one ends at the first that begins or ends a line, and
@@ -53,7 +53,7 @@ def think_blocks(text, *, opened_in_prompt=False):
     return blocks
 
 
-def _block(text, start, inner_start):
+def _block(text: str, start: int, inner_start: int) -> ThinkBlock:
     close = text.find(CLOSE, inner_start)
     if close < 0:
         return ThinkBlock(start, inner_start, len(text), len(text))
@@ -62,7 +62,7 @@ def _block(text, start, inner_start):
     return ThinkBlock(start, inner_start, close, close + len(CLOSE))
 
 
-def split_reasoning(text, *, opened_in_prompt=False):
+def split_reasoning(text: str, *, opened_in_prompt: bool = False) -> tuple[str | None, str]:
     """Split a reply into its reasoning and its answer, as `think_blocks` finds them.
 
     The reasoning of several blocks is joined by a line break. A reply that ends inside its block was cut by length: all
@@ -79,14 +79,14 @@ def split_reasoning(text, *, opened_in_prompt=False):
     return ("\n".join(part for part in inner if part) if inner else None), answer.lstrip("\r\n")
 
 
-def ends_thinking(text, *, opened_in_prompt=False):
+def ends_thinking(text: str, *, opened_in_prompt: bool = False) -> bool:
     """Whether a reply ended inside a think block, so that there is no answer; the arguments are those of
     `think_blocks`."""
     blocks = think_blocks(text, opened_in_prompt=opened_in_prompt)
     return bool(blocks) and blocks[-1].inner_end == blocks[-1].end
 
 
-def reasoning_ranges(text):
+def reasoning_ranges(text: str) -> list[tuple[int, int]]:
     """Where a reply's reasoning stands, as `think_blocks` finds it, with its tags.
 
     Returns:

@@ -7,15 +7,23 @@ filled with None count as missing, and tool-call arguments kept as JSON strings 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # OpenAI's: role, content, tool_calls, ...
+Tool = dict[str, Any] | Callable  # a JSON schema, or a documented function
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -29,12 +37,12 @@ RESULT_ROLES = ("tool", "function", "ipython")
 TEMPLATE_ERRORS = (jinja2.exceptions.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-def _names():
+def _names() -> dict[str, Path]:
     """This package's templates: name -> file."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.jinja"))}
 
 
-def load_template(name):
+def load_template(name: str | Path) -> str:
     """The text of a chat template.
 
     Args:
@@ -51,18 +59,26 @@ def load_template(name):
     return path.read_text(encoding="utf-8")
 
 
-def has_foreign_tags(tokenizer):
+def has_foreign_tags(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the chat template has {% generation %} tags and is none of this package's, whose tags are right."""
     template = _template_of(tokenizer)
     return _has_generation_tags(template) and template not in map(load_template, _names())
 
 
-def template_hash(text):
+def template_hash(text: str) -> str:
     """16 hex digits (sha256) that name a template's text in manifests and cache keys."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
+def render(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> str:
     """The text of a conversation under the tokenizer's chat template.
 
     Args:
@@ -80,7 +96,15 @@ def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_
     return conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt).text()
 
 
-def render_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
+def render_spans(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
     """`render`, with the characters the policy has to produce, as the template's {% generation %} tags say.
 
     Returns:
@@ -113,22 +137,22 @@ class Conversation:
     """
 
     template: str
-    messages: list[dict]
-    variables: dict
-    tools: list[dict] | None
+    messages: list[Message]
+    variables: dict[str, Any]
+    tools: list[dict[str, Any]] | None
     today: str
-    special: dict
+    special: dict[str, str]
     add_generation_prompt: bool = False
 
     @property
-    def marks_spans(self):
+    def marks_spans(self) -> bool:
         """Whether the template has {% generation %} tags."""
         return _has_generation_tags(self.template)
 
-    def text(self):
+    def text(self) -> str:
         return self.render()[0]
 
-    def render(self):
+    def render(self) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the (start, end) of the template's generation spans in it.
 
         Raises:
@@ -139,7 +163,7 @@ class Conversation:
         except TEMPLATE_ERRORS as error:
             raise UserError(self._complaint(error)) from error
 
-    def _render(self):
+    def _render(self) -> tuple[str, list[tuple[int, int]]]:
         texts, spans = render_jinja_template(
             conversations=[self.messages],
             tools=self.tools,
@@ -150,7 +174,7 @@ class Conversation:
         )
         return texts[0], spans[0] if self.marks_spans else []
 
-    def _complaint(self, error):
+    def _complaint(self, error: Exception) -> str:
         """One line that names the message: the first one that every longer part of the conversation fails with."""
         text = " ".join(str(error).split())
         if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
@@ -168,7 +192,7 @@ class Conversation:
             return f"{place}{text}"
         return f"{place}the chat template fails ({type(error).__name__}: {text}); mend the row or use another template"
 
-    def _renders(self, num_messages):
+    def _renders(self, num_messages: int) -> bool:
         try:
             replace(self, messages=self.messages[:num_messages])._render()
         except TEMPLATE_ERRORS:
@@ -177,11 +201,18 @@ class Conversation:
 
 
 @cache
-def _has_generation_tags(template):
+def _has_generation_tags(template: str) -> bool:
     return re.search(r"{%-?\s*generation", template) is not None
 
 
-def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt=False):
+def conversation_of(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    template_kwargs: dict[str, Any] | None,
+    tools: list[Tool] | None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> Conversation:
     """A Conversation, checked; the arguments are those of `render`.
 
     Raises:
@@ -195,7 +226,7 @@ def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_gene
     return Conversation(template, messages, variables, _schemas(tools), today, special, add_generation_prompt)
 
 
-def _template_of(tokenizer):
+def _template_of(tokenizer: "PreTrainedTokenizerBase | str") -> str:
     if isinstance(tokenizer, str):
         return tokenizer
     if not tokenizer.chat_template:
@@ -203,7 +234,7 @@ def _template_of(tokenizer):
     return tokenizer.get_chat_template()
 
 
-def clean_messages(messages):
+def clean_messages(messages: list[Message]) -> list[Message]:
     """Messages without the keys that hold None, as Arrow fills them where rows of a dataset differ.
 
     Raises:
@@ -215,20 +246,20 @@ def clean_messages(messages):
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def text_of(content):
+def text_of(content: Any) -> str:
     """The text of a message's content: a string, or the text parts of a list one after another."""
     if isinstance(content, str):
         return content
     return "".join(part_text(part) for part in content) if isinstance(content, list | tuple) else ""
 
 
-def part_text(part):
+def part_text(part: Any) -> str:
     """The text of one part of a content; "" where it is no text part."""
     text = part.get("text") if isinstance(part, dict) else part
     return text if isinstance(text, str) else ""
 
 
-def _as_the_template_reads(messages):
+def _as_the_template_reads(messages: list[Message]) -> list[Message]:
     """Clean messages whose tool calls hold objects, which is also how servers hand a history to the template."""
     messages = clean_messages(messages)
     for message in messages:
@@ -239,7 +270,7 @@ def _as_the_template_reads(messages):
     return messages
 
 
-def _with_parsed_arguments(call):
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call whose arguments are the object their JSON string means; text that is no JSON object stays."""
     if call.get("function"):
         return {**call, "function": _with_parsed_arguments(call["function"])}
@@ -254,7 +285,7 @@ def _with_parsed_arguments(call):
     return call
 
 
-def _check_order(messages):
+def _check_order(messages: list[Message]) -> None:
     """Refuse a tool result before any assistant turn: nobody made the call that it answers."""
     for i, role in enumerate(message.get("role") for message in messages):
         if role == "assistant":
@@ -266,7 +297,7 @@ def _check_order(messages):
             )
 
 
-def _schemas(tools):
+def _schemas(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
     """Tools as JSON schemas; None where there are none."""
     for i, tool in enumerate(tools or []):
         if not isinstance(tool, dict) and not callable(tool):
@@ -274,7 +305,7 @@ def _schemas(tools):
     return [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools or []] or None
 
 
-def _checked_variables(template_kwargs, template):
+def _checked_variables(template_kwargs: dict[str, Any] | None, template: str) -> dict[str, Any]:
     """The template's variables, without the keys that hold None.
 
     None must never reach a template as a value: a test for truth would read it as "thinking off".

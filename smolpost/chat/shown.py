@@ -6,12 +6,16 @@ templates write as JSON, the longest words are looked for.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.reasoning import think_blocks
-from smolpost.chat.render import RESULT_ROLES, render, text_of
-from smolpost.chat.spans import assistant_turns
+from smolpost.chat.render import RESULT_ROLES, Conversation, Message, render, text_of
+from smolpost.chat.spans import Span, assistant_turns
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # a word to the template, such as /no_think
 _BREAKS = re.compile(r'[\s"\\]+')  # what JSON writes otherwise
@@ -35,7 +39,9 @@ class Loss(NamedTuple):
     what: str
 
 
-def losses(conversation, text, spans, replies, stops):
+def losses(
+    conversation: Conversation, text: str, spans: list[Span], replies: list[int], stops: list[str]
+) -> tuple[Loss, ...]:
     """What the rendering leaves out, as a tuple of Loss; of the conversation, one of each kind.
 
     Args:
@@ -57,7 +63,7 @@ def losses(conversation, text, spans, replies, stops):
     return (*found, *_of_others(conversation, _between(text, spans)))
 
 
-def _of_reply(message, shown, is_last):
+def _of_reply(message: Message, shown: str, is_last: bool) -> Iterator[tuple[str, str]]:
     """(kind, what) of each loss."""
     content = text_of(message.get("content"))
     blocks = think_blocks(content) if "think>" in content else []
@@ -73,7 +79,7 @@ def _of_reply(message, shown, is_last):
     yield from (("reasoning" if is_last else "earlier reasoning", thought) for thought in lost_thoughts[:1])
 
 
-def _call(call):
+def _call(call: dict[str, Any]) -> tuple[str, list[str]]:
     """A call's name, and what every way to write it holds: the names of function and arguments."""
     function = call.get("function") or call
     arguments = function.get("arguments")
@@ -81,12 +87,12 @@ def _call(call):
     return str(names[0]), [name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.A)]
 
 
-def _holds(shown, part):
+def _holds(shown: str, part: str) -> bool:
     part = part.strip()
     return part in shown or "".join(part.split()) in "".join(shown.split())
 
 
-def _of_others(conversation, text):
+def _of_others(conversation: Conversation, text: str) -> Iterable[Loss]:
     kinds = {"system": "system", "user": "user", **dict.fromkeys(RESULT_ROLES, "tool results")}
     texts = [(kinds.get(m.get("role")), i, text_of(m.get("content"))) for i, m in enumerate(conversation.messages)]
     variables = conversation.variables
@@ -101,14 +107,14 @@ def _of_others(conversation, text):
     return lost.values()
 
 
-def _mentions(text, said):
+def _mentions(text: str, said: str) -> bool:
     if said in text:
         return True
     words = {word for word in _BREAKS.split(_FLAG.sub(" ", said)) if word}
     return all(word in text for word in sorted(words, key=len)[-_NUM_WORDS:])
 
 
-def _between(text, spans):
+def _between(text: str, spans: list[Span]) -> str:
     """The text without the replies."""
     parts, done = [], 0
     for span in spans:
@@ -117,10 +123,10 @@ def _between(text, spans):
     return "".join([*parts, text[done:]])
 
 
-def thinks_unasked(tokenizer, today):
+def thinks_unasked(tokenizer: "PreTrainedTokenizerBase", today: str) -> bool:
     """Whether the chat template has a think and a no-think mode by `enable_thinking`, and thinks without it."""
 
-    def prompt(**variables):
+    def prompt(**variables: bool) -> str:
         options = {"template_kwargs": variables, "today": today, "add_generation_prompt": True}
         return render(tokenizer, _QUESTION, **options)
 

@@ -8,6 +8,7 @@ can be trained; where there are tags, each way checks the other.
 from dataclasses import replace
 from typing import NamedTuple
 
+from smolpost.chat.render import Conversation, Message
 from smolpost.errors import UserError
 
 
@@ -29,7 +30,9 @@ class Span(NamedTuple):
     message: int | None
 
 
-def generation_spans(conversation, text, spans, stops):
+def generation_spans(
+    conversation: Conversation, text: str, spans: list[tuple[int, int]], stops: list[str]
+) -> list[Span]:
     """The template's own spans as [Span], ascending.
 
     Tags often stand around the line breaks beside a reply, too. These belong to its header, or follow its stop token.
@@ -46,7 +49,7 @@ def generation_spans(conversation, text, spans, stops):
     return [_without_line_breaks(conversation, text, span, stops) for span in found]
 
 
-def _without_line_breaks(conversation, text, span, stops):
+def _without_line_breaks(conversation: Conversation, text: str, span: Span, stops: list[str]) -> Span:
     inner = text[span.start : span.end]
     end = span.start + len(inner.rstrip())
     if end < span.end and text.endswith(tuple(stops), 0, end):
@@ -61,13 +64,13 @@ def _without_line_breaks(conversation, text, span, stops):
     return span if differ(text, told, span) else told
 
 
-def differ(text, one, other):
+def differ(text: str, one: Span, other: Span) -> bool:
     """Whether two spans of a reply differ by more than white space."""
     edges = ((one.start, other.start), (one.end, other.end))
     return any(text[min(pair) : max(pair)].strip() for pair in edges)
 
 
-def prefix_spans(conversation, text, stops):
+def prefix_spans(conversation: Conversation, text: str, stops: list[str]) -> tuple[list[Span], dict[int, UserError]]:
     """The replies by differences of renderings, as [Span], ascending.
 
     Args:
@@ -88,7 +91,7 @@ def prefix_spans(conversation, text, stops):
     return spans, unknown
 
 
-def turn_end(conversation, text, i, stops):
+def turn_end(conversation: Conversation, text: str, i: int, stops: list[str]) -> int:
     """Past the last character of message i's stop token.
 
     Raises:
@@ -103,7 +106,7 @@ def turn_end(conversation, text, i, stops):
     return end
 
 
-def check_stop(text, span, stops):
+def check_stop(text: str, span: Span, stops: list[str]) -> None:
     """Refuse a reply that ends without a stop token. One that its span leaves outside is the tags' fault.
 
     Raises:
@@ -113,7 +116,7 @@ def check_stop(text, span, stops):
         raise _endless(text, span.end, span.message, stops)
 
 
-def _endless(text, end, i, stops):
+def _endless(text: str, end: int, i: int | None, stops: list[str]) -> EndlessTurn:
     return EndlessTurn(
         f"messages[{i}]: the chat template ends the turn with {text[max(0, end - 12) : end]!r}, which is no stop token "
         "of the tokenizer, so a model could not learn to stop; use a template that ends turns with one of its control "
@@ -121,12 +124,12 @@ def _endless(text, end, i, stops):
     )
 
 
-def assistant_turns(messages):
+def assistant_turns(messages: list[Message]) -> list[int]:
     """Indices of the assistant messages."""
     return [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
 
 
-def check_prefix(text, prefix):
+def check_prefix(text: str, prefix: str) -> None:
     """Refuse a template whose renderings do not extend each other."""
     if not text.startswith(prefix):
         raise UserError(
@@ -135,7 +138,7 @@ def check_prefix(text, prefix):
         )
 
 
-def _reply(conversation, text, i, stops):
+def _reply(conversation: Conversation, text: str, i: int, stops: list[str]) -> tuple[int, int]:
     before = replace(conversation, messages=conversation.messages[:i], add_generation_prompt=True).text()
     check_prefix(text, before)
     end = turn_end(conversation, text, i, stops)

@@ -5,9 +5,10 @@ Two copies of a tokenizer's backend do it: one as it is, and one that matches no
 
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +16,11 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smolpost.chat.controls import STRUCTURE
+from smolpost.chat.render import Conversation
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _known = WeakKeyDictionary()
 
@@ -36,7 +41,7 @@ class TextPiece(NamedTuple):
     offsets: bool
 
 
-def vocabulary_of(tokenizer):
+def vocabulary_of(tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
     """The `Vocabulary` of a fast tokenizer, built once as long as no token is added to it."""
     size, vocabulary = _known.get(tokenizer, (None, None))
     if size != len(tokenizer):
@@ -52,11 +57,11 @@ class Ranges:
         ranges: [(start, end)] ascending by start, none of them empty; they may overlap.
     """
 
-    def __init__(self, ranges):
+    def __init__(self, ranges: list[tuple[int, int]]):
         self._starts = [start for start, _ in ranges]
         self._ends = [*accumulate((end for _, end in ranges), max)]  # of a range and all before it
 
-    def meet(self, start, end):
+    def meet(self, start: int, end: int) -> bool:
         """Whether a range has a character in common with [start, end)."""
         before = bisect_left(self._starts, end)  # ranges that begin before its end
         return start < end and before > 0 and self._ends[before - 1] > start
@@ -72,7 +77,7 @@ class Vocabulary:
         stops: The added tokens' texts that may end a turn: those that are no structure of a reply. Longest first.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._backend = tokenizer.backend_tokenizer
         tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         texts = sorted((token.content for token in tokens.values()), key=len, reverse=True)
@@ -83,7 +88,7 @@ class Vocabulary:
         self.special_ids = {i for i, token in tokens.items() if token.special} - {tokenizer.unk_token_id}
 
     @cached_property
-    def _usual(self):
+    def _usual(self) -> Tokenizer:
         copy = Tokenizer.from_str(self._backend.to_str())
         # Post-processors move the offsets of blanks; with add_special_tokens=False they do nothing else.
         copy.post_processor = None
@@ -92,14 +97,14 @@ class Vocabulary:
         return copy
 
     @cached_property
-    def _plain(self):
+    def _plain(self) -> Tokenizer:
         copy = Tokenizer.from_str(self._usual.to_str())
         tokens = copy.get_added_tokens_decoder().values()
         copy.add_special_tokens([AddedToken(t.content, special=True, normalized=t.normalized) for t in tokens])
         copy.encode_special_tokens = True
         return copy
 
-    def tokenize(self, pieces):
+    def tokenize(self, pieces: list[TextPiece]) -> list[tuple[list[int], Callable[[int], int] | None]]:
         """Token ids of pieces.
 
         Args:
@@ -120,10 +125,10 @@ class Vocabulary:
         return [(list(self._line_break), None) if result is None else result for result in results]
 
     @cached_property
-    def _line_break(self):
+    def _line_break(self) -> list[int]:
         return self._usual.encode("\n", add_special_tokens=False).ids
 
-    def _counter(self, backend, piece, ids):
+    def _counter(self, backend: Tokenizer, piece: TextPiece, ids: list[int]) -> Callable[[int], int]:
         """num_before of a piece: by the tokens' bytes where they are the text's, else by the tokenizer's offsets."""
         if self._num_bytes is not None:
             ends = self._num_bytes[ids].cumsum()
@@ -133,7 +138,7 @@ class Vocabulary:
         return partial(_num_before, piece, starts)
 
     @cached_property
-    def _num_bytes(self):
+    def _num_bytes(self) -> np.ndarray | None:
         """[ids] int64 bytes that each token of a byte-level vocabulary stands for; None for other vocabularies."""
         added = self._backend.get_added_tokens_decoder()
         tokens = {i: token for token, i in self._backend.get_vocab(with_added_tokens=False).items() if i not in added}
@@ -146,7 +151,7 @@ class Vocabulary:
             sizes[i] = len(token.content.encode())
         return sizes
 
-    def cut(self, text, edges, neutral):
+    def cut(self, text: str, edges: list[int], neutral: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
         """[(start, end, plain)]: the text cut at the edges, and around control tokens that are only text.
 
         Such a string is tokenized with the text around it, up to the next token that is one: what the tokenizer would
@@ -172,7 +177,7 @@ class Vocabulary:
         return [piece for piece in pieces if piece[0] < piece[1]]
 
 
-def _num_before(piece, starts, place):
+def _num_before(piece: TextPiece, starts: list[int], place: int) -> int:
     """Tokens of a piece that begin before a place in the rendering."""
     return bisect_left(starts, place - piece.start)
 
@@ -183,11 +188,11 @@ class _ByteCounter:
     Places are mostly asked in ascending order, so each count of bytes goes on from the one before.
     """
 
-    def __init__(self, piece, ends):
+    def __init__(self, piece: TextPiece, ends: np.ndarray):
         self._piece, self._starts = piece, ends[:-1]  # a token begins where the one before it ends, the first one at 0
         self._place = self._num_bytes = 0
 
-    def __call__(self, place):
+    def __call__(self, place: int) -> int:
         place = min(max(place - self._piece.start, 0), len(self._piece.text))
         if place < self._place:
             self._place = self._num_bytes = 0
@@ -196,7 +201,7 @@ class _ByteCounter:
         return int(np.searchsorted(self._starts, self._num_bytes)) + 1 if place else 0
 
 
-def check_encodable(text, conversation):
+def check_encodable(text: str, conversation: Conversation) -> None:
     """Refuse half surrogate pairs, which have no UTF-8 and so no tokens.
 
     Raises:
@@ -218,7 +223,7 @@ def check_encodable(text, conversation):
         ) from error
 
 
-def _holds_surrogate(value):
+def _holds_surrogate(value: Any) -> bool:
     if isinstance(value, str):
         return any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
@@ -226,7 +231,7 @@ def _holds_surrogate(value):
     return isinstance(value, list | tuple) and any(map(_holds_surrogate, value))
 
 
-def _matcher(tokens):
+def _matcher(tokens: list[str]) -> re.Pattern[str]:
     """Leftmost, longest match of one of the tokens, as tokenizers match them; of nothing where there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) if tokens else r"(?!)")

@@ -1,12 +1,18 @@
 """Tokenizers for miniatures: SmolLM3's special tokens around a small vocabulary learned from given texts."""
 
 import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BOS, _END, _PAD, _UNK = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<unk>"
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
@@ -20,7 +26,9 @@ _SKIPPED = {_BOS, _END, _PAD, _TURN_START, _TURN_END}
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def build_tokenizer(texts, *, kind, vocab_size, template):
+def build_tokenizer(
+    texts: Iterable[str], *, kind: str, vocab_size: int, template: str | Path
+) -> PreTrainedTokenizerFast:
     """A small tokenizer that behaves like SmolLM3's: same special tokens, stop and padding token, no bos added.
 
     The same texts give a byte-identical `tokenizer.json`, and decoding what was encoded gives the text back.
@@ -52,7 +60,7 @@ def build_tokenizer(texts, *, kind, vocab_size, template):
     )
 
 
-def check_covers(tokenizer, text):
+def check_covers(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
     """Refuse text that the tokenizer can only write with its unknown token.
 
     Raises:
@@ -69,7 +77,7 @@ def check_covers(tokenizer, text):
             )
 
 
-def _byte_level_bpe(texts, vocab_size):
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     num_added = len(_SPECIAL_TOKENS)
     _check_vocab_size(vocab_size, "bpe", len(alphabet) + num_added)
@@ -85,7 +93,7 @@ def _byte_level_bpe(texts, vocab_size):
     return tokenizer
 
 
-def _characters(texts, vocab_size):
+def _characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = {character for text in texts for character in text} | set(string.printable)
     _check_vocab_size(vocab_size, "char", len(alphabet) + 1 + len(_ROLES) + len(_SPECIAL_TOKENS))
     vocabulary = {token: i for i, token in enumerate([_UNK, *sorted(alphabet)])}
@@ -97,10 +105,10 @@ def _characters(texts, vocab_size):
     return tokenizer
 
 
-def _added_tokens():
+def _added_tokens() -> list[AddedToken]:
     return [AddedToken(token, special=token in _SKIPPED, normalized=False) for token in _SPECIAL_TOKENS]
 
 
-def _check_vocab_size(vocab_size, kind, smallest):
+def _check_vocab_size(vocab_size: int, kind: str, smallest: int) -> None:
     if vocab_size < smallest:
         raise UserError(f"vocab_size={vocab_size} is below the {smallest} tokens that kind {kind} needs; raise it")

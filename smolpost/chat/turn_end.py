@@ -1,14 +1,20 @@
 """The control token that ends a reply: which one a template writes, and whether generation stops at it."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.errors import UserError
 from smolpost.schema import RELEASE_DAY
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROBE = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
 
 
-def control_token(tokenizer, ids):
+def control_token(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> int | None:
     """Id of the control token that ids end with, blanks after it left out; None where they end otherwise."""
     added = tokenizer.added_tokens_decoder
     for i in reversed(ids):
@@ -19,12 +25,12 @@ def control_token(tokenizer, ids):
     return None
 
 
-def is_blank(tokenizer, token):
+def is_blank(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
     """Whether a token stands for white space only, such as the line break after a stop token."""
     return not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
 
 
-def turn_end(tokenizer):
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Id of the control token that ends a reply under the tokenizer's chat template, as training would train it.
 
     None where there is no template, it refuses a question with its answer, or it ends a reply with plain text.
@@ -37,7 +43,7 @@ def turn_end(tokenizer):
     return control_token(tokenizer, [i for i, fate in pairs if fate == Fate.TRAINED])
 
 
-def endless_replies(tokenizer, stop_tokens, place):
+def endless_replies(tokenizer: "PreTrainedTokenizerBase", stop_tokens: list[int], place: str | Path) -> str:
     """What to change where generation does not stop at the end of the template's replies; "" where it does.
 
     Args:
