@@ -1,8 +1,8 @@
-"""Where a row's own texts stand in its rendering, and which control tokens in them are only text.
+"""Finds a row's own texts in its rendering, and the control tokens in them that are only text.
 
-In the common case each text occurs once where it can stand, and that place is the answer. Else the conversation is
-rendered again with marks around the texts and inside the control tokens: where the rendering without its marks is the
-text again, the marks' places are exact, whatever the template trims, drops or adds.
+Usually each text occurs exactly once in the range where it can be, and that place is the answer. Otherwise the
+conversation is rendered again with marks around the texts and inside the control tokens. If this rendering without its
+marks equals the first one, the places of the marks are exact, whatever the template trims, drops or adds.
 """
 
 import json
@@ -21,14 +21,14 @@ from smolpost.errors import UserError
 
 _FATES = {"system": Fate.SYSTEM, "developer": Fate.SYSTEM, **dict.fromkeys(RESULT_ROLES, Fate.TOOL)}
 
-# Symbols nobody writes; unlike private-use characters they print as themselves in Python's repr.
+# Symbols that nobody uses. Python's repr prints them as they are, unlike private-use characters.
 _MARKS = [chr(code) for code in range(0x1D300, 0x1D357)]
 
-# What a template may read at the edges of a text: one pair of its own tags, or flags such as /no_think.
+# A template may remove these at the edges of a text: one pair of its own tags, or flags such as /no_think.
 _OPEN, _CLOSE = "<tool_response>", "</tool_response>"
 _FLAG = re.compile(r"/\w+(?!\S)")
 
-# {(template, first message or not, edges of a text): number of the range that the template shows}, from exact places.
+# (template, whether first message, edges of a text) -> number of the range that the template shows.
 _shown: dict[tuple[str, bool, tuple], int] = {}
 _MAX_SHOWN = 1000
 
@@ -40,7 +40,7 @@ class Content(NamedTuple):
     """A row's own text in the rendering.
 
     Attributes:
-        start, end: Its characters.
+        start, end: Positions of its characters.
         fate: SYSTEM, USER or TOOL.
         message: Index of its message; None for the template's variables and tools.
     """
@@ -52,12 +52,12 @@ class Content(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """A text before rendering: where it comes from and the ranges of it that may be what the template shows."""
+    """A text before rendering: where it comes from, and the ranges of it that the template may show."""
 
     key: _Key
     text: str
     fate: Fate
-    ranges: list[_Range | None]  # widest first; None where nothing may be left
+    ranges: list[_Range | None]  # widest first; None: the template may show nothing
     group: tuple
 
 
@@ -65,26 +65,26 @@ _Found = tuple[list[Content], list[_Range]]  # contents, and control tokens that
 
 
 def fate_of(role: str | None) -> Fate:
-    """The fate of a role's text that does not train; replies excepted."""
+    """The fate of a role's text that does not train; not for replies."""
     return _FATES.get(role, Fate.USER)
 
 
 def locate(
     conversation: Conversation, text: str, spans: list[Span], vocabulary: Vocabulary, *, exact: bool
 ) -> tuple[list[Content] | None, list[_Range]]:
-    """The row's own texts, replies apart.
+    """The row's own texts, except replies.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
         text: Its rendering.
         spans: [smolpost.chat.spans.Span] of its replies.
         vocabulary: `smolpost.chat.text_pieces.Vocabulary`.
-        exact: Ask the template also where a text occurs once.
+        exact: Render with marks even if a text occurs once.
     Returns:
-        [Content] ascending, and [(start, end)] of the control tokens that are only text; the contents are None where
-        `exact` was asked for and the template does not tell.
+        [Content] ascending, and [(start, end)] of the control tokens that are only text. The contents are None if
+        `exact` is set and the places cannot be found.
     Raises:
-        UserError: A text holds a control token, and the template does not tell where it stands.
+        UserError: A text has a control token, and its place in the rendering cannot be found.
     """
     control = next(controls(conversation, vocabulary), None)
     if not control and not exact:
@@ -94,8 +94,8 @@ def locate(
     found = _by_marks(conversation, text, vocabulary)
     if found is None and control:
         raise UserError(
-            f"{control[0]}: {control[1]!r} in it is a control token of the tokenizer, and the chat "
-            "template changes the text so that its place cannot be told; take it out of the row"
+            f"{control[0]} has {control[1]!r}, a control token of the tokenizer, and the template changes the text, "
+            "so its place cannot be found; remove the token from the row"
         )
     if found is None:
         return (None if exact else _ascending(_schemas(conversation, text))), []
@@ -111,7 +111,7 @@ def _ascending(contents: list[Content]) -> list[Content]:
 
 
 def _by_search(conversation: Conversation, text: str, spans: list[Span]) -> list[Content] | None:
-    """[Content], or None where a text does not stand exactly once where it can."""
+    """[Content]; None if a text does not occur exactly once in the range where it can be."""
     contents, position, behind = [], 0, list(spans)
     for i, message in enumerate(conversation.messages):
         if message.get("role") == "assistant":
@@ -132,7 +132,7 @@ def _by_search(conversation: Conversation, text: str, spans: list[Span]) -> list
 
 
 def _only_content(conversation: Conversation, text: str, own: _Own, start: int, behind: list[Span]) -> Content | None:
-    """The Content of a text between `start` and the first reply behind it; None where that takes marks."""
+    """The Content of a text between `start` and the next reply; None if finding it needs marks."""
     number = _shown.get(_edges(conversation, own), 0 if len(own.ranges) == 1 or not own.text else None)
     if number is None or (own.text and own.ranges[number] is None):
         return None
@@ -156,7 +156,7 @@ def _only_place(text: str, part: str, start: int, end: int) -> int | None:
 
 
 def _schemas(conversation: Conversation, text: str) -> list[Content]:
-    """The tools that are objects, as the tojson filter writes them."""
+    """Contents of the tools that are objects, as the tojson filter writes them."""
     given = [conversation.tools, conversation.variables.get("xml_tools"), conversation.variables.get("python_tools")]
     contents = []
     for tool in (tool for tools in given if isinstance(tools, list) for tool in tools if isinstance(tool, dict)):
@@ -185,7 +185,7 @@ def _own_variables(conversation: Conversation) -> Iterator[_Own]:
 
 
 def _own(key: _Key, text: str, fate: Fate) -> _Own:
-    """An _Own with its possible ranges: all of it, trimmed, within its own tags, without flags at its edges."""
+    """An _Own with its possible ranges: the complete text, trimmed, within its own tags, without flags at its edges."""
     if text and "/" not in text and not text[0].isspace() and not text[-1].isspace():
         return _Own(key, text, fate, [(0, len(text))], (fate,))
     trimmed = _trimmed(text, 0, len(text))
@@ -222,13 +222,13 @@ def _within_flags(text: str, start: int, end: int) -> _Range:
 
 
 def _by_marks(conversation: Conversation, text: str, vocabulary: Vocabulary) -> _Found | None:
-    """([Content], [(start, end)]), or None where every way to mark the texts changes the rendering."""
+    """([Content], [(start, end)]); None if every way to mark the texts changes the rendering."""
     free = [mark for mark in _MARKS if mark not in text]
     if len(free) < len(_Marker.KINDS):
         return None
     own = [_own_message(i, m) for i, m in enumerate(conversation.messages) if m.get("role") != "assistant"]
     own += _own_variables(conversation)
-    # A template may show a text once that comes as system message and as variable: then one mark for both.
+    # A template may show once what is given as system message and as variable: then both get the same mark.
     for one_mark in (False, True):
         found = _widest(_Marker(conversation, text, vocabulary, own, free, one_mark))
         if found is not None:
@@ -237,7 +237,7 @@ def _by_marks(conversation: Conversation, text: str, vocabulary: Vocabulary) -> 
 
 
 def _widest(marker: "_Marker") -> _Found | None:
-    """What the widest ranges give that leave the rendering as it is, chosen alike for texts with the same edges."""
+    """The result with the widest ranges that leave the rendering unchanged, one range for texts with the same edges."""
     groups = {each.group: len(each.ranges) - 1 for each in marker.own}
     found = marker.try_ranges(dict.fromkeys(groups, 0))
     if found is not None:
@@ -264,7 +264,7 @@ def _remember(marker: "_Marker", chosen: dict[tuple, int]) -> None:
 
 
 class _Marker:
-    """Renders a conversation with marks and reads their places off the rendering."""
+    """Renders a conversation with marks and reads the places of the marks."""
 
     KINDS = (Fate.SYSTEM, Fate.USER, Fate.TOOL, "variable", "end", "control")
 
@@ -283,7 +283,7 @@ class _Marker:
             self.marks["variable"] = self.marks[Fate.SYSTEM]
 
     def try_ranges(self, widths: dict[tuple, int]) -> _Found | None:
-        """The contents with the range number widths[group] of each text marked; None if the rendering changes."""
+        """The contents, with range number widths[group] of each text marked; None if the rendering changes."""
         chosen = [
             (own, own.ranges[min(widths[own.group], len(own.ranges) - 1)] if own.ranges else None) for own in self.own
         ]
@@ -353,7 +353,7 @@ class _Marker:
         return marked
 
     def _marked_reply(self, i: int, message: Message) -> Message:
-        """A reply with a mark in each control token that is a word of the author's."""
+        """A reply with a mark in each control token that is only text."""
         words = reply_words(self.conversation, i, self.vocabulary)
         marks = [(start + 1, self.marks["control"]) for start, _ in words]
         marked = {}
@@ -381,7 +381,7 @@ class _Marker:
         return _marked_parts(content, marks)
 
     def _marked_controls(self, value: Any, matcher: re.Pattern[str]) -> Any:
-        """A value with a mark in each control token, in all strings it holds."""
+        """A value with a mark in each control token of all its strings."""
         if isinstance(value, str):
             return matcher.sub(lambda match: match[0][0] + self.marks["control"] + match[0][1:], value)
         if isinstance(value, dict):
@@ -390,7 +390,7 @@ class _Marker:
 
 
 def _marked_parts(content: Any, marks: list[tuple[int, str]]) -> Any:
-    """A content, string or list of parts, with [(place in its text, mark)] put in."""
+    """A content, string or list of parts, with marks inserted; marks are [(place in its text, mark)]."""
     if isinstance(content, str):
         return _with_marks(content, marks, 0, last=True)
     parts, done = [], 0
@@ -406,11 +406,12 @@ def _marked_parts(content: Any, marks: list[tuple[int, str]]) -> Any:
 
 
 def _with_marks(text: str, marks: list[tuple[int, str]], offset: int, last: bool) -> str:
-    """The text, whose first character is number `offset` of the content, with the marks that fall into it.
+    """The text with the marks that belong into it.
 
     Args:
-        marks: [(place, mark)], ascending by place.
-        last: Whether marks at its end are its own.
+        marks: [(place in the content, mark)], ascending by place.
+        offset: Place of the text's first character in the content.
+        last: Whether marks at the end of the text belong to it.
     """
     pieces, done, end = [], 0, offset + len(text) + last
     for place, mark in marks[bisect_left(marks, (offset,)) : bisect_left(marks, (end,))]:

@@ -1,4 +1,4 @@
-"""Where a rendering is cut into pieces, and the fate of each of its characters, before anything is tokenized."""
+"""Cuts a rendering into pieces and gives each character its fate, before anything is tokenized."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from smolpost.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_BY_PREFIXES = 1000  # replies of a conversation, which is rendered twice for each: seconds
+MAX_BY_PREFIXES = 1000  # replies; each takes two renderings of the conversation, so more would take many seconds
 ROLES = ("system", "user", "assistant", "tool", "all")
 
 
@@ -25,11 +25,11 @@ class Policy:
     """What trains.
 
     Attributes:
-        roles: Whose turns, each from the first character after its header up to and including its stop token; of
-            system, user, assistant and tool. A message with `train: false` (or `training: false`) is left out. With
-            all, every token trains, the template's too.
-        reasoning: False leaves out the non-empty think blocks of replies, tags included, and trains what follows.
-        last_turn_only: Only the last turn that would train.
+        roles: The roles whose turns train: system, user, assistant, tool. A turn trains from the first character after
+            its header up to and including its stop token, unless its message has `train: false` (or
+            `training: false`). With `all`, every token trains, the template's too.
+        reasoning: False: the non-empty think blocks of replies do not train, tags included; the rest does.
+        last_turn_only: Only the last turn that would train does.
     Raises:
         UserError: A role is unknown.
     """
@@ -54,16 +54,16 @@ REPLIES = Policy()
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendering, ready to be tokenized; places are of its characters.
+    """A rendering, ready to be tokenized; all places are character positions.
 
     Attributes:
-        pieces: [(start, end, plain)], each tokenized by itself.
-        ranges: [(start, end, fate)], ascending; a later one paints over an earlier one.
+        pieces: [(start, end, plain)], each tokenized separately; plain as in `text_pieces.TextPiece`.
+        ranges: [(start, end, fate)], ascending; a later range overwrites an earlier one.
         neutral: [(start, end)] of the control tokens that are only text.
-        trained_starts: Where replies begin that are not marked as left out.
-        thinks, lost: As `masks.Encoded`.
-        trains_all: Every token trains, whatever the ranges say.
-        boundary: A place that tokens are counted up to.
+        trained_starts: Starts of the replies that are not marked as left out.
+        thinks, lost: As in `masks.Encoded`.
+        trains_all: Every token trains; the ranges are ignored.
+        boundary: The tokens before this place are counted.
     """
 
     text: str
@@ -93,7 +93,7 @@ def lay_out(
         policy: What trains.
         first: Index of the first message that may train.
         trim: Drop trailing line breaks.
-        by_prefixes: Whatever the template's {% generation %} tags say.
+        by_prefixes: Ignore the template's {% generation %} tags.
     Raises:
         UserError: As `masks.encode`.
     """
@@ -139,32 +139,33 @@ def lay_out(
 
 
 def check_number(conversation: Conversation) -> None:
-    """Refuse a conversation whose replies would take long to find: two renderings for each of them.
+    """Refuse a conversation whose replies would take too long to find, with two renderings for each.
 
     Raises:
         UserError: It has more than MAX_BY_PREFIXES replies.
     """
     if (number := len(assistant_turns(conversation.messages))) > MAX_BY_PREFIXES:
         raise UserError(
-            f"messages hold {number:,} replies, above the {MAX_BY_PREFIXES:,} that are found without "
+            f"messages have {number:,} replies, above the {MAX_BY_PREFIXES:,} that can be found without "
             "{% generation %} tags; put the tags around the reply and its stop token in the template, or split the row"
         )
 
 
 def one_each(spans: list[Span], conversation: Conversation) -> bool:
+    """Whether the template's tags give one span for each reply."""
     return conversation.marks_spans and all(span.message is not None for span in spans)
 
 
 def _turn(
     conversation: Conversation, text: str, contents: list[Content] | None, i: int, vocabulary: Vocabulary
 ) -> tuple[int, int]:
-    """(start, end) of a turn that is no reply: its text up to and including its stop token, or that alone."""
+    """(start, end) of a turn that is not a reply: its text and its stop token; of an empty turn, the stop token."""
     start = next((content.start for content in contents or [] if content.message == i), None)
     is_empty = not text_of(conversation.messages[i].get("content")).strip()
     if start is None and not is_empty:
         raise UserError(
-            f"messages[{i}]: the chat template does not show the text of this {_role(conversation.messages[i])} turn "
-            "as it is, so where it begins cannot be told; take the role out of what trains, or use another template"
+            f"messages[{i}]: the chat template changes the text of this {_role(conversation.messages[i])} turn, so its "
+            "start cannot be found; remove the role from train_roles, or use another template"
         )
     end = turn_end(conversation, text, i, vocabulary.stops)
     if start is None:
@@ -173,7 +174,7 @@ def _turn(
 
 
 def _search_reply(conversation: Conversation, text: str, i: int) -> tuple[int, int]:
-    """A reply the template shows differently later on: its answer where that stands once, else nothing."""
+    """(start, end) of a reply that the template rewrites later: its answer, if that occurs once; otherwise (0, 0)."""
     answer = split_reasoning(text_of(conversation.messages[i].get("content")))[1].strip()
     start = text.find(answer)
     once = answer and start >= 0 and text.find(answer, start + 1) < 0
@@ -183,7 +184,7 @@ def _search_reply(conversation: Conversation, text: str, i: int) -> tuple[int, i
 def _inner_stops(
     text: str, span: Span, vocabulary: Vocabulary, eos: str | None, only_text: Ranges
 ) -> list[tuple[int, int]]:
-    """Stop tokens inside a reply that came about in rendering: only the last one ends it."""
+    """[(start, end)] of stop tokens inside a reply that rendering made: only the last one ends the reply."""
     stop = eos if eos and text.endswith(eos, 0, span.end) else None
     stop = stop or next((s for s in vocabulary.stops if text.endswith(s, 0, span.end)), None)
     found, place = [], text.find(stop, span.start, span.end - len(stop)) if stop else -1
@@ -195,8 +196,9 @@ def _inner_stops(
 
 
 def _reasoning(text: str, span: Span, vocabulary: Vocabulary, words: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where the reasoning of a reply stands, by its text: tokenizers may know the tags or spell them out. What length
-    cut takes the stop token with it.
+    """[(start, end)] of the reasoning of a reply, found by its text: a tokenizer may have no tokens for the tags.
+
+    A think block that never closes includes the stop token.
 
     Args:
         words: [(start, end)] of the control tokens that are only text, ascending.
@@ -205,14 +207,14 @@ def _reasoning(text: str, span: Span, vocabulary: Vocabulary, words: list[tuple[
     end = max(span.start, span.end - len(stop))
     body, done = [], span.start
     for a, b in words[bisect_left(words, (span.start,)) : bisect_left(words, (end,))]:
-        body += [text[done:a], "\0" * (b - a)]  # a word about the tags is not one of them
+        body += [text[done:a], "\0" * (b - a)]  # a tag that is only text does not count
         done = b
     ranges = reasoning_ranges("".join([*body, text[done:end]]))
     return [(span.start + a, span.end if span.start + b == end else span.start + b) for a, b in ranges]
 
 
 def without_flags(conversation: Conversation) -> Conversation:
-    """Without train and training: templates then mark each reply, and the policy decides."""
+    """The conversation without the keys train and training: templates then mark each reply, and the policy decides."""
     flags = ("train", "training")
     if not any(flag in message for message in conversation.messages for flag in flags):
         return conversation

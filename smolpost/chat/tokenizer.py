@@ -1,4 +1,4 @@
-"""Tokenizers for miniatures: SmolLM3's special tokens around a small vocabulary learned from given texts."""
+"""Tokenizers for miniatures: SmolLM3's special tokens and a small vocabulary learned from given texts."""
 
 import string
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _BOS, _END, _PAD, _UNK = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<unk>"
 _TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 
-# Together in the order of the released vocabulary.
+# In the order of the released vocabulary.
 _BLOCKS = ("<tool_response>", "</tool_response>", "<tool_call>", "</tool_call>", "<code>", "</code>")
 _SPECIAL_TOKENS = (_BOS, _END, "<think>", "</think>", _PAD, _TURN_START, _TURN_END, *_BLOCKS)
-# skip_special_tokens drops these only: reasoning and calls are part of a reply that a reader or parser needs.
+# skip_special_tokens drops only these: readers and parsers need the reasoning and calls of a reply.
 _SKIPPED = {_BOS, _END, _PAD, _TURN_START, _TURN_END}
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -31,16 +31,16 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A small tokenizer that behaves like SmolLM3's: same special tokens, stop and padding token, no bos added.
 
-    The same texts give a byte-identical `tokenizer.json`, and decoding what was encoded gives the text back.
+    The same texts give a byte-identical `tokenizer.json`. Decoding an encoded text gives the text back.
 
     Args:
-        texts: Iterable of strings the vocabulary is learned from.
-        kind: "bpe", byte-level BPE for any text; or "char", one token per character of the texts and of printable
-            ASCII and one per role word, other characters becoming `<unk>` (see `check_covers`).
-        vocab_size: Target number of tokens, added tokens included; fewer where the texts give no more.
-        template: Name or path of the chat template, as `load_template` takes it.
+        texts: Strings from which the vocabulary is learned.
+        kind: "bpe": byte-level BPE for any text. "char": one token for each character of the texts and of printable
+            ASCII, and one for each role word; other characters become `<unk>` (see `check_covers`).
+        vocab_size: Target number of tokens, added tokens included; small texts give fewer.
+        template: Name or path of the chat template, as in `load_template`.
     Returns:
-        A PreTrainedTokenizerFast; saved by `save_pretrained`, it loads with the stock AutoTokenizer.
+        A PreTrainedTokenizerFast; after `save_pretrained`, stock AutoTokenizer loads it.
     Raises:
         UserError: The kind or the template is unknown, or vocab_size is below the alphabet.
     """
@@ -61,7 +61,7 @@ def build_tokenizer(
 
 
 def check_covers(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
-    """Refuse text that the tokenizer can only write with its unknown token.
+    """Refuse text that the tokenizer can encode only with its unknown token.
 
     Raises:
         UserError: Names the first character that has no token.
@@ -84,7 +84,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # Sorted: the alphabet comes as a set, whose order changes between processes.
+    # Sorted: the alphabet is a set, whose order changes between processes.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - num_added, initial_alphabet=sorted(alphabet), show_progress=False
     )
@@ -98,7 +98,7 @@ def _characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     _check_vocab_size(vocab_size, "char", len(alphabet) + 1 + len(_ROLES) + len(_SPECIAL_TOKENS))
     vocabulary = {token: i for i, token in enumerate([_UNK, *sorted(alphabet)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNK))
-    # [\s\S] and not a dot: the dot stops at line breaks.
+    # [\s\S] and not a dot, because a dot does not match line breaks.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_tokens([*(AddedToken(role, normalized=False) for role in _ROLES), *_added_tokens()])
