@@ -412,8 +412,8 @@ def test_template_without_a_stop_token_is_refused(bpe):
 @pytest.mark.parametrize(
     ("messages", "kwargs", "complaint"),
     [
-        ([USER, {"role": "assistant", "content": "a\ud83d"}], {}, r"^messages\[1\] holds U\+D83D, half of a surrogate"),
-        ([USER], {"custom_instructions": "\udc00"}, r"^chat_template_kwargs.custom_instructions holds U\+DC00"),
+        ([USER, {"role": "assistant", "content": "a\ud83d"}], {}, r"^messages\[1\] has U\+D83D, half of a surrogate"),
+        ([USER], {"custom_instructions": "\udc00"}, r"^chat_template_kwargs.custom_instructions has U\+DC00"),
     ],
 )
 def test_half_characters_are_refused(bpe, messages, kwargs, complaint):
