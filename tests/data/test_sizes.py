@@ -199,7 +199,9 @@ ODD = {
 def test_replies_that_take_a_rendering_each_are_bounded():
     tags = ("{%- generation -%}", "{%- endgeneration -%}")
     untagged = load_template("smollm3").replace(tags[0], "").replace(tags[1], "")
-    with pytest.raises(UserError, match=r"messages hold 1,001 replies, above the 1,000 that are found without {% gen"):
+    with pytest.raises(
+        UserError, match=r"messages have 1,001 replies, above the 1,000 that can be found without {% gen"
+    ):
         encode(byte_level(template=untagged), [USER, REPLY] * 1001, today="x")
 
 
