@@ -98,7 +98,7 @@ def shape_of(row: Row, messages: list[dict]) -> tuple:
 def admitted(row: Row, source: Source, kind: str) -> Row:
     """`row_for`, or the row with its fault."""
     try:
-        return row_for(row, source, kind)
+        return row_for(row, source, "pairs" if kind == "apo" else "documents")
     except UserError as error:
         return Row({}, row.path, row.number, fault=str(error))
 

@@ -97,7 +97,7 @@ class Case:
                 for row in islice(self._taken(name, source, mixture.seed), SCANNED):
                     self.num_scanned += 1
                     try:
-                        row = row_for(row, source, self.config.kind)
+                        row = row_for(row, source, "pairs" if self.config.kind == "apo" else "documents")
                         self._check_row(row)
                     except UserError as error:
                         self.refused.append(str(error))

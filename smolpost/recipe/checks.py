@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from smolpost import schema
+from smolpost.data import row_shapes  # noqa: F401 - registers them
 from smolpost.objectives.losses import configured
 from smolpost.recipe.written import Written, Wrong, near, text
 from smolpost.registry import LOSSES
