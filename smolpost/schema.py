@@ -7,7 +7,7 @@ Every field says its meaning and unit. Fields marked `in_key=False` cannot chang
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolpost.registry import Registry
+from smolpost.registry import ROW_SHAPES, Registry
 
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
@@ -81,7 +81,7 @@ class Source:
     subset: str | None = None  # Hub config name, e.g. SFT
     split: str = "train"  # of a folder or Hub id; several joined by +
     revision: str | None = None  # Hub commit or tag
-    columns: str = choice("smoltalk2", "sharegpt", "alpaca")  # shape of the rows in the file
+    columns: str = registered(ROW_SHAPES, "smoltalk2")  # shape of the rows in the file
     rename: dict[str, str] = field(default_factory=dict)  # column of the file -> the column it stands for
     roles: dict[str, str] = field(default_factory=dict)  # role of the file -> system, user, assistant or tool
     last_user_is_reply: bool = False  # a last user turn right after another one is a reply with a wrong label

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.data.row_shapes.shape import RowShape
 from smolpost.data.settings import Rows
 from smolpost.data.source_slice import SourceSlice
 from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
 from smolpost.progress import Progress
+from smolpost.registry import ROW_SHAPES
 from smolpost.schema import Source
 from smolpost.signals import default_in_fork
 
@@ -143,7 +145,8 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
             return
         # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
+        given = (tokenize, [*ROW_SHAPES.values()])
+        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=given) as pool:
             try:
                 for num_rows in pool.map(tokenize_here, missing):
                     progress.update(num_rows)
@@ -155,8 +158,12 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
 _tokenize: Tokenize  # of this worker
 
 
-def receive(tokenize: Tokenize) -> None:
-    """In a new worker: what it does, and how it ends."""
+def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
+    """In a new worker: what it does, and how it ends.
+
+    Args:
+        row_shapes: A spawned worker imports the modules that define them, which registers them.
+    """
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
     default_in_fork()

@@ -12,9 +12,9 @@ import platform
 from functools import cache
 from pathlib import Path
 
-# A recipe's values are in the key as such; messages and bars change no result; and packages that register are no part of
-# what one entry does.
+# A recipe's values are in the key as such; messages and bars change no result.
 WITHOUT_RESULT = ("schema.py", "errors.py", "progress.py", "screen.py", "signals.py")
+# These import every entry, so that it registers.
 REGISTERING = ("stages/__init__.py", "evaluation/tasks/__init__.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "mergekit", "smolpost")
 
