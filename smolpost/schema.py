@@ -367,7 +367,7 @@ class ChoosingStage(Stage):
 
 @dataclass
 class SweepStage(ChoosingStage):
-    """The mixture of two checkpoints that a rule picks after each was evaluated (`merging/sweep.py` states it)."""
+    """The mixture of two checkpoints that a rule picks after each was evaluated (`selection/sweep.py` states it)."""
 
     kind: str = "sweep"
     start: str = MISSING  # weight 0: a stage, its soup where it has several seeds, or a merge stage

@@ -11,7 +11,7 @@ FLOORS = {
     "third_party": 0,
     "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1, "inference": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
-    "recipe": 3,
+    "recipe": 3, "selection": 3,
     "pipeline": 4, "report": 4, "doctor": 4, "export": 4,
     "cli": 5, "train": 5, "launch": 5,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from smolpost.screen import command_line
 
 ROWS = ("data/mixtures.py",)
 MODEL = ("model/__init__.py",)
-CHOOSING = ("evaluation/run.py", "inference/local.py", "merging/points.py", "model/loading.py", *ROWS)
+CHOOSING = ("evaluation/run.py", "inference/local.py", "selection/live.py", "model/loading.py", *ROWS)
 CODE = {  # where the code that decides a step's result begins; what it imports counts with it
     "tasks": ("data/tasks.py",),
     "init": ("chat/tokenizer.py", "chat/render.py", *MODEL, *ROWS),
@@ -33,8 +33,8 @@ CODE = {  # where the code that decides a step's result begins; what it imports 
     "pairs": ("synthesis/pairs.py", "model/loading.py", *ROWS),
     "merge": ("merging/linear.py", "merging/trajectory.py"),
     "mergekit": ("merging/mergekit/methods.py",),
-    "sweep": ("merging/sweep.py", *CHOOSING),
-    "greedy": ("merging/greedy.py", *CHOOSING),
+    "sweep": ("selection/sweep.py", *CHOOSING),
+    "greedy": ("selection/greedy.py", *CHOOSING),
     "task": ("evaluation/run.py", "inference/local.py", "model/loading.py", *ROWS),  # and the task's own file
 }
 # Settings of a training stage that decide its prepared rows.

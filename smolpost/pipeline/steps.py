@@ -16,7 +16,6 @@ from smolpost.files import MANIFEST, hashes, verify, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.lineage import CODE, Lineage, Located
-from smolpost.progress import Progress
 
 SHOWN_ROWS = 20  # of those that are refused
 PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
@@ -305,29 +304,17 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
 
 
 def measurer(lineage: Lineage, stage: Located) -> Callable:
-    """What a stage that chooses evaluates its points with: (model, tokenizer, folder) -> task -> scores and samples.
+    """What a stage that chooses evaluates its points with, a `selection.live.Measure`.
 
     Raises:
         UserError: A task cannot be measured.
     """
-    from smolpost.evaluation.run import run_task
-    from smolpost.inference.local import LocalEngine
+    from smolpost.selection import live
 
     spec, config = lineage.recipe.evaluation, stage.plan.config
     shared = context(lineage, config.tasks())._replace(seed=config.seed)
     tasks = {name: spec.tasks[name].build(name, shared) for name in config.tasks()}
-    options = {"batch_tokens": spec.batch_tokens, "seed": config.seed}
-
-    def measure(model, tokenizer, folder: Path) -> dict[str, dict]:
-        engine, found = LocalEngine(model, tokenizer), {}
-        with Progress("tasks", len(tasks), "task") as progress:
-            for name, task in tasks.items():
-                found[name] = run_task(name, task, engine, folder / name, **options)
-                found[name]["samples"] = results.samples(folder / name)
-                progress.update()
-        return found
-
-    return measure
+    return live.measurer(tasks, batch_tokens=spec.batch_tokens, seed=config.seed)
 
 
 def model_folder(lineage: Lineage, stage: str) -> Path:

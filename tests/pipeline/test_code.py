@@ -61,8 +61,8 @@ def test_entries_exist():
         ("prepare", "data/packing.py", "model/attention.py"),
         ("prepare", "data/tokenize.py", "training/train.py"),
         ("init", "chat/render.py", "data/packing.py"),
-        ("merge", "merging/shards.py", "merging/sweep.py"),
-        ("sweep", "merging/sweep.py", "training/train.py"),
+        ("merge", "merging/shards.py", "selection/sweep.py"),
+        ("sweep", "selection/sweep.py", "training/train.py"),
         ("task", "inference/generation.py", "evaluation/tasks/ruler.py"),
     ],
 )

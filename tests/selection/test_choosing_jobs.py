@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from smolpost.merging.points import Blend
+from smolpost.selection.live import Blend
 from tests.merging.checkpoints import save_checkpoint
-from tests.merging.scripted import Scripted
+from tests.selection.scripted import Scripted
 
 JOBS = Path(__file__).parent.parent.parent / "merge"
 pytest.importorskip("matplotlib")
@@ -29,7 +29,7 @@ def run(job, config, folder, inputs, skill, **plan):
     def measure(model, tokenizer, place):
         assert tokenizer.vocab_size == 10 and place.parent == folder / "points"
         seen[place.name] = model.model.embed_tokens.weight[0, 0].item()
-        return Scripted(lambda _: skill(place.name))(None, place)
+        return Scripted(lambda _: skill(place.name), seed=config["seed"])(None, place)
 
     stage = SimpleNamespace(plan=SimpleNamespace(config=SimpleNamespace(**config), **plan))
     return seen, runpy.run_path(str(JOBS / job))["choose"](stage, inputs, folder, measure)
@@ -51,7 +51,7 @@ def test_sweep(inputs, tmp_path, capsys):
         long, rest = skills.get(point, (0.6, 0.9))
         return {"recall": long, "reasoning": rest}
 
-    config = {"dtype": "float32", "weights": [0.1, 0.5], "max_cost": 0.02, "confident": False}
+    config = {"dtype": "float32", "seed": 3, "weights": [0.1, 0.5], "max_cost": 0.02, "confident": False}
     config |= {"long": ["recall/right"], "rest": ["reasoning/right"]}
     sides = ({"apo-1": 0.5, "apo-2": 0.5}, {"long": 1.0})
     folder = tmp_path / "sweep"
@@ -59,7 +59,11 @@ def test_sweep(inputs, tmp_path, capsys):
     assert list(seen) == ["weight-0.0", "weight-0.1", "weight-0.5", "weight-1.0", "alone-apo-1", "alone-apo-2"]
     assert seen["weight-0.0"] == pytest.approx((seen["alone-apo-1"] + seen["alone-apo-2"]) / 2)
     assert seen["weight-0.5"] == pytest.approx((seen["weight-0.0"] + seen["weight-1.0"]) / 2)
-    assert report["picked"] == json.loads((folder / "sweep.json").read_text())["picked"] == 0.1
+    written = json.loads((folder / "sweep.json").read_text())
+    assert report["picked"] == written["picked"] == 0.1
+    for point in written["points"]:  # one score, one interval
+        for objective, metric in (("long", "recall/right"), ("rest", "reasoning/right")):
+            assert point[objective] | {"n": 100} == point["scores"][metric]
     assert report["merge"]["inputs"] == {"apo-1": 0.45, "apo-2": 0.45, "long": 0.1}
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     check_model(folder, inputs, {"apo-1": 0.45, "apo-2": 0.45, "long": 0.1})
@@ -70,7 +74,7 @@ def test_sweep(inputs, tmp_path, capsys):
 
 def test_greedy(inputs, tmp_path, capsys):
     skills = {"alone-apo-1": 0.7, "alone-apo-2": 0.6, "alone-long": 0.8, "trial-1-apo-1": 0.5, "trial-2-apo-2": 0.8}
-    config, folder = {"dtype": "float32", "metrics": ["t/right"]}, tmp_path / "greedy"
+    config, folder = {"dtype": "float32", "seed": 3, "metrics": ["t/right"]}, tmp_path / "greedy"
     seen, report = run("greedy.py", config, folder, inputs, lambda point: {"t": skills[point]}, base="apo-1")
     assert set(seen) == set(skills)
     assert report["kept"] == json.loads((folder / "greedy.json").read_text())["kept"] == ["long", "apo-2"]
