@@ -19,7 +19,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("files", "errors"), ("registry", "errors"), ("disks", "errors"), ("data", "chat"), ("merging", "model"),
     ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
-    ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("doctor", "pipeline"), ("pipeline", "report"), ("train", "cli"), ("launch", "cli"),
 }  # fmt: skip
 
 
