@@ -201,9 +201,9 @@ def _make(lineage, stage) -> None:
 
 
 def _evaluate(lineage, stage: str, console: Console) -> int:
-    from smolpost.evaluation.table import DEPTH, scores_table
     from smolpost.pipeline import steps
-    from smolpost.report.heat_map import heat_map_table, save_heat_map
+    from smolpost.report.heat_map import DEPTH, heat_map_table, save_heat_map
+    from smolpost.report.score_tables import scores_table
 
     root, found = steps.evaluate(lineage, stage)
     console.print(scores_table(found))

@@ -11,7 +11,7 @@ FLOORS = {
     "third_party": 0,
     "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1, "inference": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
-    "report": 3,
+    "selection": 3, "report": 3,
     "stages": 4, "recipe": 4,
     "pipeline": 5, "doctor": 5, "export": 5,
     "cli": 6, "train": 6, "launch": 6,

@@ -51,14 +51,16 @@ class Limits:
 LIMITS = Limits()
 
 
-class Asked(NamedTuple):
+class LengthCheck(NamedTuple):
     """What both models are asked at one length."""
 
     task: Measurement
     items: list[Item]
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: int, seed: int) -> dict[int, Asked]:
+def ask(
+    tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: int, seed: int
+) -> dict[int, LengthCheck]:
     """Recall by length: keys and values where a character is a token, RULER's needles among needles elsewhere.
 
     Args:
@@ -77,7 +79,7 @@ def ask(tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: 
                 task = RecallTask(**shared).build(NAME, context)
             else:
                 task = RulerTask(tasks=["niah_multikey_1"], **shared).build(NAME, context)
-            asked[length] = Asked(task, task.items(tokenizer))
+            asked[length] = LengthCheck(task, task.items(tokenizer))
     except UserError as error:  # the tasks know a recipe's keys
         raise UserError(str(error).replace(f"evaluation.tasks.{NAME}.", "--")) from None
     return asked
@@ -87,7 +89,7 @@ def compare(
     ours: PreTrainedModel,
     exported: Session,
     tokenizer: PreTrainedTokenizerBase,
-    asked: dict[int, Asked],
+    asked: dict[int, LengthCheck],
     *,
     dtype: str = "float32",
     limits: Limits = LIMITS,

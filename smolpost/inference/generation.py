@@ -3,10 +3,13 @@
 Shapes: B prompts of one batch, L tokens of its longest prompt.
 """
 
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.inference.seeds import derive_seed
 
@@ -17,29 +20,29 @@ REPLY_TOKENS = frozenset(
 
 
 def generate(
-    model,
-    prompts,
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
     *,
-    max_new_tokens,
-    temperature,
-    top_p,
-    seed,
-    eos_token_ids,
-    pad_token_id,
-    batch_size,
-    progress=None,
-):
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
     """Reply to each prompt; the same arguments give the same replies.
 
     The model's own `generation_config`, training mode and `use_cache` neither matter nor change.
 
     Args:
-        model: A causal LM of transformers.
-        prompts: Lists of token ids, none empty.
+        model: A causal LM of transformers, on any device.
+        prompts: Token ids of each, none empty.
         max_new_tokens: Longest reply, the stop token included; > 0.
         temperature: Divisor of the logits; 0 takes the likeliest token each time.
         top_p: Share of the probability mass sampled from, in (0, 1]; of no effect at temperature 0.
-        seed: With a batch's index, decides that batch's random numbers.
+        seed: With a batch's index, decides that batch's random numbers; the caller's generators stay as they were.
         eos_token_ids: Tokens that end a reply; none: every reply is as long as it may be.
         pad_token_id: Fills prompts on the left up to their batch's longest; may be a stop token too.
         batch_size: Prompts per call of the model, longest prompts first: what needs too much memory fails at once.
@@ -62,7 +65,7 @@ def generate(
         **sampling,
     )
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    replies = [None] * len(prompts)
+    replies: list[list[int]] = [[] for _ in prompts]
     with inference(model):
         for index, start in enumerate(range(0, len(prompts), batch_size)):
             rows = by_length[start : start + batch_size]
@@ -75,7 +78,7 @@ def generate(
 
 
 @contextmanager
-def inference(model):
+def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the model's own mode comes back afterwards."""
     was_training = model.training
     model.eval()
@@ -86,17 +89,21 @@ def inference(model):
         model.train(was_training)
 
 
-def stop_token_ids(settings):
-    """Tokens at which stock `generate` stops under a `GenerationConfig`: what a checkpoint's folder says, in its order.
+def stop_token_ids(settings: GenerationConfig) -> list[int]:
+    """Tokens at which transformers' `generate` stops with these settings, in their order; none where they name none.
 
-    Never what a chat template says: a model is measured as its users will run it.
+    The chat template has no say: a model is measured as its users will run it.
     """
     ids = settings.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def stored_stop_token_ids(folder):
-    """`stop_token_ids` of a checkpoint's folder: of generation_config.json, or of config.json where there is none."""
+def stored_stop_token_ids(folder: Path) -> list[int]:
+    """`stop_token_ids` of a checkpoint's generation_config.json, or of its config.json where there is none.
+
+    Raises:
+        OSError: The folder has neither file.
+    """
     try:
         settings = GenerationConfig.from_pretrained(folder)
     except OSError:
@@ -104,21 +111,28 @@ def stored_stop_token_ids(folder):
     return stop_token_ids(settings)
 
 
-def padding_token_id(tokenizer):
-    """The padding token, else any token: what it is never matters, only that there is one."""
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token; token 0 where there is none, as the attention mask hides whatever stands there."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def reply_text(tokenizer, reply, stop_tokens):
-    """Text of a reply (token ids) without its stop token and other special ones; think and tool tags stay."""
+def reply_text(tokenizer: PreTrainedTokenizerBase, reply: Sequence[int], stop_tokens: Collection[int]) -> str:
+    """Text of a reply without its stop token and other special tokens; think and tool tags stay.
+
+    Args:
+        reply: Token ids, as `generate` returns them.
+        stop_tokens: Never part of the text, whether the tokenizer calls them special or not.
+    """
     added = tokenizer.added_tokens_decoder
     dropped = {i for i, token in added.items() if token.special and token.content not in REPLY_TOKENS}
     dropped.update(stop_tokens)
     return tokenizer.decode([i for i in reply if i not in dropped], clean_up_tokenization_spaces=False)
 
 
-def _generate_batch(model, prompts, config, seed):
-    """Replies to B prompts in one call; its random numbers leave the caller's as they were."""
+def _generate_batch(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int
+) -> list[list[int]]:
+    """Replies to B prompts in one call."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     input_ids = [[config.pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]  # [B, L]
@@ -138,7 +152,7 @@ def _generate_batch(model, prompts, config, seed):
 
 
 @contextmanager
-def _own_generation_config(model, config):
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Hide the model's generation settings: the library fills what a call leaves open with them."""
     hidden, model.generation_config = model.generation_config, config
     try:
@@ -147,7 +161,7 @@ def _own_generation_config(model, config):
         model.generation_config = hidden
 
 
-def _until_stop(tokens, eos_token_ids):
-    """Tokens up to and including the first stop token; what follows one is padding."""
+def _until_stop(tokens: list[int], eos_token_ids: Collection[int]) -> list[int]:
+    """Tokens up to the first stop token, with it; padding follows it."""
     end = next((i for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
     return tokens[: end + 1]

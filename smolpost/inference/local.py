@@ -17,8 +17,8 @@ from smolpost.objectives.logprobs import token_scores
 class LocalEngine:
     """A causal LM of transformers with a decoder `model` and a head, on the device where it lies.
 
-    Replies end where its own generation config says, as they do for its users; a line is printed where that is not the
-    end of a turn in its chat template.
+    Replies end where its own generation config says, as they do for its users. Where that is not the end of a turn in
+    its chat template, a line says so.
 
     Raises:
         UserError: A weight is NaN or infinite: the model would reply with nonsense and be scored for it.
@@ -36,7 +36,16 @@ class LocalEngine:
                     "learning_rate"
                 )
 
-    def generate(self, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, num_samples=1, seed=0):
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_samples: int = 1,
+        seed: int = 0,
+    ) -> list[list[Reply]]:
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         replies = generate(
             self.model,
@@ -50,10 +59,10 @@ class LocalEngine:
             batch_size=len(repeated),
         )
         texts = [reply_text(self.tokenizer, reply, self.stop_tokens) for reply in replies]
-        made = [Reply(text, len(r), r[-1] not in self.stop_tokens) for text, r in zip(texts, replies, strict=True)]
-        return [made[i : i + num_samples] for i in range(0, len(made), num_samples)]
+        answers = [Reply(text, len(r), r[-1] not in self.stop_tokens) for text, r in zip(texts, replies, strict=True)]
+        return [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
 
-    def logps(self, sequences):
+    def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         longest = max(len(ids) for ids, _ in sequences)
         padding = padding_token_id(self.tokenizer)
         input_ids = [ids + [padding] * (longest - len(ids)) for ids, _ in sequences]

@@ -1,12 +1,13 @@
 """Replies from an OpenAI-compatible server (vLLM and others) that serves the evaluated checkpoint.
 
 Prompts go out as token ids to `/completions`, rendered here, so the server's own chat template and reasoning parser
-have no part in what is measured.
+do not change what is measured.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class ServerEngine:
             print(line, flush=True)
 
     def _served(self, checkpoint: Path) -> str:
-        """The server's name of the checkpoint. Another checkpoint's scores must never be kept under this one's key."""
+        """The server's name for the checkpoint; another model's scores must never be kept under this one's key."""
         models = self._send("GET", "/models")["data"]
         for model in models:
             for place in (model.get("root"), model["id"]):
@@ -53,7 +54,16 @@ class ServerEngine:
             f"not {checkpoint.resolve()}; start it on that folder"
         )
 
-    def generate(self, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, num_samples=1, seed=0):
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_samples: int = 1,
+        seed: int = 0,
+    ) -> list[list[Reply]]:
         settings = {
             "model": self._model,
             "max_tokens": max_new_tokens,
@@ -69,20 +79,24 @@ class ServerEngine:
             answers = list(pool.map(lambda request: self._send("POST", "/completions", request), requests))
         return [[self._reply(choice) for choice in answer["choices"]] for answer in answers]
 
-    def logps(self, sequences):
+    def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         raise UserError(
             f"evaluation.server={self.url} gives replies, not the log-probabilities that perplexity and preference "
             "need; leave those tasks out, or evaluate here with evaluation.server=null"
         )
 
-    def _reply(self, choice: dict) -> Reply:
+    def _reply(self, choice: dict[str, Any]) -> Reply:
         text, cut = choice["text"], choice["finish_reason"] == "length"
         for token in self.tokenizer.convert_ids_to_tokens(self.stop_tokens):
             text = text.removesuffix(token)
         return Reply(text, len(self.tokenizer.encode(text, add_special_tokens=False)) + (not cut), cut)
 
-    def _send(self, method: str, path: str, body: dict | None = None) -> dict:
-        """One request, again where the server is busy; a refusal for good is an error, never an empty reply."""
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request, repeated while the server is busy.
+
+        Raises:
+            UserError: The server does not answer, or refuses for another reason.
+        """
         for attempt in range(RETRIES + 1):
             try:
                 response = self._client.request(method, self.url + path, json=body)

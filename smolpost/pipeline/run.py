@@ -162,7 +162,7 @@ def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Conso
 
 
 def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Console) -> int:
-    from smolpost.evaluation.table import results_table
+    from smolpost.report.score_tables import results_table
 
     file = lineage.root / "results.json"
     before = _earlier_results(file)

@@ -28,12 +28,12 @@ class GreedyStage(ChosenModel):
 
     def make(self, work: Work):
         from smolpost.files import write_json
-        from smolpost.merging.greedy import greedy
-        from smolpost.merging.measured import Objective
         from smolpost.report.pareto import greedy_table
         from smolpost.screen import console
+        from smolpost.selection.greedy import greedy
+        from smolpost.selection.measured import Objective
 
-        objective = Objective("metrics", self.metrics)
+        objective = Objective("metrics", self.metrics, self.seed)
         report = greedy(list(work.inputs), self.points(work, [objective]), objective)
         write_json(work.folder / "greedy.json", report)
         console().print(greedy_table(report), report["rule"], f"kept: {', '.join(report['kept'])}", sep="\n")

@@ -69,18 +69,21 @@ class ChosenModel(MergedModel):
         Args:
             objectives: `selection.measured.Objective`s that will be asked of them.
         """
-        from smolpost.merging.measured import Points
-        from smolpost.merging.points import evaluator
+        from smolpost.evaluation.task import Context
         from smolpost.model.loading import load_for_inference
-        from smolpost.stages.measuring import measurer
+        from smolpost.selection.live import evaluator, measurer
+        from smolpost.selection.measured import Points
 
-        base = work.stage.base
+        spec, base = work.recipe.evaluation, work.stage.base
+        shared = Context(spec.today, self.seed, work.rows)
+        tasks = {name: spec.tasks[name].build(name, shared) for name in self.tasks()}
+        measure = measurer(tasks, batch_tokens=spec.batch_tokens, seed=self.seed)
         loaded = load_for_inference(work.inputs[base], dtype=self.dtype)
-        evaluate = evaluator(work.inputs, base, self.dtype, loaded, measurer(work, self.tasks(), self.seed))
+        evaluate = evaluator(work.inputs, base, self.dtype, loaded, measure)
         return Points(work.folder / "points", evaluate, objectives)
 
     def write(self, work: Work, weights: dict[str, float]) -> dict[str, Any]:
         """Write the chosen merge as the stage's model; the report of the merge."""
-        from smolpost.merging.points import write_point
+        from smolpost.selection.live import write_point
 
         return write_point(weights, work.inputs, work.stage.base, self.dtype, work.folder)

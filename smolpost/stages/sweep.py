@@ -43,12 +43,12 @@ class SweepStage(ChosenModel):
 
     def make(self, work: Work):
         from smolpost.files import write_json
-        from smolpost.merging.measured import Objective
-        from smolpost.merging.sweep import sweep
         from smolpost.report.pareto import save_pareto, sweep_table
         from smolpost.screen import console
+        from smolpost.selection.measured import Objective
+        from smolpost.selection.sweep import sweep
 
-        long, rest = Objective("long", self.long), Objective("rest", self.rest)
+        long, rest = (Objective(key, getattr(self, key), self.seed) for key in ("long", "rest"))
         report = sweep(
             self.sides(work.recipe.stages), self.weights, self.points(work, [long, rest]), long=long, rest=rest,
             max_cost=self.max_cost, confident=self.confident,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Asked(NamedTuple):
+class InstructionsPrompt(NamedTuple):
     """A prompt in one mode.
 
     Attributes:
@@ -98,12 +98,12 @@ class Instructions(Measurement):
         messages = [{"role": "user", "content": prompt.text}]
         kwargs = {"enable_thinking": MODES[mode]}
         ids = encode_prompt(tokenizer, messages, template_kwargs=kwargs, today=self.context.today)
-        asked = Asked(number, prompt, mode, opens_thinking(tokenizer, ids))
+        asked = InstructionsPrompt(number, prompt, mode, opens_thinking(tokenizer, ids))
         return Item(f"{number}/{mode}", ids, self.config.max_new_tokens, about=asked)
 
 
 def _sample(item: Item, reply: Reply) -> Sample:
-    asked: Asked = item.about
+    asked: InstructionsPrompt = item.about
     parts = parts_of(reply.text, opened_in_prompt=asked.opened)
     judged = [
         {

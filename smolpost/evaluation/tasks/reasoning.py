@@ -34,7 +34,7 @@ FLAGS = {"/think", "/no_think"}
 SHARES = ("tokens", "cut", "unclosed")
 
 
-class Problem(NamedTuple):
+class ReasoningPrompt(NamedTuple):
     """A row in one mode.
 
     Attributes:
@@ -135,11 +135,11 @@ class Reasoning(Measurement):
                 tokenizer, prompt, template_kwargs=kwargs, tools=row.get("tools"), today=self.context.today
             )
         question = text_of(prompt[-1].get("content")) if prompt else ""
-        problem = Problem(i, source, by_source, mode, question, expected, opens_thinking(tokenizer, ids))
+        problem = ReasoningPrompt(i, source, by_source, mode, question, expected, opens_thinking(tokenizer, ids))
         return Item(f"{i}/{mode}", ids, self.config.max_new_tokens, self.config.num_samples, problem)
 
     def _sample(self, tokenizer, item: Item, replies: list[Reply]) -> Sample:
-        problem: Problem = item.about
+        problem: ReasoningPrompt = item.about
         read = [self._read(tokenizer, problem, reply) for reply in replies]
         mode, num_right = problem.mode, sum(entry["right"] for entry in read)
         metrics = {mode: num_right / len(read)}
@@ -159,7 +159,7 @@ class Reasoning(Measurement):
         }
         return Sample(item.id, metrics, cluster=str(problem.row), record=record)
 
-    def _read(self, tokenizer, problem: Problem, reply: Reply) -> dict[str, Any]:
+    def _read(self, tokenizer, problem: ReasoningPrompt, reply: Reply) -> dict[str, Any]:
         """A reply for the reader, with what the metrics count."""
         reasoning, answer, unclosed = parts_of(reply.text, opened_in_prompt=problem.opened)
         found = self.answers.find(answer)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NUM_DEPTHS = 10  # bins
 
 
-class Asked(NamedTuple):
+class RecallPrompt(NamedTuple):
     """What `measure` needs to know of an item."""
 
     length: int
@@ -103,7 +103,7 @@ class Recall(Measurement):
         size, ids = found
         room = self._ids(tokenizer, i, size)[1]
         _, user, answer = (message["content"] for message in self._row(i, size)["messages"])
-        return Item(f"{length}/{i}", ids[:-room], room, about=Asked(length, user, answer))
+        return Item(f"{length}/{i}", ids[:-room], room, about=RecallPrompt(length, user, answer))
 
     def _row(self, i: int, size: int) -> dict:
         rng = np.random.default_rng([self.context.seed, i])
@@ -120,7 +120,7 @@ class Recall(Measurement):
 
 
 def _sample(item: Item, reply: Reply) -> Sample:
-    asked: Asked = item.about
+    asked: RecallPrompt = item.about
     answer = split_reasoning(reply.text)[1]
     pairs = [asked.answer[i : i + 2] for i in range(0, len(asked.answer), 2)]
     context = asked.user.partition("?")[0]

@@ -49,7 +49,7 @@ MAX_DEPTHS = 11
 _REPEATED = "prompts_with_repeated_text"
 
 
-class Asked(NamedTuple):
+class RulerPrompt(NamedTuple):
     """What `measure` needs to know of an item."""
 
     task: str
@@ -130,7 +130,7 @@ class Ruler(Measurement):
                 size, ids = found
                 self.notes[_REPEATED] += problem.supply is not None and size > problem.supply
                 opened = opens_thinking(tokenizer, ids)
-                about = Asked(task, length, problem.depth, problem.question, problem.references, size, opened)
+                about = RulerPrompt(task, length, problem.depth, problem.question, problem.references, size, opened)
                 items.append(Item(f"{length}/{task}/{i}", [known.setdefault(t, t) for t in ids], room, about=about))
                 progress.update()
         return items
@@ -249,7 +249,7 @@ def string_match_part(reply: str, references: list[str]) -> float:
 
 
 def _sample(item: Item, reply: Reply) -> Sample:
-    asked: Asked = item.about
+    asked: RulerPrompt = item.about
     answer = parts_of(reply.text, opened_in_prompt=asked.opened).answer
     answer = re.sub(r"[\x00-\x1f]", "\n", answer).strip()  # as RULER reads a reply
     match = string_match_part if asked.task in QUESTION_TASKS else string_match_all

@@ -35,7 +35,7 @@ VARIABLES = {"xml": "xml_tools", "python": "python_tools"}  # of the template
 SHARES = ("parsed", "name", "cut")
 
 
-class Question(NamedTuple):
+class ToolCallsPrompt(NamedTuple):
     """A row in one style.
 
     Attributes:
@@ -135,7 +135,7 @@ class ToolCalls(Measurement):
             ids = encode_prompt(tokenizer, messages, template_kwargs=kwargs, tools=tools, today=self.context.today)
         of_category = category(row["id"]) if several else ""
         opened = opens_thinking(tokenizer, ids)
-        question = Question(row["id"], of_category, style, messages, functions, expected, opened)
+        question = ToolCallsPrompt(row["id"], of_category, style, messages, functions, expected, opened)
         return Item(f"{row['id']}/{style}", ids, self.config.max_new_tokens, about=question)
 
     def _rows(self, key: str, columns: tuple[str, ...]) -> list[Row]:
@@ -220,7 +220,7 @@ def lists_only(arguments: dict) -> bool:
 
 
 def _sample(item: Item, reply: Reply) -> Sample:
-    question: Question = item.about
+    question: ToolCallsPrompt = item.about
     answer = parts_of(reply.text, opened_in_prompt=question.opened).answer
     calls, faults = read_calls(answer, question.style)
     reason = _reason(question, calls, faults)
@@ -245,7 +245,7 @@ def _sample(item: Item, reply: Reply) -> Sample:
     return Sample(item.id, metrics, cluster=question.row, record=record)
 
 
-def _reason(question: Question, calls: list[Call], faults: list[str]) -> str:
+def _reason(question: ToolCallsPrompt, calls: list[Call], faults: list[str]) -> str:
     """Why a reply is wrong; "" where it is right."""
     if faults:
         return "; ".join(faults)

@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.merging.greedy import equal, greedy
 from smolpost.merging.linear import merge
-from smolpost.merging.measured import Objective, Points
-from smolpost.merging.points import Blend
+from smolpost.selection.greedy import equal, greedy
+from smolpost.selection.live import Blend
+from smolpost.selection.measured import Objective, Points
 from tests.merging.checkpoints import save_checkpoint, weights
-from tests.merging.scripted import Scripted
+from tests.selection.scripted import Scripted
 
-OBJECTIVE = Objective("metrics", ["t/right"])
+OBJECTIVE = Objective("metrics", ["t/right"], seed=0)
 ALONE = {"a": 0.6, "b": 0.8, "c": 0.7, "d": 0.7}
 SOUPS = {"bc": 0.75, "bd": 0.8, "abd": 0.9}
 

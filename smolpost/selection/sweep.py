@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from smolpost.errors import UserError
-from smolpost.merging.measured import CONFIDENCE, Estimate, Measured, Objective, Points
+from smolpost.evaluation.scores import CONFIDENCE, Estimate
 from smolpost.progress import Progress
+from smolpost.selection.measured import Measured, Objective, Points
 
 ROUNDING = 1e-9  # of differences of means: 0.95 - 0.93 is not to cost more than 0.02
 

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.merging import points
 from smolpost.merging.average import is_finite
 from smolpost.merging.checkpoint import CHUNK
 from smolpost.merging.linear import merge
-from smolpost.merging.points import Blend, write_point
+from smolpost.selection import live
+from smolpost.selection.live import Blend, write_point
 from tests.merging.checkpoints import edit_weights, save_checkpoint, weights
 
 POINTS = [
@@ -117,7 +117,7 @@ def test_memory_beside_the_model_is_a_few_chunks(tmp_path, monkeypatch):
     blend = Blend(inputs, "a", load(inputs["a"]), "float32")
     blend.set({"a": 1.0})  # the model's own pages, which loading leaves to the file where it can
     seen = []
-    monkeypatch.setattr(points, "is_finite", lambda values: seen.append(anonymous()) or is_finite(values))
+    monkeypatch.setattr(live, "is_finite", lambda values: seen.append(anonymous()) or is_finite(values))
     gc.collect()
     before = anonymous()
     blend.set({"a": 0.7, "b": 0.3})

@@ -1,11 +1,8 @@
-"""Scores of points in weight space: measured once, kept as files, compared prompt by prompt.
-
-Shapes: R resamples, C clusters of prompts.
-"""
+"""Scores of points in weight space: measured once, kept as files, compared prompt by prompt."""
 
 import json
 import math
-import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smolpost.errors import UserError
+from smolpost.evaluation.scores import Estimate, Sums, resampled, sums_of
+from smolpost.evaluation.task import Sample
 from smolpost.files import write_json
+from smolpost.inference.seeds import derive_seed
 from smolpost.progress import Progress
-
-RESAMPLES = 1000
-CONFIDENCE = 0.95
 
 # (weights of the inputs, folder for its files) -> task -> {"scores": {metric: {value, n, low, high}},
 # "samples": [{id, cluster, metrics: {metric: value}, weights: {metric: weight}}]}, as the evaluation keeps them.
@@ -29,33 +26,11 @@ class Measured(NamedTuple):
 
     Attributes:
         scores: "TASK/METRIC" -> {"value", "n", "low", "high"}.
-        sums: "TASK/METRIC" of an objective -> cluster of prompts -> [weighted sum of the values, sum of the weights];
-            every cluster of the task, with zeros where none of its samples has the metric.
+        sums: "TASK/METRIC" of an objective -> its clusters of prompts, as the evaluation's bootstrap draws them.
     """
 
     scores: dict[str, dict[str, float]]
-    sums: dict[str, dict[str, list[float]]]
-
-
-class Estimate(NamedTuple):
-    """A number with what resampling the prompts makes of it: `draws` is [R], NaN where a draw has no such sample."""
-
-    value: float
-    draws: np.ndarray
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        """The difference prompt by prompt, where both were measured on the same ones."""
-        return Estimate(self.value - other.value, self.draws - other.draws)
-
-    @property
-    def standard_error(self) -> float:
-        return float(np.nanstd(self.draws))
-
-    def report(self) -> dict[str, float]:
-        """The value and the ends of its interval."""
-        tails = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        low, high = np.nanpercentile(self.draws, tails)
-        return {"value": self.value, "low": float(low), "high": float(high)}
+    sums: dict[str, Sums]
 
 
 class Objective:
@@ -64,32 +39,35 @@ class Objective:
     Args:
         key: For messages, e.g. "long".
         metrics: "TASK/METRIC" each; a leading "-" turns one round whose lower values are better: "-perplexity/loss".
-        seed: Of the resampling.
+        seed: Of the resampling; the evaluation's, so that one score has one interval.
     Raises:
         UserError: No metric is named, or one twice.
     """
 
-    def __init__(self, key: str, metrics: Sequence[str], seed: int = 0):
+    def __init__(self, key: str, metrics: Sequence[str], seed: int):
         self.key, self.metrics, self.seed = key, list(metrics), seed
         self.signs = {name.removeprefix("-"): -1.0 if name.startswith("-") else 1.0 for name in metrics}
         if not metrics or len(self.signs) < len(metrics):
             raise UserError(f"{key}={list(metrics)} must name at least one score, each once, as TASK/METRIC")
 
     def of(self, measured: Measured) -> Estimate:
-        """The percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over clusters of prompts, drawn per task.
+        """The objective at a point.
 
-        The same prompts get the same draws at every point, so a difference of two estimates is a paired one.
+        One score alone has the interval that the evaluation gives it. Of several, those of one task are resampled
+        together, as they may come from the same prompts. The same prompts get the same draws at every point, so the
+        difference of two estimates is a paired one.
         """
-        draws = [sign * self._resampled(metric, measured.sums[metric]) for metric, sign in self.signs.items()]
+        by_task: dict[str, list[str]] = defaultdict(list)
+        for metric in self.signs:
+            by_task[metric.partition("/")[0]].append(metric)
+        draws: dict[str, np.ndarray] = {}
+        for metrics in by_task.values():
+            drawn_by = metrics if len(self.signs) > 1 else [metrics[0].partition("/")[2]]
+            sums = [measured.sums[metric] for metric in metrics]
+            draws |= zip(metrics, resampled(sums, derive_seed(self.seed, *drawn_by)), strict=True)
         values = [sign * measured.scores[metric]["value"] for metric, sign in self.signs.items()]
-        return Estimate(sum(values) / len(values), np.mean(draws, axis=0))
-
-    def _resampled(self, metric: str, sums: dict[str, list[float]]) -> np.ndarray:
-        number, task = len(sums), metric.partition("/")[0]
-        random = np.random.default_rng([self.seed, zlib.crc32(task.encode())])
-        drawn = random.multinomial(number, np.full(number, 1 / number), size=RESAMPLES)  # [R, C]
-        totals, weights = (drawn @ np.array([sums[cluster] for cluster in sorted(sums)])).T  # [R] each
-        return np.divide(totals, weights, out=np.full(RESAMPLES, np.nan), where=weights > 0)
+        signed = [sign * draws[metric] for metric, sign in self.signs.items()]
+        return Estimate(sum(values) / len(values), np.mean(signed, axis=0))
 
 
 class Points:
@@ -139,16 +117,6 @@ class Points:
                 if not math.isfinite(scores[metric]["value"]):
                     raise UserError(f"{objective.key}: {metric} is {scores[metric]['value']}; choose another score")
                 task, _, name = metric.partition("/")
-                sums[metric] = _sums(tasks[task]["samples"], name)
+                samples = [Sample(s["id"], s["metrics"], s["weights"], s["cluster"]) for s in tasks[task]["samples"]]
+                sums[metric] = sums_of(samples)[name]
         return Measured(scores, sums)
-
-
-def _sums(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float]]:
-    sums: dict[str, list[float]] = {}
-    for sample in samples:
-        total = sums.setdefault(sample["cluster"] or sample["id"], [0.0, 0.0])
-        if metric in sample["metrics"]:
-            weight = sample["weights"].get(metric, 1.0)
-            total[0] += weight * sample["metrics"][metric]
-            total[1] += weight
-    return sums

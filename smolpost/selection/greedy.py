@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from smolpost.errors import UserError
-from smolpost.merging.measured import Estimate, Objective, Points
+from smolpost.evaluation.scores import Estimate
 from smolpost.progress import Progress
+from smolpost.selection.measured import Objective, Points
 
 RULE = (
     "Candidates by their own held-out score, best first; each is kept where the mean of those kept and it scores at "

@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
+from tests.merging.scripted import Scripted
 from transformers import AutoModelForCausalLM
 
+from smolpost.evaluation.tasks.recall import RecallTask
 from smolpost.merging.points import Blend
-from smolpost.schema import Recipe
+from smolpost.schema import Evaluation, Recipe
 from smolpost.stages.base import Planned, Work
 from smolpost.stages.greedy import GreedyStage
 from smolpost.stages.sft import SFTStage
 from smolpost.stages.sweep import SweepStage
 from tests.merging.checkpoints import save_checkpoint
-from tests.merging.scripted import Scripted
 
 pytest.importorskip("matplotlib")
 
@@ -32,14 +33,15 @@ def run(config, folder, inputs, skill, monkeypatch):
         seen[place.name] = model.model.embed_tokens.weight[0, 0].item()
         return Scripted(lambda _: skill(place.name))(None, place)
 
-    monkeypatch.setattr("smolpost.stages.measuring.measurer", lambda *_: measure)
+    monkeypatch.setattr("smolpost.selection.live.measurer", lambda *_, **__: measure)
+    tasks = {name: RecallTask() for name in config.tasks()}
     stages = {"apo": SFTStage(seeds=[1, 2]), "long": SFTStage(), "chosen": config}
     planned = Planned(
         name="chosen", entry="chosen", seed=None, config=config, weights=config.input_weights("chosen", stages),
         base=config.base_input(stages), data_stages=(), making=(), measuring=None,
     )  # fmt: skip
     work = Work(
-        stage=planned, recipe=Recipe(stages=stages), inputs={name: inputs[name] for name in planned.weights}, data={},
+        stage=planned, recipe=Recipe(stages=stages, evaluation=Evaluation(tasks=tasks)), inputs={name: inputs[name] for name in planned.weights}, data={},
         rows=lambda _: [], folder=folder, prepared=None, root=folder.parent,
     )  # fmt: skip
     return seen, config.make(work)

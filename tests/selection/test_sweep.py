@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from smolpost.errors import UserError
-from smolpost.evaluation.scores import aggregate
+from smolpost.evaluation.scores import RESAMPLES, Estimate, aggregate
 from smolpost.evaluation.task import Sample
-from smolpost.merging.measured import RESAMPLES, Estimate, Measured, Objective, Points
-from smolpost.merging.sweep import CAVEAT, choose, mixed, pareto, rule, sweep
-from tests.merging.scripted import Scripted
+from smolpost.selection.measured import Measured, Objective, Points
+from smolpost.selection.sweep import CAVEAT, choose, mixed, pareto, rule, sweep
+from tests.selection.scripted import Scripted
 
 SIDES = ({"apo-1": 0.5, "apo-2": 0.5}, {"long": 1.0})
 # Weight of long -> (long, rest); what the miniature's prototype found, roughly.
@@ -27,7 +27,7 @@ def skill(weights):
 
 
 def run(folder, evaluate=None, *, weights=(0.05, 0.1, 0.2), long=("recall/right",), rest=("reasoning/right",), **rule):
-    objectives = [Objective("long", long), Objective("rest", rest)]
+    objectives = [Objective("long", long, seed=0), Objective("rest", rest, seed=0)]
     points = Points(folder, evaluate or Scripted(skill), objectives)
     return sweep(SIDES, weights, points, long=objectives[0], rest=objectives[1], **rule)
 
@@ -42,17 +42,21 @@ def measured(rows, task="t"):
     return found, samples
 
 
-def test_value_is_the_weighted_mean_and_the_interval_the_evaluations_own(tmp_path):
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_score_has_the_interval_that_the_evaluation_gives_it(tmp_path, seed):
     random = np.random.default_rng(0)
-    rows = [(f"c{i // 3}", random.normal(), random.uniform(1, 5)) for i in range(300)]
-    found, _ = measured(rows)
-    objective = Objective("rest", ["t/m"])
-    report = objective.of(Points(tmp_path, lambda *_: found, [objective]).measure("p", {"a": 1.0})).report()
-    score = found["t"]["scores"]["m"]
-    assert report["value"] == pytest.approx(sum(v * w for _, v, w in rows) / sum(w for *_, w in rows), abs=1e-12)
-    for end in ("low", "high"):  # other random numbers for the same bootstrap
-        assert report[end] == pytest.approx(score[end], abs=0.03)
-        assert abs(report[end] - report["value"]) > 0.08
+    rows = [(f"c{i // 3}", random.normal() if i % 7 else None, random.uniform(1, 5)) for i in range(300)]
+    found, samples = measured(rows)
+    found["t"]["scores"] = aggregate(samples, seed)
+    objective = Objective("rest", ["t/m"], seed)
+    point = Points(tmp_path, lambda *_: found, [objective]).measure("p", {"a": 1.0})
+    report, score = objective.of(point).report(), found["t"]["scores"]["m"]
+    known = [(v, w) for _, v, w in rows if v is not None]
+    assert report["value"] == pytest.approx(sum(v * w for v, w in known) / sum(w for _, w in known), abs=1e-12)
+    assert report == {key: score[key] for key in ("value", "low", "high")}
+    assert point.scores["t/m"] == score
+    turned = Objective("rest", ["-t/m"], seed).of(point).report()
+    assert turned == pytest.approx({"value": -score["value"], "low": -score["high"], "high": -score["low"]})
 
 
 def test_objective_is_the_mean_of_its_scores_and_a_minus_turns_one_round(tmp_path):
@@ -60,10 +64,23 @@ def test_objective_is_the_mean_of_its_scores_and_a_minus_turns_one_round(tmp_pat
     first = report["points"][0]
     assert first["rest"]["value"] == pytest.approx((0.98 - 0.02) / 2)
     assert report["rest"] == ["reasoning/right", "-reasoning/loss"]
-    # right and -loss differ by the constant 1 at every prompt, so their draws are as one score's.
-    assert first["rest"]["high"] - first["rest"]["low"] == pytest.approx(
-        (alone := run(tmp_path / "alone")["points"][0]["rest"])["high"] - alone["low"]
-    )
+
+
+def test_scores_of_one_task_are_resampled_together_and_of_two_tasks_apart():
+    """right and -loss differ by the constant 1 at every prompt: their mean is known no better than either."""
+    sums = {"right": {str(i): [float(i % 2), 1.0] for i in range(400)}}
+    sums["loss"] = {name: [1 - value, 1.0] for name, (value, _) in sums["right"].items()}
+    found = {f"{task}/{name}": values for task in "ab" for name, values in sums.items()}
+    point = Measured({name: {"value": 0.5} for name in found}, found)
+
+    def error(*metrics):
+        return Objective("rest", metrics, seed=0).of(point).standard_error
+
+    alone = 0.5 / math.sqrt(400)
+    assert error("a/right") == pytest.approx(alone, rel=0.1)
+    assert error("a/right", "-a/loss") == pytest.approx(alone, rel=0.1)
+    assert error("a/right", "b/right") == pytest.approx(alone / math.sqrt(2), rel=0.1)
+    assert error("a/right", "a/loss") == pytest.approx(0, abs=1e-12)
 
 
 def test_differences_are_paired():
@@ -75,7 +92,7 @@ def test_differences_are_paired():
 
     def estimate(values):
         sums = {"t/m": {str(i): [v, 1.0] for i, v in enumerate(values)}}
-        return Objective("rest", ["t/m"]).of(Measured({"t/m": {"value": values.mean()}}, sums))
+        return Objective("rest", ["t/m"], seed=0).of(Measured({"t/m": {"value": values.mean()}}, sums))
 
     change = estimate(right) - estimate(other)
     assert change.value == pytest.approx(1 / 200)
@@ -87,19 +104,23 @@ def test_differences_are_paired():
 
 def test_samples_without_the_metric_have_no_part_in_it(tmp_path):
     found, _ = measured([("a", 1.0, 1.0), ("b", None, 1.0), ("c", 0.0, 3.0)])
-    objective = Objective("rest", ["t/m"])
+    objective = Objective("rest", ["t/m"], seed=0)
     point = Points(tmp_path, lambda *_: found, [objective]).measure("p", {"a": 1.0})
-    assert point.sums == {"t/m": {"a": [1.0, 1.0], "b": [0.0, 0.0], "c": [0.0, 3.0]}}
-    estimate = objective.of(point)
-    assert estimate.value == 0.25
+    assert point.sums == {"t/m": {"a": [1.0, 1.0], "c": [0.0, 3.0]}}
+    assert objective.of(point).report() == {"value": 0.25, "low": 0.0, "high": 1.0}
+
+
+def test_a_draw_without_a_sample_of_one_of_the_metrics_is_left_out():
+    sums = {"t/m": {"a": [1.0, 1.0], "c": [0.0, 3.0]}, "t/n": {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 1.0]}}
+    estimate = Objective("rest", ["t/m", "t/n"], seed=0).of(Measured({m: {"value": 0.5} for m in sums}, sums))
     assert 0 < np.isnan(estimate.draws).mean() < 0.1  # three times b: (1/3)^3
-    assert estimate.report() == {"value": 0.25, "low": 0.0, "high": 1.0}
+    assert (estimate.report()["low"], estimate.report()["high"]) == (0.5, 1.0)
 
 
 def test_objectives_that_cannot_be():
     for metrics in ([], ["a/b", "a/b"], ["a/b", "-a/b"]):
         with pytest.raises(UserError, match="must name at least one score, each once, as TASK/METRIC"):
-            Objective("long", metrics)
+            Objective("long", metrics, seed=0)
 
 
 # ---------------------------------------------------------------- the rule

@@ -10,11 +10,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
+from smolpost.evaluation import results
+from smolpost.evaluation.run import run_task
+from smolpost.evaluation.task import Measurement
+from smolpost.inference.local import LocalEngine
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.merging.linear import merge
-from smolpost.merging.measured import Evaluate
 from smolpost.merging.preflight import BYTES, check_choice, check_inputs, check_sum, check_values
+from smolpost.progress import Progress
+from smolpost.selection.measured import Evaluate
+
+# (model, tokenizer, folder for its files) -> task -> its scores and samples, as `Evaluate` gives them.
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], Mapping[str, Mapping[str, Any]]]
 
 MERGED = "merged"  # subfolder of a folder that already holds other files, in which its model is merged
 
@@ -87,12 +95,31 @@ class Blend:
                 target.copy_(values)
 
 
+def measurer(tasks: Mapping[str, Measurement], *, batch_tokens: int, seed: int) -> Measure:
+    """What measures a live model with the tasks by name.
+
+    Args:
+        batch_tokens, seed: As for `evaluation.run.run_task`.
+    """
+
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, dict[str, Any]]:
+        engine, found = LocalEngine(model, tokenizer), {}
+        with Progress("tasks", len(tasks), "task") as progress:
+            for name, task in tasks.items():
+                scores = run_task(name, task, engine, folder / name, batch_tokens=batch_tokens, seed=seed)
+                found[name] = scores | {"samples": results.samples(folder / name)}
+                progress.update()
+        return found
+
+    return measure
+
+
 def evaluator(
     inputs: Mapping[str, Path],
     base: str,
     dtype: str,
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], Mapping[str, Mapping[str, Any]]],
+    measure: Measure,
 ) -> Evaluate:
     """What `Points` asks of each point: its mean set in one live model, and that measured.
 

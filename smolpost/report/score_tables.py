@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+from smolpost.report.heat_map import DEPTH
 from smolpost.screen import Blocks
 
-DEPTH = "/depth_"  # in the name of a score by depth in the context
 SHORT = {"no_think": "no-th", "accuracy": "acc.", "margin": "marg."}  # in column heads, where width is scarce
 
 
