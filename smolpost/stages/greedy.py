@@ -17,7 +17,7 @@ class GreedyStage(ChosenModel):
     inputs: list[str] = field(default_factory=list)  # stages; every seed is a candidate
     metrics: list[str] = field(default_factory=list)  # TASK/METRIC whose mean decides; -TASK/METRIC: lower is better
 
-    VERSION = 1
+    VERSION = 2
     SCRIPT = "merge/greedy.py"
 
     def parents(self):

@@ -22,7 +22,7 @@ class SweepStage(ChosenModel):
     max_cost: float = number("[0, inf)", 0.02)  # of `rest` against weight 0, in its unit
     confident: bool = False  # the 95% interval of the cost has to be within max_cost, not only its mean
 
-    VERSION = 1
+    VERSION = 2
     SCRIPT = "merge/sweep.py"
 
     def parents(self):

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from tests.merging.scripted import Scripted
 from transformers import AutoModelForCausalLM
 
 from smolpost.evaluation.tasks.recall import RecallTask
-from smolpost.merging.points import Blend
 from smolpost.schema import Evaluation, Recipe
+from smolpost.selection.live import Blend
 from smolpost.stages.base import Planned, Work
 from smolpost.stages.greedy import GreedyStage
 from smolpost.stages.sft import SFTStage
 from smolpost.stages.sweep import SweepStage
 from tests.merging.checkpoints import save_checkpoint
+from tests.selection.scripted import Scripted
 
 pytest.importorskip("matplotlib")
 
@@ -41,7 +41,8 @@ def run(config, folder, inputs, skill, monkeypatch):
         base=config.base_input(stages), data_stages=(), making=(), measuring=None,
     )  # fmt: skip
     work = Work(
-        stage=planned, recipe=Recipe(stages=stages, evaluation=Evaluation(tasks=tasks)), inputs={name: inputs[name] for name in planned.weights}, data={},
+        stage=planned, recipe=Recipe(stages=stages, evaluation=Evaluation(tasks=tasks)),
+        inputs={name: inputs[name] for name in planned.weights}, data={},
         rows=lambda _: [], folder=folder, prepared=None, root=folder.parent,
     )  # fmt: skip
     return seen, config.make(work)
