@@ -1,8 +1,6 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import write_json
-from smolpost.pipeline import estimate, manifest
+from smolpost.pipeline import estimate, manifest, processes
 from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.measurable import check_measurable
@@ -24,20 +22,6 @@ from smolpost.pipeline.plan import select
 from smolpost.progress import duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
-
-PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
-    "smolpost": [sys.executable, "-m", "smolpost.cli"],
-    "python": [sys.executable],
-    "accelerate": [sys.executable, "-m", "smolpost.launch"],
-}
-
-ENVIRONMENT = {  # unless the user has set them
-    "PYTHONUNBUFFERED": "1",
-    # Threads that wait for each other spin this long before they sleep. libgomp's own 300,000 turns make a miniature's
-    # step several times slower as soon as anything else runs on the machine; sleeping at once costs half the speed.
-    "GOMP_SPINCOUNT": "10000",
-    signals.UNDER_RUN: "1",
-}
 
 
 def status(stage: Located) -> tuple[str, str]:
@@ -75,11 +59,12 @@ def run(request: Request, console: Console) -> int:
         UserError: The recipe or its data cannot be used.
     """
     lineage = Lineage(request)
-    if request.recipe.evaluation.tasks:
-        _check_tasks(request.recipe.evaluation.tasks)
     wanted = _with_parents(lineage, [p.name for p in select(lineage.stages.planned.values(), request.stage)])
     if any(status(lineage.stages[name])[0] != "done" for name in wanted):
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
+        processes.warm()
+        if request.recipe.evaluation.tasks:
+            _check_tasks(request.recipe.evaluation.tasks)
     began = time.monotonic()
     todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
     todo = [(stage, word) for stage, word in todo if word != "done"]
@@ -141,9 +126,7 @@ def execute(command: tuple[str, ...], console: Console) -> int:
     """
     console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
     with signals.PassedOn() as asked:
-        with signals.no_ctrl_c():
-            process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
-        code = process.wait()
+        code = processes.start(command).wait()
     return signals.exit_code(asked.signum) if asked.signum else code
 
 
