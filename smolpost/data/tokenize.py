@@ -231,7 +231,7 @@ def sft_shape(row: Row) -> str:
     shape = validate_row(row, row.where)
     if shape == "preference":
         raise UserError(
-            f"{row.where}: is a preference row in an sft stage; expected messages or text; "
+            f"{row.where}: is a preference row, and the stage trains on documents; expected messages or text; "
             "take the source out of the mixture"
         )
     return shape
@@ -300,8 +300,8 @@ def tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """
     if validate_row(row, row.where) != "preference":
         raise UserError(
-            f"{row.where}: has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
-            "take the source out of the mixture"
+            f"{row.where}: has the columns {', '.join(row)}, and the stage trains on pairs; expected chosen and "
+            "rejected; take the source out of the mixture"
         )
     try:
         pair = encode_pair(

@@ -333,9 +333,9 @@ def test_every_token_read_is_accounted_for(tokenizer, tmp_path, packing, overlon
 
 
 def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row in an sft stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row, and the stage trains on documents"):
         prepared(sft(), [pair("u", "a", "b")], tokenizer, new(tmp_path))
-    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text in an apo stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text, and the stage trains on pairs"):
         prepared(apo(), [{"text": "x"}], tokenizer, new(tmp_path))
     with pytest.raises(UserError, match=r"a mixture has no sources; give at least one"):
         prepared(sft(), [], tokenizer, new(tmp_path))

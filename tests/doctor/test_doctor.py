@@ -370,7 +370,7 @@ def test_the_report_says_status_numbers_remedy_and_verdict():
 
 def test_bad_input_is_one_line(healthy, tmp_path):
     lineage = healthy.lineage()
-    with pytest.raises(UserError, match="stage=init is a init stage; doctor checks sft and apo stages"):
+    with pytest.raises(UserError, match="stage=init of kind init trains nothing; doctor checks training stages"):
         diagnose(lineage, lineage.stages["init"])
     with pytest.raises(UserError, match="rows=0 is below 1"):
         diagnose(lineage, lineage.stages["sft"], rows=0)
