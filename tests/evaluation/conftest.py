@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rigged import Rigged
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.chat.tokenizer import build_tokenizer
+from tests.rigged import Rigged
 
 
 @pytest.fixture(scope="session")

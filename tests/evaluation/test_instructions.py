@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from canned import Canned
 
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import LANGUAGE, VERIFIERS, checked, follows
@@ -13,6 +12,7 @@ from smolpost.evaluation.instructions import Instructions
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import InstructionsTask
+from tests.evaluation.canned import Canned
 
 LEAST, LESS = "at least", "less than"
 

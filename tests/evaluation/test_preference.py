@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small import sum_rows
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
@@ -11,6 +10,7 @@ from smolpost.evaluation.preference import Preference
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import PreferenceTask
+from tests.small import sum_rows
 
 TODAY = "08 July 2025"
 

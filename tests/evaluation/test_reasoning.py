@@ -6,7 +6,6 @@ import re
 from itertools import combinations
 
 import pytest
-from canned import Canned
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
@@ -15,6 +14,7 @@ from smolpost.evaluation.reasoning import Reasoning, pass_at
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import ReasoningTask
+from tests.evaluation.canned import Canned
 
 SUMS = ["1+1?", "2+2?", "3+4?", "4+4?", "5+5?", "6+6?"]
 

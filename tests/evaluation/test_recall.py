@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from canned import Canned
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row
@@ -14,6 +13,7 @@ from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import RecallTask
+from tests.evaluation.canned import Canned
 
 HEADERS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
 

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 
 import pytest
-from canned import Canned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from smolpost.evaluation.run import run_task
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.schema import RulerTask
+from tests.evaluation.canned import Canned
 
 QA = ["qa_1", "qa_2"]
 WITHOUT_FILES = [task for task in PROBLEMS if task not in QA]

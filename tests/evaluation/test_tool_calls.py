@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from canned import Canned
 
 from smolpost.chat.render import render
 from smolpost.chat.tokenizer import build_tokenizer
@@ -15,6 +14,7 @@ from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tool_calls import ToolCalls, category
 from smolpost.schema import ToolCallsTask
+from tests.evaluation.canned import Canned
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "bfcl"
 
