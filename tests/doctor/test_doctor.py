@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clinic import ASK, NO_THINK, conversations, failed, pairs
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,6 +22,7 @@ from smolpost.errors import UserError
 from smolpost.model import attention
 from smolpost.objectives.losses import ApoZero
 from smolpost.training import sft
+from tests.doctor.clinic import ASK, NO_THINK, conversations, failed, pairs
 
 # ---------------------------------------------------------------- healthy
 

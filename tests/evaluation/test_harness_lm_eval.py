@@ -6,14 +6,14 @@ from copy import copy
 
 import pytest
 import torch
-from harness_tasks import LIKELIHOOD, write_rows, write_task
-from rigged import Rigged
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.evaluation.harness import lm_eval as ours
 from smolpost.evaluation.harness.run import harness_key, run_harness
 from smolpost.schema import Harness
+from tests.evaluation.harness_tasks import LIKELIHOOD, write_rows, write_task
+from tests.rigged import Rigged
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 TODAY = "08 July 2025"

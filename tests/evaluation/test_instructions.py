@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from canned import Canned
 
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import LANGUAGE, VERIFIERS, checked, follows

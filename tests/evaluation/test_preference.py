@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small import sum_rows
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError

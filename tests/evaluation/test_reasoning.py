@@ -6,7 +6,6 @@ import re
 from itertools import combinations
 
 import pytest
-from canned import Canned
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from canned import Canned
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 
 import pytest
-from canned import Canned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from canned import Canned
 
 from smolpost.chat.render import render
 from smolpost.chat.tokenizer import build_tokenizer

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from export_models import THETA, letters, save_checkpoint
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
@@ -15,6 +14,7 @@ from smolpost.export.folder import Source
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
 from smolpost.inference.local import LocalEngine
 from smolpost.model import SmolLM3ForCausalLM
+from tests.export.export_models import THETA, letters, save_checkpoint
 
 
 @pytest.fixture(scope="module")

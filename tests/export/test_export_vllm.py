@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 

@@ -7,19 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import (
-    VOCAB,
-    Work,
-    assert_equal,
-    build,
-    document_positions,
-    inputs,
-    pair_positions,
-    pair_step,
-    reference_varlen_attn,
-    run,
-    step,
-)
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,

@@ -53,9 +53,8 @@ def fill(folder, rank=0, world_size=1, stop_in=None, seconds=0.0):
 
 
 def start(folder, *args) -> subprocess.Popen:
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    code = f"import test_reference_cache; test_reference_cache.fill({str(folder)!r}, *{args})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, root)))}
+    code = f"from tests.training.test_reference_cache import fill; fill({str(folder)!r}, *{args})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
 
