@@ -26,6 +26,7 @@ def run_task(
     *,
     batch_tokens: int,
     seed: int,
+    items: list[Item] | None = None,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Measure a task, or go on where `folder` says an earlier run was cut; a finished one is read.
@@ -36,6 +37,7 @@ def run_task(
         folder: Of this task, this model and all settings.
         batch_tokens: Prompts and longest replies of a batch, padding included, at most; an item above it comes alone.
         seed: Of the bootstrap.
+        items: What `task.items` gives for the engine's tokenizer, where the caller has it; None: it is asked.
         label: For the progress bar; None: the name.
     Returns:
         "kind", "scores" (metric -> value, n, low, high), "notes" (what the task counted beside its metrics),
@@ -46,7 +48,8 @@ def run_task(
     finished = read(folder)
     if finished:
         return finished
-    items = task.items(engine.tokenizer)
+    if items is None:
+        items = task.items(engine.tokenizer)
     if not items:
         raise UserError(f"evaluation.tasks.{name} has nothing to measure: no row of its data can be asked")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.run import run_task
-from smolpost.evaluation.task import Measurement
+from smolpost.evaluation.task import Item, Measurement
 from smolpost.inference.local import LocalEngine
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
@@ -96,17 +96,23 @@ class Blend:
 
 
 def measurer(tasks: Mapping[str, Measurement], *, batch_tokens: int, seed: int) -> Measure:
-    """What measures a live model with the tasks by name.
+    """What measures a live model with the tasks by name; all models have one tokenizer, so prompts are made once.
 
     Args:
         batch_tokens, seed: As for `evaluation.run.run_task`.
     """
 
+    items: dict[str, list[Item]] = {}
+
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, dict[str, Any]]:
         engine, found = LocalEngine(model, tokenizer), {}
         with Progress("tasks", len(tasks), "task") as progress:
             for name, task in tasks.items():
-                scores = run_task(name, task, engine, folder / name, batch_tokens=batch_tokens, seed=seed)
+                if name not in items:
+                    items[name] = task.items(tokenizer)
+                scores = run_task(
+                    name, task, engine, folder / name, batch_tokens=batch_tokens, seed=seed, items=items[name]
+                )
                 found[name] = scores | {"samples": results.samples(folder / name)}
                 progress.update()
         return found
