@@ -217,7 +217,7 @@ def test_through_a_model(tmp_path, tokenizer, model):
         ),
         ({"instruction_id_list": []}, r"prompts.jsonl:1: instruction_id_list=\[\]; expected a list"),
         ({"kwargs": [{}, {}]}, "prompts.jsonl:1: kwargs=.*one object per instruction"),
-        ({"kwargs": [3]}, r"prompts.jsonl:1: .*kwargs\[0\] is no object"),
+        ({"kwargs": [3]}, r"prompts.jsonl:1: .*kwargs\[0\] is not an object"),
         ({"prompt": None}, "prompts.jsonl:1: prompt=None; expected a text"),
     ],
 )
