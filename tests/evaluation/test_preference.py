@@ -9,6 +9,7 @@ from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.preference import Preference, PreferenceTask
 from smolpost.inference.local import LocalEngine
+from tests.small import sum_rows
 
 TODAY = "08 July 2025"
 

@@ -16,6 +16,7 @@ from smolpost.files import sha256
 from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.merging.placed import place_weights
 from smolpost.model import SmolLM3ForCausalLM
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 ASKED = letters(600)
 
