@@ -1,18 +1,20 @@
 """One process makes a folder; what a killed one left is gone; what is finished stays what was written."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from smolpost import files
 from smolpost.errors import UserError
-from smolpost.files import hashes, stamp, verify, workplace, write_json
+from smolpost.files import building, digest, hashes, lock, remove_parts, replacing, stamp, verify, workplace, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD = """
@@ -110,3 +112,98 @@ def test_the_remedy_for_a_meant_change_works(finished, tmp_path):
         verify(finished)
     shutil.copytree(finished, tmp_path / "mine", ignore=shutil.ignore_patterns("manifest.json"))
     verify(tmp_path / "mine")
+
+
+def test_digest_ignores_the_order_of_keys_and_nothing_else():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest([1, 2]) != digest([2, 1])
+    assert len(digest(None)) == 12
+
+
+def test_building_shows_the_folder_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), building(tmp_path / "out") as part:
+        (part / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with building(tmp_path / "out") as part:
+        (part / "whole").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_a_build_that_was_killed_leaves_nothing_behind(tmp_path):
+    killed = textwrap.dedent(
+        f"""
+        import os, signal
+        from pathlib import Path
+        from smolpost.files import building, lock
+        with building(Path({str(tmp_path / "out")!r})) as part:
+            (part / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    code = subprocess.run([sys.executable, "-c", killed]).returncode
+    assert code == -signal.SIGKILL and not (tmp_path / "out").exists()
+    with building(tmp_path / "out") as part:
+        (part / "whole").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_lock_waits_for_its_holder_and_says_so(tmp_path):
+    wait = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from smolpost.files import building, lock
+        with lock(Path({str(tmp_path / "out")!r})):
+            print("mine", flush=True)
+        """
+    )
+    with lock(tmp_path / "out"):
+        other = subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.PIPE, text=True)
+        assert f"waiting for process {os.getpid()}" in other.stdout.readline()
+    assert other.communicate(timeout=20)[0] == "mine\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "new" / "rows"
+    with replacing(file) as part:
+        part.write(b"old")
+        assert not file.exists()
+    with pytest.raises(OSError, match="full"), replacing(file) as part:
+        part.write(b"half of the ne")
+        raise OSError("disk full")
+    assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]
+
+
+def test_parts_of_killed_writers_are_removed_by_name(tmp_path):
+    kept = [tmp_path / name for name in ("rows", ".rows.lock", ".other.part-2")]
+    for path in kept[:2]:
+        path.touch()
+    kept[2].mkdir()
+    (tmp_path / ".rows.part-3").touch()
+    (tmp_path / ".rows.part-4" / "deep").mkdir(parents=True)
+    remove_parts(tmp_path, ["rows"])
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    remove_parts(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept[:2])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_are_those_that_the_umask_asks_for(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "file", 1)
+        with building(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask

@@ -16,7 +16,7 @@ import numpy as np
 from smolpost.errors import UserError
 from smolpost.export.folder import Source, portable_tokenizer_config, stage
 from smolpost.export.session import CHUNK
-from smolpost.merging.shards import write_json
+from smolpost.files import write_json
 from smolpost.model.generation import stored_stop_token_ids
 
 FILE = "model.gguf"

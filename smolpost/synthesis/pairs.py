@@ -16,6 +16,7 @@ from smolpost.chat.render import load_template, render
 from smolpost.chat.turn_end import endless_replies
 from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
+from smolpost.files import write_text
 from smolpost.model.generation import derive_seed, generate, padding_token_id, reply_text, stop_token_ids
 from smolpost.progress import Progress
 
@@ -70,7 +71,7 @@ def sample_pairs(stage, rows, chosen, rejected, folder):
             print(line, flush=True)
     replies = _all_replies(stage, prompts, checkpoints, partial)
     lines, report = _paired(stage, rows, conversations, checkpoints, replies)
-    _write_atomically(folder / "pairs.jsonl", "".join(lines))
+    write_text(folder / "pairs.jsonl", "".join(lines))
     partial.unlink()
     return report
 
@@ -204,14 +205,6 @@ def _append(file, sampled):
 def _sync(file):
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_atomically(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- pairs
