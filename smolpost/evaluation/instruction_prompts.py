@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from smolpost.data.sources import read_rows
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import checked
-from smolpost.model.generation import derive_seed
+from smolpost.inference.seeds import derive_seed
 from smolpost.schema import Source
 
 Instruction = tuple[str, dict[str, Any]]  # IFEval's id, and its arguments

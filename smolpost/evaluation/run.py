@@ -10,16 +10,23 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
-from smolpost.evaluation.task import Item, Sample, Task
+from smolpost.evaluation.task import Item, Measurement, Sample
 from smolpost.files import write_json
+from smolpost.inference.engine import Engine
 from smolpost.progress import Progress
 
 
 def run_task(
-    name: str, task: Task, engine: Engine, folder: Path, *, batch_tokens: int, seed: int, label: str | None = None
+    name: str,
+    task: Measurement,
+    engine: Engine,
+    folder: Path,
+    *,
+    batch_tokens: int,
+    seed: int,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Measure a task, or go on where `folder` says an earlier run was cut; a finished one is read.
 

@@ -1,19 +1,72 @@
-"""What a task is to the runner: items to measure in batches, one sample each, metrics with readable names.
+"""What a kind of evaluation task is: a dataclass with its settings, and a class that measures with them.
 
-A metric whose name has no slash is a headline and becomes a column; details follow one, as in `think/pass@4`.
+A kind is one file, in `evaluation/tasks/` or in a module that a recipe names under `plugins`:
+
+    @dataclass
+    class LengthTask(EvaluationTask):
+        VERSION = 1
+        kind: str = "length"
+        max_rows: int = count(100)
+
+    @measures(LengthTask)
+    class Length(Measurement):
+        def items(self, tokenizer): ...
+        def measure(self, engine, items): ...
+
+The runner measures items in batches and keeps one sample each. A metric whose name has no slash is a headline and
+becomes a column of the results' table; details follow one, as in `think/pass@4`.
+
+Planning imports these files, so they import torch and transformers inside functions only.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine, Reply
-from smolpost.schema import EvaluationTask
+from smolpost.inference.engine import Engine, Reply
+from smolpost.registry import TASK_KINDS
+from smolpost.schema import MISSING, tuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODES = {"think": True, "no_think": False}
+
+
+@dataclass
+class EvaluationTask:
+    """The settings that all kinds of task have.
+
+    Attributes:
+        VERSION: Part of a measured task's key. Raise it with a change of the code that changes a score.
+        measurement: The class that `measures` registered for these settings.
+        kind: Name of the kind; a subclass gives it.
+        stages: Whose models are measured.
+    """
+
+    VERSION: ClassVar[int] = 1
+    measurement: ClassVar[type["Measurement"]]
+
+    kind: str = MISSING
+    stages: list[str] | None = tuning([])  # whose models it measures; empty: all; null: only what a sweep tries
+
+    def mixtures(self) -> list[tuple[str, str]]:
+        """(key, mixture name) of every mixture under `data` this task reads."""
+        return [("data", self.data)] if hasattr(self, "data") else []
+
+    def files(self) -> list[tuple[str, str]]:
+        """(key, path) of every other file this task reads."""
+        return []
+
+    def build(self, name: str, context: "Context") -> "Measurement":
+        """The measurement that `evaluation.tasks.NAME` describes.
+
+        Raises:
+            UserError: A setting is out of range.
+        """
+        return self.measurement(name, self, context)
 
 
 class Context(NamedTuple):
@@ -74,26 +127,50 @@ class Sample:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-class Task(Protocol):
-    """A measurement; built as `Task(name, config, context)`, the config being its dataclass in `schema.py`.
+class Measurement(ABC):
+    """A task at work; a subclass states its metrics, and refuses settings that are out of range when it is made.
+
+    Args:
+        name: Of the task under `evaluation.tasks`.
+        config: Its settings.
+        context: What all tasks share.
 
     Attributes:
-        config: As given.
+        key: Of the task in the recipe, for messages.
         notes: What `items` counted beside the metrics, such as rows passed over.
     """
 
-    config: EvaluationTask
-    notes: dict[str, int]
+    def __init__(self, name: str, config: EvaluationTask, context: Context):
+        self.key, self.config, self.context = f"evaluation.tasks.{name}", config, context
+        self.notes: dict[str, int] = {}
 
-    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    @abstractmethod
+    def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         """Everything that will be asked: the same list for the same tokenizer, whatever the model.
 
         Raises:
             UserError: A setting or a row cannot be used.
         """
 
+    @abstractmethod
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         """Samples of a batch of items, in their order."""
+
+
+def measures(config: type[EvaluationTask]) -> Callable[[type[Measurement]], type[Measurement]]:
+    """Decorator of the class that measures a kind of task: registers the kind under the `kind` of its settings.
+
+    Args:
+        config: The settings, a dataclass.
+    Raises:
+        UserError: Another module has registered the kind.
+    """
+
+    def register(measurement: type[Measurement]) -> type[Measurement]:
+        TASK_KINDS.add(config.kind, config).measurement = measurement
+        return measurement
+
+    return register
 
 
 def check_counts(key: str, config: EvaluationTask, *fields: str) -> None:

@@ -5,17 +5,13 @@ made in one go are built beside their place and renamed into it; folders that ca
 place and get their manifest at the end.
 """
 
-import importlib.metadata
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 from smolpost.errors import UserError
-from smolpost.files import MANIFEST, building, digest, hashes, lock, stamp, write_json
-
-__all__ = ["MANIFEST", "building", "digest", "hashes", "lock", "read", "stamp", "write", "write_json"]
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
+from smolpost.files import MANIFEST, hashes, stamp, write_json
+from smolpost.pipeline.code import versions
 
 
 def read(folder: Path) -> dict | None:
@@ -41,12 +37,11 @@ def write(folder: Path, files: dict[str, dict] | None = None, **fields) -> dict:
     Args:
         files: `hashes` of the folder, where they are known.
     """
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     files = hashes(folder) if files is None else files
     manifest = {
         **fields,
         "files": files,
-        "versions": versions,
+        "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     stamp(folder, files)

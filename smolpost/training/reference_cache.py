@@ -217,7 +217,7 @@ class ReferenceCache:
             remove_parts(self.folder, {self._file(chunk).name for chunk in whole})
 
 
-def reference_key(*, rows: str, weights: str, precision: str, context: str, code: str) -> str:
+def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
     """The name of all that decides the reference's log-probabilities, and of nothing else: 16 hex digits.
 
     Args:
@@ -225,9 +225,9 @@ def reference_key(*, rows: str, weights: str, precision: str, context: str, code
         weights: `weights_hash` of the reference.
         precision: What the forward pass computes in, e.g. "bf16".
         context: Settings that replace the checkpoint's own, such as the RoPE base.
-        code: Version of the code that lays out, runs and scores the pairs.
+        version: Of the step that lays out, runs and scores the pairs.
     """
-    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "code": code}
+    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "version": version}
     return digest(parts, digits=16)
 
 

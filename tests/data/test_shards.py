@@ -16,7 +16,8 @@ from smolpost.data import prepare as prepare_module
 from smolpost.data import shards
 from smolpost.data.prepare import prepare
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 
 STAGE = {"init_from": "x", "data": "y", "max_seq_len": 64, "learning_rate": 1e-3, "global_batch_size": 1}
 
@@ -117,7 +118,8 @@ import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from smolpost.data import prepare as p, shards
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 p.SHARD_ROWS = 4
 if sys.argv[2] == "slow":
     inner = shards.token_batches

@@ -7,12 +7,12 @@ from canned import Canned
 
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import LANGUAGE, VERIFIERS, checked, follows
-from smolpost.evaluation.engine import LocalEngine, Reply
 from smolpost.evaluation.instruction_prompts import FORBIDDEN, KINDS, REQUESTS, TOPICS, own_prompts
-from smolpost.evaluation.instructions import Instructions
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import InstructionsTask
+from smolpost.evaluation.tasks.instructions import Instructions, InstructionsTask
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
 
 LEAST, LESS = "at least", "less than"
 

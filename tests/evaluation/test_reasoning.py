@@ -10,11 +10,11 @@ from canned import Canned
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine, Reply
-from smolpost.evaluation.reasoning import Reasoning, pass_at
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import ReasoningTask
+from smolpost.evaluation.tasks.reasoning import Reasoning, ReasoningTask, pass_at
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
 
 SUMS = ["1+1?", "2+2?", "3+4?", "4+4?", "5+5?", "6+6?"]
 

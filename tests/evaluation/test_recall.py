@@ -9,11 +9,10 @@ from canned import Canned
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import RecallTask
+from smolpost.evaluation.tasks.recall import Recall, RecallTask
+from smolpost.inference.local import LocalEngine
 
 HEADERS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
 from smolpost.evaluation.results import SAMPLES
-from smolpost.evaluation.ruler import Ruler, depth_of, string_match_all, string_match_part
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, placed
 from smolpost.evaluation.run import run_task
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import RulerTask
+from smolpost.evaluation.tasks.ruler import Ruler, RulerTask, depth_of, string_match_all, string_match_part
+from smolpost.inference.local import LocalEngine
 
 QA = ["qa_1", "qa_2"]
 WITHOUT_FILES = [task for task in PROBLEMS if task not in QA]

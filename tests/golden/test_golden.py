@@ -28,6 +28,10 @@ from golden_project import (
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
+from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
+from smolpost.registry import STAGE_KINDS, TASK_KINDS
+from smolpost.training import reference
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -51,13 +55,28 @@ def check(step: str, found: dict | list, tolerance: float = 0.0, *, case: str = 
     file = HERE / f"{step}.json"
     kept, found = json.loads(file.read_text()) if file.is_file() else {}, json.loads(json.dumps(found))
     if os.environ.get("SMOLPOST_GOLDEN") == "write":
-        kept = {"version": 1, "results": kept.get("results", {}) | {case: found}}
+        kept = {"version": version(step), "results": kept.get("results", {}) | {case: found}}
         file.write_text(json.dumps(kept, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+    assert kept["version"] == version(step), (
+        f"{step} declares version {version(step)}, and its results are kept of version {kept['version']}; write the "
+        "CHANGELOG line and keep the new results with SMOLPOST_GOLDEN=write"
+    )
     differences = list(compared(kept["results"][case], found, tolerance, case))
     assert not differences, (
         f"result of {step} changed: bump its VERSION and write the CHANGELOG line, or undo; "
         + "; ".join(differences[:5])
     )
+
+
+def version(step: str) -> int | list[int]:
+    """What the step declares beside its code."""
+    steps = {
+        "tokenize": TOKENIZE_VERSION,
+        "prepare": PREPARE_VERSION,
+        "reference": reference.VERSION,
+        "train": [STAGE_KINDS["sft"].VERSION, STAGE_KINDS["apo"].VERSION],
+    }
+    return steps[step] if step in steps else {**TASK_KINDS, **STAGE_KINDS}[step].VERSION
 
 
 def compared(kept, found, tolerance: float, place: str):

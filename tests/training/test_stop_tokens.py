@@ -14,8 +14,10 @@ from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import APOStage, LoRA, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.environment import Environment
+from smolpost.training.settings import LoRA
 from smolpost.training.stop_tokens import change, stop_tokens, trained_ends
 from smolpost.training.train import train
 from tests.prepared import prepared

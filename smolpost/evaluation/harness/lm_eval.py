@@ -48,7 +48,7 @@ def run(harness: Harness, checkpoint: Path, out: Path, log: Callable[[str], None
     """`run.run_harness` by lm-evaluation-harness; a group of tasks is one task, a tag stands for its tasks."""
     key = unit_key(settings_key(harness, version(harness)), checkpoint)
     tasks = Tasks(harness)
-    asked = Asked(harness, checkpoint, tasks)
+    runner = UnitRunner(harness, checkpoint, tasks)
     found = {
         (name, mode): finished(folder_of(out, name, mode), key) for name in tasks.names for mode in modes_of(harness)
     }
@@ -56,7 +56,7 @@ def run(harness: Harness, checkpoint: Path, out: Path, log: Callable[[str], None
     reasons = {unit: tasks.why_not(*unit) for unit, result in found.items() if result is None}
     for (name, mode), reason in reasons.items():
         with building(folder_of(out, name, mode)) as part:
-            unit, samples = skipped(reason) if reason else asked.unit(name, mode)
+            unit, samples = skipped(reason) if reason else runner.unit(name, mode)
             write_unit(part, unit | {"key": key}, samples)
         found[name, mode] = unit
         log(summary(name, mode, unit))
@@ -159,8 +159,8 @@ def _require_sentence_splitter(name: str) -> None:
         ) from None
 
 
-class Asked:
-    """The checkpoint, loaded when the first task needs it."""
+class UnitRunner:
+    """Measures tasks on a checkpoint, which is loaded when the first of them needs it."""
 
     def __init__(self, harness: Harness, checkpoint: Path, tasks: Tasks):
         self.harness, self.checkpoint, self.manager = harness, checkpoint, tasks.manager
@@ -178,12 +178,12 @@ class Asked:
         """Ask a task in a mode: its result, and its samples for a reader."""
         import lm_eval
 
-        from smolpost.evaluation.harness.lm_eval_model import Checkpoint, sample_records
+        from smolpost.evaluation.harness.lm_eval_model import HarnessModel, sample_records
 
         began = time.perf_counter()
-        asked = Checkpoint(*self.model, self.harness, mode)
+        replying = HarnessModel(*self.model, self.harness, mode)
         results = lm_eval.simple_evaluate(
-            asked,
+            replying,
             tasks=[name],
             task_manager=self.manager,
             num_fewshot=self.harness.num_fewshot,
@@ -195,7 +195,7 @@ class Asked:
             use_cache=None,
             cache_requests=False,
         )
-        samples = sample_records(results["samples"], asked)
+        samples = sample_records(results["samples"], replying)
         unit = {
             "scores": with_samples(scores_of(results, name), samples),
             "num_items": sum(count["effective"] for count in results["n-samples"].values()),

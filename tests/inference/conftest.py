@@ -1,0 +1,14 @@
+"""A tiny random model and its tokenizer."""
+
+import pytest
+from char_model import char_model, char_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return char_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return char_model(tokenizer)
