@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +25,7 @@ STAMPS = ".verified.json"  # beside it: file -> [bytes, time of change] at which
 # Parts of a finished folder that nothing reads back, or that go when it is finished.
 _UNREAD = ("checkpoint-*", "runs", "*.md", "*.png", "*.svg", ".*", MANIFEST)
 _PART = ".part-"
+CLOCK_GRAIN = 2 * 10**9  # ns; of the times that file systems keep: FAT's, the coarsest
 
 
 # ---------------------------------------------------------------- whole or absent
@@ -193,6 +195,53 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+class Hashes:
+    """SHA-256 of files by their paths, kept in a file, so that a content is read once and not by every command.
+
+    A kept hash stands for a file with the device, inode, size and times of change at which its content was read. That
+    of a file which changed just before it was read is not kept: a second change within the clock's grain would leave
+    the same times.
+
+        hashes = Hashes(run_folder / "hashes.json")
+        hashes(file)
+        hashes.save()
+
+    Args:
+        file: Where the hashes are kept; need not be there. Several processes may use one: each save is whole and keeps
+            what the others have saved.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self._known, self._is_new = file, self._saved(), False
+
+    def __call__(self, file: Path) -> str:
+        """SHA-256 of the file's content, in hex."""
+        place, identity = os.path.abspath(file), _identity(file)
+        *known, found = self._known.get(place, [None])
+        if known != identity:
+            now, found = time.time_ns(), sha256(file)
+            if _identity(file) == identity and now - max(identity[-2:]) > CLOCK_GRAIN:
+                self._known[place], self._is_new = [*identity, found], True
+        return found
+
+    def save(self) -> None:
+        """Keep what is new. On a disk that cannot be written it is not kept, and those files are read again."""
+        if self._is_new:
+            with contextlib.suppress(OSError):
+                write_json(self.file, {"sha256": self._saved() | self._known})
+            self._is_new = False
+
+    def _saved(self) -> dict[str, list]:
+        """Path -> [*_identity, SHA-256]."""
+        return _read_object(self.file).get("sha256", {})
+
+
+def _identity(file: Path) -> list[int]:
+    """Device, inode, size and, in nanoseconds, the times of the last change of content and of attributes."""
+    found = os.stat(file)
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
 def digest(value: object, digits: int = 12) -> str:
     """The first hex digits of the SHA-256 of a JSON-able value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=dataclasses.asdict)
@@ -257,10 +306,12 @@ def _recorded(folder: Path) -> dict[str, dict]:
 
 
 def _read_object(file: Path) -> dict:
+    """A JSON object; {} where the file is not there or holds something else."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or one that says nothing
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _stamp(file: Path) -> list[int]:

@@ -8,13 +8,27 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from smolpost import files
 from smolpost.errors import UserError
-from smolpost.files import building, digest, hashes, lock, remove_parts, replacing, stamp, verify, workplace, write_json
+from smolpost.files import (
+    CLOCK_GRAIN,
+    Hashes,
+    building,
+    digest,
+    hashes,
+    lock,
+    remove_parts,
+    replacing,
+    stamp,
+    verify,
+    workplace,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD = """
@@ -136,7 +150,7 @@ def test_a_build_that_was_killed_leaves_nothing_behind(tmp_path):
         f"""
         import os, signal
         from pathlib import Path
-        from smolpost.files import building, lock
+        from smolpost.files import CLOCK_GRAIN, Hashes, building, lock
         with building(Path({str(tmp_path / "out")!r})) as part:
             (part / "half").write_text("x")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -161,7 +175,7 @@ def test_lock_waits_for_its_holder_and_says_so(tmp_path):
     wait = textwrap.dedent(
         f"""
         from pathlib import Path
-        from smolpost.files import building, lock
+        from smolpost.files import CLOCK_GRAIN, Hashes, building, lock
         with lock(Path({str(tmp_path / "out")!r})):
             print("mine", flush=True)
         """
@@ -207,3 +221,125 @@ def test_modes_are_those_that_the_umask_asks_for(umask, tmp_path):
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+# ---------------------------------------------------------------- contents that are read once
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the files that were read, in order."""
+    read = []
+    monkeypatch.setattr("smolpost.files.sha256", lambda file, own=files.sha256: read.append(file.name) or own(file))
+    return read
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of hashing is `clock.ahead` ns after the real one: by default long after every change."""
+    now = time.time_ns
+
+    class Clock:
+        ahead = 2 * CLOCK_GRAIN
+
+    monkeypatch.setattr("smolpost.files.time.time_ns", lambda: now() + Clock.ahead)
+    return Clock
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def hashed_again(cache: Path, file: Path) -> str:
+    """By another command."""
+    hashes = Hashes(cache)
+    found = hashes(file)
+    hashes.save()
+    return found
+
+
+def test_a_content_is_read_once_by_all_commands(tmp_path, reads, clock):
+    (file := tmp_path / "rows").write_bytes(b"one")
+    for _ in range(3):
+        assert hashed_again(tmp_path / "run" / "hashes.json", file) == sha(b"one")
+    assert reads == ["rows"]
+    assert hashed_again(tmp_path / "other_run.json", file) == sha(b"one") and len(reads) == 2
+
+
+def rewrite(file):
+    file.write_bytes(b"two")
+
+
+def rewrite_with_its_old_time(file):
+    old = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+def put_another_in_its_place(file):
+    (file.parent / "new").write_bytes(b"two")
+    shutil.copystat(file, file.parent / "new")
+    (file.parent / "new").replace(file)
+
+
+def point_elsewhere(file):
+    (file.parent / "target").write_bytes(b"two")
+    file.unlink()
+    file.symlink_to("target")
+
+
+@pytest.mark.parametrize("change", [rewrite, rewrite_with_its_old_time, put_another_in_its_place, point_elsewhere])
+def test_a_changed_file_is_read_again(tmp_path, clock, change):
+    (file := tmp_path / "rows").write_bytes(b"one")  # both contents have three bytes
+    assert hashed_again(tmp_path / "hashes.json", file) == sha(b"one")
+    change(file)
+    assert hashed_again(tmp_path / "hashes.json", file) == sha(b"two")
+
+
+def test_a_file_that_changed_just_before_is_not_kept(tmp_path, reads, clock):
+    """The next change could come within one tick of the file system's clock and leave the same times."""
+    clock.ahead = 0
+    (file := tmp_path / "rows").write_bytes(b"one")
+    for _ in range(2):
+        hashed_again(tmp_path / "hashes.json", file)
+    assert reads == ["rows", "rows"] and not (tmp_path / "hashes.json").exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch, clock):
+    (file := tmp_path / "rows").write_bytes(b"one")
+
+    def slow(file, own=files.sha256):
+        found = own(file)
+        file.write_bytes(b"two")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("smolpost.files.sha256", slow)
+        hashed_again(tmp_path / "hashes.json", file)
+    assert hashed_again(tmp_path / "hashes.json", file) == sha(b"two")
+
+
+def test_two_commands_keep_what_each_has_read(tmp_path, reads, clock):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    first, second = (Hashes(tmp_path / "hashes.json") for _ in range(2))
+    first(tmp_path / "a"), second(tmp_path / "b")
+    first.save(), second.save()
+    third = Hashes(tmp_path / "hashes.json")
+    assert (third(tmp_path / "a"), third(tmp_path / "b")) == (sha(b"a"), sha(b"b")) and reads == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"md5": {}}', '{"sha256'])
+def test_a_cache_that_says_nothing_is_made_again(tmp_path, reads, clock, content):
+    (file := tmp_path / "rows").write_bytes(b"one")
+    (tmp_path / "hashes.json").write_text(content)
+    for _ in range(2):
+        assert hashed_again(tmp_path / "hashes.json", file) == sha(b"one")
+    assert reads == ["rows"]
+
+
+def test_a_disk_that_cannot_be_written_only_costs_time(tmp_path, reads, clock):
+    (file := tmp_path / "rows").write_bytes(b"one")
+    for _ in range(2):  # the folder of the cache is a file
+        assert hashed_again(file / "hashes.json", file) == sha(b"one")
+    assert reads == ["rows", "rows"]
