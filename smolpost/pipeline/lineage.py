@@ -10,14 +10,15 @@ from smolpost import disks, schema
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
-from smolpost.files import MANIFEST, verify
+from smolpost.files import MANIFEST, Hashes, digest, verify
 from smolpost.pipeline import manifest
-from smolpost.pipeline.manifest import digest
 from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
 from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
 from smolpost.stages.base import CHECKPOINT, Planned, keyed
+
+HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Lineage:
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages = Stages(self, plan(request))
         self._fingerprints: dict[str, str] = {}
+        self._hashes = Hashes(self.root / HASHES)
 
     # ------------------------------------------------------------ the parts of keys
 
@@ -138,7 +140,8 @@ class Lineage:
     def _fingerprint(self, source: schema.Source) -> str:
         identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
         if identity not in self._fingerprints:
-            self._fingerprints[identity] = fingerprint(source)
+            self._fingerprints[identity] = fingerprint(source, self._hashes)
+            self._hashes.save()
         return self._fingerprints[identity]
 
     def _checkpoint_key(self, name: str) -> str:

@@ -12,7 +12,7 @@ from smolpost.data.mixtures import mix
 from smolpost.data.settings import SELECTING
 from smolpost.errors import UserError
 from smolpost.evaluation import results
-from smolpost.files import MANIFEST, hashes, verify, write_json
+from smolpost.files import MANIFEST, building, digest, hashes, lock, verify, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
 from smolpost.pipeline.lineage import Lineage, Located
@@ -32,14 +32,14 @@ def make(lineage: Lineage, stage: Located) -> Path:
         UserError: A parent is not finished, or what the stage's work raises.
     """
     lineage.require_inputs(stage)
-    with manifest.lock(stage.folder):
+    with lock(stage.folder):
         if stage.finished():
             print(f"{stage.folder} is finished", flush=True)
         elif stage.config.RESUMABLE:
             stage.folder.mkdir(parents=True, exist_ok=True)
             _finish(lineage, stage, stage.folder)
         else:
-            with manifest.building(stage.folder) as part:
+            with building(stage.folder) as part:
                 _finish(lineage, stage, part)
         if stage.config.RESUMABLE:  # under the lock: an orphan that has just finished tidies, too
             stage.config.tidy(stage.folder)
@@ -63,7 +63,7 @@ def _finish(lineage: Lineage, stage: Located, folder: Path) -> None:
         weights=stage.weights,
         prepared=str(stage.prepared) if stage.prepared else None,
         config=stage.shown,
-        recipe_hash=manifest.digest(lineage.recipe),
+        recipe_hash=digest(lineage.recipe),
         template_hash=template_hash(load_template(template)) if template else None,
         report=report,
         code=code_version(type(stage.config)),
@@ -117,7 +117,7 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
         raise UserError(f"stage={stage.name} of kind {config.kind} has no rows to prepare; training stages have")
     lineage.require_inputs(stage)
     config.check_start(work_of(lineage, stage, stage.prepared))
-    with manifest.lock(stage.prepared):
+    with lock(stage.prepared):
         if manifest.read(stage.prepared):
             verify(stage.prepared)
             print(f"{stage.prepared} is prepared", flush=True)
@@ -143,13 +143,11 @@ def _prepare(lineage: Lineage, stage: Located, locks: contextlib.ExitStack) -> d
     config = stage.config
     work = work_of(lineage, stage, stage.prepared)
     tokenizer = config.tokenizer_for(work)
-    identity = manifest.digest(
-        [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    )
+    identity = digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template])
     shards = {name: tokenized(lineage, stage, name, identity) for name in work.data[config.data].sources}
     for folder in sorted(set(shards.values())):
-        locks.enter_context(manifest.lock(folder))
-    with manifest.building(stage.prepared) as part:
+        locks.enter_context(lock(folder))
+    with building(stage.prepared) as part:
         report = config.prepare(dataclasses.replace(work, folder=part), tokenizer, shards.__getitem__)
         tokenizer.save_pretrained(part / PREPARED_TOKENIZER)
         manifest.write(
@@ -174,7 +172,7 @@ def tokenized(lineage: Lineage, stage: Located, source: str, tokenizer: str) -> 
     rows = lineage.source(mixture.sources[source], without=SELECTING)
     hygiene = [mixture.hygiene, *lineage.against(mixture)]
     parts = stage.config.tokenized_parts(rows, hygiene, tokenizer)
-    return lineage.root / "tokenized" / f"{source}-{manifest.digest(parts)}"
+    return lineage.root / "tokenized" / f"{source}-{digest(parts)}"
 
 
 def _show_refused(faults: list[str], file: Path) -> None:
@@ -235,9 +233,9 @@ def _harness(lineage: Lineage, stage: str, root: Path) -> dict[str, dict]:
     from smolpost.evaluation.harness.run import harness_key, run_harness
 
     harness = lineage.recipe.harness
-    key = manifest.digest([harness_key(harness), HARNESS_VERSION])
+    key = digest([harness_key(harness), HARNESS_VERSION])
     out = root / f"{harness.kind}-{key}"
-    with manifest.lock(out):
+    with lock(out):
         return run_harness(harness, model_folder(lineage, stage), out, lambda line: print(line, flush=True))
 
 
@@ -261,7 +259,7 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
         engine = LocalEngine(*load_for_inference(checkpoint))
     for number, (name, task) in enumerate(tasks.items(), 1):
         label = f"eval {stage}: {name} (task {number} of {len(tasks)})"
-        with manifest.lock(folders[name]):
+        with lock(folders[name]):
             run_task(name, task, engine, folders[name], batch_tokens=spec.batch_tokens, seed=spec.seed, label=label)
 
 
@@ -311,6 +309,6 @@ def adopt(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; save the tokenizer beside the weights")
     files = hashes(folder)
-    key = manifest.digest({name: entry["sha256"] for name, entry in files.items()})
+    key = digest({name: entry["sha256"] for name, entry in files.items()})
     manifest.write(folder, files, kind="adopted", key=key)
     print(f"{folder} adopted with key {key}")

@@ -105,7 +105,7 @@ def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards, ca
     whole = made(tmp_path / "one")
     broken = sorted((tmp_path / "one" / "tokenized" / "a").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:-50])
-    (tmp_path / "one" / "tokenized" / "a" / ".part-abc").write_bytes(b"of a killed process")
+    (tmp_path / "one" / "tokenized" / "a" / ".0000000000-4-0.arrow.part-abc").write_bytes(b"of a killed process")
     (tmp_path / "one" / "rows").rename(tmp_path / "aside")
     run(mixture, tokenizer, tmp_path / "one", num_workers=1)
     assert made(tmp_path / "one") == whole

@@ -212,9 +212,8 @@ def test_a_kill_keeps_finished_tasks(tmp_path, rigged):
     with pytest.raises(KeyboardInterrupt):
         ask(*arguments, lines)
     assert [line.split(":")[0] for line in lines] == ["sums think"]
-    shutil.copytree(
-        tmp_path / "out" / "sums" / "think", tmp_path / "out" / "sums" / "no_think.part"
-    )  # as SIGKILL would
+    half = tmp_path / "out" / "sums" / ".no_think.part-0"
+    shutil.copytree(tmp_path / "out" / "sums" / "think", half)  # as SIGKILL would
     killing = False
     results = ask(*arguments, lines)
     assert [line.split(":")[0] for line in lines[1:]] == ["sums no_think", "more think", "more no_think"]

@@ -18,21 +18,22 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.rows import Row
 from smolpost.doctor.checks import diagnose
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.perplexity import Perplexity
-from smolpost.evaluation.preference import Preference
-from smolpost.evaluation.reasoning import Reasoning
-from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
+from smolpost.evaluation.tasks.perplexity import Perplexity, PerplexityTask
+from smolpost.evaluation.tasks.preference import Preference, PreferenceTask
+from smolpost.evaluation.tasks.reasoning import Reasoning, ReasoningTask
+from smolpost.evaluation.tasks.recall import Recall, RecallTask
+from smolpost.inference.generation import reply_text
+from smolpost.inference.local import LocalEngine
 from smolpost.merging.linear import merge
-from smolpost.model.generation import reply_text
 from smolpost.model.loading import load_model
 from smolpost.objectives.head import head_of
 from smolpost.objectives.logprobs import token_scores
 from smolpost.pipeline.lineage import Lineage
 from smolpost.pipeline.steps import adopt
-from smolpost.schema import APOStage, PerplexityTask, PreferenceTask, ReasoningTask, RecallTask, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.environment import Environment
 from smolpost.training.train import train
 from tests.prepared import prepared
