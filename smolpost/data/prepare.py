@@ -14,8 +14,7 @@ from smolpost.data.hygiene import Hygiene, Removal, features
 from smolpost.data.ledger import REFUSED, Taken, check_refused
 from smolpost.data.prepare_apo import prepare_apo
 from smolpost.data.prepare_sft import prepare_sft
-from smolpost.data.shards import SHARD_ROWS, Shard, Tokenize, tokenize_shards
-from smolpost.data.sources import slices
+from smolpost.data.shards import Shard, Tokenize, shard_slices, tokenize_shards
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.progress import Progress
@@ -77,7 +76,7 @@ def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str],
     """Tokenize what the mixture may need, remove what hygiene finds, take what the limits allow."""
     chosen, jobs = {}, []
     for name, source in mixture.sources.items():
-        parts = slices(source, SHARD_ROWS)
+        parts = shard_slices(source)
         num_rows = sum(piece.num_rows for piece in parts)
         order = mixtures.choose(source, name, mixture.seed, num_rows)
         chosen[name] = Chosen(order, np.unique(order), num_rows)

@@ -18,15 +18,26 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from smolpost.data.source_slice import SourceSlice
-from smolpost.data.sources import read_slice
+from smolpost.data.source_slice import SourceSlice, joined
+from smolpost.data.sources import read_slice, slices
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
 from smolpost.progress import Progress
 from smolpost.schema import Source, TrainStage
 from smolpost.signals import default_in_fork
 
-SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
+SHARD_ROWS = 256  # of a source: small enough to keep all workers busy, and to lose little to a kill
+MAX_SHARDS = 512  # of a source: shards of more rows, so that millions of rows make hundreds of files
+
+
+def shard_slices(source: Source) -> list[SourceSlice]:
+    """The rows of a source, cut into one slice for each shard; the cut does not depend on the number of workers.
+
+    Raises:
+        UserError: As `sources.slices`.
+    """
+    parts = slices(source, SHARD_ROWS)
+    return joined(parts, max(SHARD_ROWS, -(-sum(part.num_rows for part in parts) // MAX_SHARDS)))
 
 
 @dataclass(frozen=True)
@@ -72,23 +83,24 @@ class Tokenize:
         """Make the shard's file. Returns its rows.
 
         Raises:
-            UserError: The rows cannot be read, or all of a source's first full shard are refused: then the recipe is
-                wrong, not the rows.
+            UserError: The rows cannot be read, or all of the first SHARD_ROWS rows of a source are refused: then the
+                recipe is wrong, not the rows.
         """
         shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
         kind = self.stage.kind
         rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
-        num_refused, fault = 0, None
+        num_read, num_refused, fault = 0, 0, None
         with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
             try:
                 with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
                     for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
                         writer.write_batch(batch)
+                        num_read += len(batch)
                         num_refused += len(batch) - batch["fault"].null_count
                         fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
-                if num_refused == SHARD_ROWS and shard.piece.first == 0:
-                    raise UserError(f"{fault} (so are all of the first {SHARD_ROWS} rows)")
+                        if num_refused == num_read >= SHARD_ROWS and shard.piece.first == 0:
+                            raise UserError(f"{fault} (so are all of the first {num_read} rows)")
                 part.flush()
                 os.fsync(part.fileno())
                 os.chmod(part.name, 0o644)
