@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from smolpost.chat.fates import Fate
+
 IGNORE_INDEX = -100
 PARTS = ("prompt", "chosen", "rejected")  # of a preference pair, in the order they are laid out
 
@@ -17,7 +19,8 @@ def collate_packs(packs: list[dict]) -> dict:
     Args:
         packs: Rows of a dataset by prepare_sft.
     Returns:
-        input_ids, labels, position_ids: [1, T] int64; labels are not shifted, positions restart with every document.
+        input_ids, labels, position_ids: [1, T] int64; labels are the ids of trained tokens, not shifted, and
+            IGNORE_INDEX elsewhere; positions restart with every document.
         document_lengths: Tokens of each document, plain ints, so that attention need not ask the device.
         token_weights: [T] float32 weight of each token's loss.
     """
@@ -25,9 +28,11 @@ def collate_packs(packs: list[dict]) -> dict:
     starts = lengths.cumsum(0) - lengths
     position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
     weights = torch.cat([as_weights(pack.get("seq_weights"), len(pack["seq_lengths"])) for pack in packs])
+    input_ids = torch.cat([as_ids(pack["input_ids"]) for pack in packs])
+    is_trained = torch.cat([as_ids(pack["fates"]) for pack in packs]) == Fate.TRAINED
     return {
-        "input_ids": torch.cat([as_ids(pack["input_ids"]) for pack in packs])[None],
-        "labels": torch.cat([as_ids(pack["labels"]) for pack in packs])[None],
+        "input_ids": input_ids[None],
+        "labels": input_ids.where(is_trained, IGNORE_INDEX)[None],
         "position_ids": position_ids[None],
         "document_lengths": lengths.tolist(),
         "token_weights": weights.repeat_interleave(lengths),

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from smolpost.chat.fates import Fate
-from smolpost.data.collate import IGNORE_INDEX, PARTS
+from smolpost.data.collate import PARTS
 from smolpost.data.report import REPORT
 from smolpost.errors import UserError
 
 ROWS = "rows.parquet"
 COLUMNS = {
-    "sft": ("input_ids", "labels", "fates", "seq_lengths", "rows"),
+    "sft": ("input_ids", "fates", "seq_lengths", "rows"),
     "apo": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
 }
 MOST_PARTS = 8  # tokens of one character; bytes that never make one must not be collected for ever
@@ -184,12 +184,9 @@ class Prepared:
             UserError: There is no such pack, or what it holds contradicts itself.
         """
         columns = self._columns(index, "sft", "pack")
-        ids, labels, fates, lengths, rows = (
-            columns[name] for name in ("input_ids", "labels", "fates", "seq_lengths", "rows")
-        )
-        expected = np.where(fates == Fate.TRAINED, ids, IGNORE_INDEX) if len(fates) == len(ids) else []
-        if not np.array_equal(labels, expected) or lengths.sum() != len(ids) or len(rows) != len(lengths):
-            raise self._damaged(f"labels, fates and lengths of pack {index} contradict one another")
+        ids, fates, lengths, rows = (columns[name] for name in COLUMNS["sft"])
+        if len(fates) != len(ids) or lengths.sum() != len(ids) or len(rows) != len(lengths):
+            raise self._damaged(f"ids, fates and lengths of pack {index} contradict one another")
         starts = np.cumsum(lengths) - lengths
         documents = [
             Document(
