@@ -1,4 +1,4 @@
-"""JSON files that hold one list of rows, as LLaMA-Factory's do: cut into pieces that any process can read by itself."""
+"""JSON files that hold one list of rows, as LLaMA-Factory's do: cut into slices that any process can read."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def begins_list(file: io.BufferedReader) -> bool:
 def cut_list(
     content: bytes, path: str, begin: int, skip: int, stop: int, rows_per_slice: int
 ) -> tuple[list[SourceSlice], int]:
-    """Pieces of the rows from skip to stop, and the number of rows.
+    """Slices of the rows from skip to stop, and the number of rows.
 
     Args:
         content: Of the file from byte `begin` on.
@@ -56,12 +56,12 @@ def count_elements(content: bytes, path: str) -> int:
 
 
 def list_rows(content: bytes, path: str, limit: int, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
-    """The rows of a whole file's bytes, or of a piece's.
+    """The rows of a whole file's bytes, or of a slice's.
 
     Args:
         limit: Bytes of a row, above which it is refused.
         number: Of the first row, from 1.
-        inside: The bytes are a piece, between the list's brackets.
+        inside: The bytes are a slice, between the list's brackets.
     """
     text = decoded(content, path)
     for i, (first, end) in enumerate(elements(text, path, inside), start=number):

@@ -45,7 +45,7 @@ class Taken:
         removed: Row of tokens -> (reason, detail), before anything was taken.
         removed_rows: [R] its rows of tokens, as often as they would have been taken.
         available: Source -> its rows, taken or not.
-        searched: Evaluation file -> what of it the rows were held against (`hygiene.Hygiene.searched`).
+        searched: Evaluation file -> what of it the rows were held against (`hygiene.HygieneFilter.searched`).
     """
 
     names: list[str]

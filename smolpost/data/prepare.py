@@ -10,11 +10,11 @@ import numpy as np
 
 from smolpost.chat.layout import ROLES
 from smolpost.data import mixtures
-from smolpost.data.hygiene import Hygiene, Removal, features
+from smolpost.data.hygiene import HygieneFilter, Removal, features
 from smolpost.data.ledger import REFUSED, Taken, check_refused
 from smolpost.data.prepare_apo import prepare_apo
 from smolpost.data.prepare_sft import prepare_sft
-from smolpost.data.shards import Shard, Tokenize, shard_slices, tokenize_shards
+from smolpost.data.shards import Tokenize, TokenShard, shard_slices, tokenize_shards
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.progress import Progress
@@ -77,13 +77,13 @@ def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str],
     chosen, jobs = {}, []
     for name, source in mixture.sources.items():
         parts = shard_slices(source)
-        num_rows = sum(piece.num_rows for piece in parts)
+        num_rows = sum(part.num_rows for part in parts)
         order = mixtures.choose(source, name, mixture.seed, num_rows)
         chosen[name] = Chosen(order, np.unique(order), num_rows)
         jobs += shards_of(source, parts, chosen[name].rows, shards(name))
     checker = compare = None
-    if Hygiene.needed(mixture.hygiene):
-        checker = Hygiene(mixture.hygiene, key="hygiene")
+    if HygieneFilter.needed(mixture.hygiene):
+        checker = HygieneFilter(mixture.hygiene, key="hygiene")
         compare = partial(features, settings=mixture.hygiene)
     num_workers = stage.num_workers or len(os.sched_getaffinity(0))
     tokenize_shards(jobs, Tokenize(stage, tokenizer, compare), num_workers, f"tokenize {stage.data}")
@@ -94,16 +94,16 @@ def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str],
     return select(stage, mixture, chosen, tokens, removed, checker.searched if checker else {})
 
 
-def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[Shard]:
-    edges = np.searchsorted(rows, [piece.first for piece in parts] + [np.iinfo(np.int64).max])
+def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[TokenShard]:
+    edges = np.searchsorted(rows, [part.first for part in parts] + [np.iinfo(np.int64).max])
     found = []
-    for piece, start, stop in zip(parts, edges[:-1], edges[1:], strict=True):
+    for part, start, stop in zip(parts, edges[:-1], edges[1:], strict=True):
         if stop > start:
-            found.append(Shard(folder, source, piece, rows[start:stop] - piece.first))
+            found.append(TokenShard(folder, source, part, rows[start:stop] - part.first))
     return found
 
 
-def remove(checker: Hygiene, tokens: Tokens) -> dict[int, Removal]:
+def remove(checker: HygieneFilter, tokens: Tokens) -> dict[int, Removal]:
     """Row of tokens -> why hygiene removes it; the first of a set of duplicates is kept."""
     removed = {}
     with Progress("hygiene", len(tokens), "row") as progress:

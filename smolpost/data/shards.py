@@ -1,4 +1,4 @@
-"""Tokenization in many processes: a file per piece of a source, each finished at once or not there."""
+"""Tokenization in many processes: a file per slice of a source, each finished at once or not there."""
 
 import contextlib
 import gc
@@ -41,22 +41,22 @@ def shard_slices(source: Source) -> list[SourceSlice]:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Some rows of a piece of a source, and the file their tokens go to.
+class TokenShard:
+    """Some rows of a slice of a source, and the file their tokens go to.
 
     Attributes:
-        rows: Ascending, of the piece, from 0.
+        rows: Ascending, of the slice, from 0.
     """
 
     folder: Path
     source: Source
-    piece: SourceSlice
+    part: SourceSlice
     rows: np.ndarray
 
     @property
     def file(self) -> Path:
         rows = hashlib.sha256(self.rows.astype(np.int64).tobytes()).hexdigest()[:12]
-        return self.folder / f"{self.piece.first:010d}-{self.piece.num_rows}-{rows}.arrow"
+        return self.folder / f"{self.part.first:010d}-{self.part.num_rows}-{rows}.arrow"
 
     def is_whole(self) -> bool:
         """Whether the file is there and ends as an Arrow file does."""
@@ -79,7 +79,7 @@ class Tokenize:
     tokenizer: PreTrainedTokenizerBase
     features: Callable[[dict], bytes] | None = None
 
-    def __call__(self, shard: Shard) -> int:
+    def __call__(self, shard: TokenShard) -> int:
         """Make the shard's file. Returns its rows.
 
         Raises:
@@ -89,7 +89,7 @@ class Tokenize:
         shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
         kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
+        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.part), taken))
         num_read, num_refused, fault = 0, 0, None
         with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
             try:
@@ -99,7 +99,7 @@ class Tokenize:
                         num_read += len(batch)
                         num_refused += len(batch) - batch["fault"].null_count
                         fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
-                        if num_refused == num_read >= SHARD_ROWS and shard.piece.first == 0:
+                        if num_refused == num_read >= SHARD_ROWS and shard.part.first == 0:
                             raise UserError(f"{fault} (so are all of the first {num_read} rows)")
                 part.flush()
                 os.fsync(part.fileno())
@@ -134,7 +134,7 @@ def nth(values, places):
                 return
 
 
-def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, description: str) -> None:
+def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: int, description: str) -> None:
     """Make the files that are not there yet; the same files for any number of workers.
 
     Raises:
@@ -181,5 +181,5 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def tokenize_here(shard: Shard) -> int:
+def tokenize_here(shard: TokenShard) -> int:
     return _tokenize(shard)

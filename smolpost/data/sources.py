@@ -1,4 +1,4 @@
-"""Rows from files, folders and the Hub, in pieces that any process can read by itself, and a name for their content."""
+"""Rows from files, folders and the Hub, in slices that any process can read by itself, and a name for their content."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from smolpost.errors import UserError
 from smolpost.files import sha256
 from smolpost.schema import Source
 
-READ_ROWS = 4096  # of a piece, where one process reads the whole source
+READ_ROWS = 4096  # of a slice, where one process reads the whole source
 CUTTERS = {
     "jsonl": cut_jsonl, "compressed": cut_compressed, "parquet": cut_parquet, "arrow": cut_dataset, "hub": cut_dataset,
 }  # fmt: skip
@@ -36,21 +36,21 @@ def read_rows(source: Source, *, faults: bool = False) -> Iterator[tuple[int, Ro
     Raises:
         UserError: As `slices` and `read_slice`, or a row cannot be read.
     """
-    for piece in slices(source, READ_ROWS):
-        for row in read_slice(source, piece):
+    for part in slices(source, READ_ROWS):
+        for row in read_slice(source, part):
             if row.fault and not faults:
                 raise UserError(row.fault)
             yield row.number, row
 
 
 def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
-    """The rows of a source from first_row on, at most max_rows, cut into pieces; together they are all rows in order.
+    """The rows of a source from first_row on, at most max_rows, cut into slices; together they are all rows in order.
 
     A path is a JSONL (also .gz, .zst) or Parquet file, a pattern for such files, a folder of `datasets.save_to_disk`,
     a folder of such files, or, where it is relative, a Hub id. Nothing is parsed; JSONL is searched for line ends.
 
     Args:
-        rows_per_slice: At most this many; a compressed file is one piece, as it cannot be entered in its middle.
+        rows_per_slice: At most this many; a compressed file is one slice, as it cannot be entered in its middle.
     Raises:
         UserError: The path or split does not exist, a file is empty, no JSONL text or no Parquet, or no row is left.
     """
@@ -65,10 +65,10 @@ def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
         cut, num_rows = CUTTERS[kind](source, path, skip, skip + left, rows_per_slice)
         if not num_rows:
             raise UserError(f"{path}: is empty; expected at least one row; delete the file or write it again")
-        for piece in cut:
-            found.append(replace(piece, kind=kind, first=first))
-            first += piece.num_rows
-            left -= piece.num_rows
+        for part in cut:
+            found.append(replace(part, kind=kind, first=first))
+            first += part.num_rows
+            left -= part.num_rows
         skip = max(0, skip - num_rows)
         if not left:
             break
@@ -77,20 +77,20 @@ def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
     return found
 
 
-def read_slice(source: Source, piece: SourceSlice) -> Iterator[Row]:
-    """The rows of one piece, in any process, without the keys that hold null; a row that cannot be read says why
+def read_slice(source: Source, part: SourceSlice) -> Iterator[Row]:
+    """The rows of one slice, in any process, without the keys that hold null; a row that cannot be read says why
     (`Row.fault`).
 
     Raises:
         UserError: The file breaks off, or the rows are no longer as many as they were.
     """
     num_rows = 0
-    for row in READERS[piece.kind](source, piece):
+    for row in READERS[part.kind](source, part):
         num_rows += 1
         yield without_nulls(row)
-    if num_rows != piece.num_rows:
+    if num_rows != part.num_rows:
         raise UserError(
-            f"{piece.path}: has {num_rows} rows from row {piece.line} on, where {piece.num_rows} were counted: "
+            f"{part.path}: has {num_rows} rows from row {part.line} on, where {part.num_rows} were counted: "
             "it was changed while it was read; run again"
         )
 

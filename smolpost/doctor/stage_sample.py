@@ -110,10 +110,10 @@ class Case:
     def _taken(self, name: str, source: schema.Source, seed: int) -> Iterator[dict]:
         """The rows of a source that `smolpost prepare` tokenizes."""
         parts = shard_slices(source)
-        order = mixtures.choose(source, name, seed, sum(piece.num_rows for piece in parts))
+        order = mixtures.choose(source, name, seed, sum(part.num_rows for part in parts))
         self.num_taken += len(order)
         for shard in shards_of(source, parts, np.unique(order), self.folder):
-            yield from nth(read_slice(source, shard.piece), iter(shard.rows.tolist()))
+            yield from nth(read_slice(source, shard.part), iter(shard.rows.tolist()))
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)

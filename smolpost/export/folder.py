@@ -30,7 +30,7 @@ LIBRARIES = ("smolpost", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint folder to export; parts are read when first asked for."""
 
     folder: Path
@@ -80,7 +80,7 @@ class Source:
         return [i for i in range(self.config.num_hidden_layers) if not self.config.no_rope_layers[i]]
 
 
-def portable_config(source: Source) -> dict[str, Any]:
+def portable_config(source: ExportSource) -> dict[str, Any]:
     """config.json for readers of either generation.
 
     transformers 5 writes `rope_parameters` alone. Older versions, mlx-lm and others read `rope_theta` and
@@ -103,7 +103,7 @@ def portable_config(source: Source) -> dict[str, Any]:
     }
 
 
-def portable_tokenizer_config(source: Source) -> dict[str, Any]:
+def portable_tokenizer_config(source: ExportSource) -> dict[str, Any]:
     """tokenizer_config.json for readers of either generation.
 
     transformers 4 does not know the class that transformers 5 writes, and older ones no chat template outside of this
@@ -121,7 +121,7 @@ def portable_tokenizer_config(source: Source) -> dict[str, Any]:
     return written
 
 
-def carry(source: Source, out: Path) -> None:
+def carry(source: ExportSource, out: Path) -> None:
     """Write config, tokenizer, chat template and generation defaults into a folder, over what is there.
 
     Called last, after any converter: what converters write of these files follows their own ideas.
@@ -131,7 +131,7 @@ def carry(source: Source, out: Path) -> None:
     write_json(out / "config.json", portable_config(source))
 
 
-def stage(source: Source, folder: Path) -> Path:
+def stage(source: ExportSource, folder: Path) -> Path:
     """The checkpoint under `folder` as a converter shall read it: our config and tokenizer, the weights."""
     folder.mkdir()
     carry(source, folder)
@@ -160,7 +160,7 @@ def building(out: Path) -> Iterator[Path]:
         sync(out.parent)
 
 
-def write_manifest(source: Source, out: Path, kind: str, tools: tuple[str, ...], **more: Any) -> dict[str, Any]:
+def write_manifest(source: ExportSource, out: Path, kind: str, tools: tuple[str, ...], **more: Any) -> dict[str, Any]:
     """export_manifest.json: what was made of what, by which tools; files by name, so that it tells no path.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from smolpost.errors import UserError
-from smolpost.export.folder import Source, portable_tokenizer_config, stage
+from smolpost.export.folder import ExportSource, portable_tokenizer_config, stage
 from smolpost.export.session import CHUNK
 from smolpost.merging.shards import write_json
 from smolpost.model.generation import stored_stop_token_ids
@@ -32,7 +32,7 @@ LLAMA3_PATTERN = (
 )
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What llama.cpp would run in another way, whatever its file says; "" for nothing."""
     config = source.config
     expected = [i for i in range(config.num_hidden_layers) if (i + 1) % NOPE_INTERVAL == 0]
@@ -68,7 +68,7 @@ def converter_folder(llama_cpp: Path | None) -> Path:
     return folder
 
 
-def convert(source: Source, out: Path, llama_cpp: Path | None) -> str:
+def convert(source: ExportSource, out: Path, llama_cpp: Path | None) -> str:
     """Write the file into the folder `out`; returns the dtype of its matrices, the checkpoint's."""
     staged = stage(source, out.parent / "source")
     # llama.cpp puts a begin token before Llama 3's vocabulary unless told not to.
@@ -88,7 +88,7 @@ def convert(source: Source, out: Path, llama_cpp: Path | None) -> str:
     return source.dtype
 
 
-def pre_tokenizer(source: Source) -> str:
+def pre_tokenizer(source: ExportSource) -> str:
     """What `convert_gguf` shall do with a tokenizer that the converter has not met."""
     tokenizer = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"]["type"] != "BPE":
@@ -101,7 +101,7 @@ def pre_tokenizer(source: Source) -> str:
     return "known"
 
 
-def check_file(source: Source, session: "GgufSession", text: str) -> list[str]:
+def check_file(source: ExportSource, session: "GgufSession", text: str) -> list[str]:
     """Compare what the file says of itself with the checkpoint.
 
     Args:

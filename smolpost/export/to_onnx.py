@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.model.generation import stored_stop_token_ids
 from smolpost.model.loading import load_model
 from smolpost.model.modeling_smollm3 import head_size
@@ -27,7 +27,7 @@ TOOLS = ("onnx", "onnxscript", "onnxruntime")
 INLINE_BYTES = 2**30
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What the exported graph would leave out of the model; "" for nothing."""
     if source.config.use_sliding_window:
         return "use_sliding_window=true is not carried to ONNX"
@@ -36,7 +36,7 @@ def obstacle(source: Source) -> str:
     return ""
 
 
-def convert(source: Source, out: Path) -> str:
+def convert(source: ExportSource, out: Path) -> str:
     """Write the graph into the folder `out`; returns the dtype of its weights, fp32 whatever the checkpoint's."""
     model = load_model(source.folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config

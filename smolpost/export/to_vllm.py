@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import TorchSession
 from smolpost.merging.checkpoint import HEAD
 from smolpost.merging.placed import place_weights
@@ -23,14 +23,14 @@ from smolpost.model.generation import stored_stop_token_ids
 TOOLS = ("safetensors", "tokenizers")
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What vLLM would run in another way, whatever its folder says; "" for nothing."""
     if source.config.rope_parameters["rope_type"] == "longrope":
         return "rope_type=longrope changes with the length, and cached keys do not (yarn, linear and llama3 work)"
     return ""
 
 
-def convert(source: Source, out: Path) -> str:
+def convert(source: ExportSource, out: Path) -> str:
     """Copy the weights into the folder `out`; returns their dtype."""
     place_weights(source.folder, out, link=False)
     return source.dtype

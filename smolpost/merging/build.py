@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
+class MethodResult:
     """What a method made beside the weights.
 
     Attributes:
@@ -108,7 +108,7 @@ class WeightFiles:
 
 def build(
     job: Job,
-    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], Made],
+    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], MethodResult],
     verify: Callable[[list[Checkpoint], Checkpoint], dict[str, Any]],
     report: dict[str, Any],
 ) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def build(
         verify_folder(checkpoint.folder)
     check_disk(adapters.get(job.base, donor), job.out, job.dtype, len(adapters))
     with workplace(job.out) as work:
-        draft, models = work / "out", work / "adapters"
+        unfinished, models = work / "out", work / "adapters"
         full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(job.checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == job.base]
         check_inputs(full, donor, job.allow_template_change, job.vocabulary)
@@ -143,26 +143,26 @@ def build(
         check_whole(donor.folder, config, donor.who, own_class=True)
         if line := differing(full, donor):
             print(line, flush=True)
-        draft.mkdir()
-        merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
+        unfinished.mkdir()
+        merged = Checkpoint("merged", unfinished, config_file=f"config.json{PART}")
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:
             for checkpoint in full:
                 files.read(checkpoint.sources or checkpoint.weight_files)
-            made = write(full, donor, draft, files.finished)
+            made = write(full, donor, unfinished, files.finished)
             report = report | made.report
-            write_config(donor, draft / merged.config_file, job.dtype, made.config)
+            write_config(donor, unfinished / merged.config_file, job.dtype, made.config)
             shapes = made.shapes or {name: tensor.shape for name, tensor in donor.tensors.items()}
             check_tensors(shapes, merged, job.dtype)
             report |= verify(full, merged) | {"donated": _donated(job, report)}
             check_model(merged)
             hashes = files.wait()
         report |= _counts(full, merged) | {"seconds": time.monotonic() - start}
-        copy_files(donor.folder, draft, DONATED if job.vocabulary == "equal" else PROCESSING)
-        made.tokenizer(draft)
-        _write_manifest(draft, full, merged, hashes, report)
-        sync(*draft.rglob("*"), draft)
-        (draft / merged.config_file).rename(draft / "config.json")
-        os.replace(draft, job.out)
+        copy_files(donor.folder, unfinished, DONATED if job.vocabulary == "equal" else PROCESSING)
+        made.tokenizer(unfinished)
+        _write_manifest(unfinished, full, merged, hashes, report)
+        sync(*unfinished.rglob("*"), unfinished)
+        (unfinished / merged.config_file).rename(unfinished / "config.json")
+        os.replace(unfinished, job.out)
         sync(job.out, job.out.absolute().parent)
     return report | {"seconds": time.monotonic() - start}
 
@@ -187,7 +187,7 @@ def _counts(checkpoints: list[Checkpoint], merged: Checkpoint) -> dict[str, Any]
 
 
 def _write_manifest(
-    draft: Path, checkpoints: list[Checkpoint], merged: Checkpoint, hashes: dict[Path, str], report: dict[str, Any]
+    unfinished: Path, checkpoints: list[Checkpoint], merged: Checkpoint, hashes: dict[Path, str], report: dict[str, Any]
 ) -> None:
     """merge_manifest.json and the model card; files by name, so that they tell nothing of this machine."""
 
@@ -199,8 +199,8 @@ def _write_manifest(
         for c in checkpoints
     ]
     content = {**report, "inputs": inputs, "files": files(merged.weight_files)}
-    write_json(draft / MANIFEST, content | {"versions": versions()})
-    write_card(draft, content)
+    write_json(unfinished / MANIFEST, content | {"versions": versions()})
+    write_card(unfinished, content)
 
 
 def _stated(value: float | dict[str, Any]) -> dict[str, Any]:

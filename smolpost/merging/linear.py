@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from smolpost.errors import UserError
-from smolpost.merging.build import Job, Made, build
+from smolpost.merging.build import Job, MethodResult, build
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.mergekit import mean
 from smolpost.merging.preflight import ENGINES, VERIFICATIONS, check_choice, check_request, check_sum, check_values
@@ -66,13 +66,13 @@ def merge(
     check_choice("engine", engine, ENGINES)
     check_choice("verification", verification, VERIFICATIONS)
 
-    def write(full, donor, draft, finished) -> Made:
+    def write(full, donor, unfinished, finished) -> MethodResult:
         if engine == "mergekit":
             check_values(full, donor.tensors)
-            mean.write_mean(full, donor, draft, dtype, limit=shard_bytes, finished=finished)
+            mean.write_mean(full, donor, unfinished, dtype, limit=shard_bytes, finished=finished)
         else:
-            _write_ours(full, draft, dtype, threads=threads, limit=shard_bytes, finished=finished)
-        return Made()
+            _write_ours(full, unfinished, dtype, threads=threads, limit=shard_bytes, finished=finished)
+        return MethodResult()
 
     def verify(full, merged) -> dict[str, Any]:
         return compare_with_mean(full, merged, dtype, full=verification == "full")
@@ -83,7 +83,7 @@ def merge(
 
 def _write_ours(
     checkpoints: list[Checkpoint],
-    draft: Path,
+    unfinished: Path,
     dtype: str,
     *,
     threads: int | None,
@@ -92,7 +92,7 @@ def _write_ours(
 ) -> None:
     """Our engine, with its complaints in the user's words."""
     try:
-        write_mean(checkpoints, draft, getattr(torch, dtype), limit=limit, threads=threads, finished=finished)
+        write_mean(checkpoints, unfinished, getattr(torch, dtype), limit=limit, threads=threads, finished=finished)
     except NotFinite as error:
         [tensor] = error.args
         check_values(checkpoints, [tensor])

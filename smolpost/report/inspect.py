@@ -32,7 +32,7 @@ FILES = ("manifest.json", "state.json", "dataset_info.json", ROWS, REPORT, "toke
 
 
 @dataclass(frozen=True)
-class Row:
+class PreparedRow:
     """A row as it was read.
 
     Attributes:
@@ -55,7 +55,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Segment:
     """A document of a pack, or a part of a pair.
 
     Attributes:
@@ -83,7 +83,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Document:
+class PackedDocument:
     """
     Attributes:
         pack, index: Of the pack in the folder and of the document in the pack, from 0.
@@ -93,14 +93,14 @@ class Document:
     pack: int
     index: int
     start: int
-    row: Row
-    tokens: Tokens
+    row: PreparedRow
+    tokens: Segment
 
 
 @dataclass(frozen=True)
 class Pack:
     index: int
-    documents: list[Document]
+    documents: list[PackedDocument]
 
     @property
     def num_tokens(self) -> int:
@@ -108,21 +108,21 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreparedPair:
     """`prompt | chosen` and `prompt | rejected`; scored tokens of the prompt count for both sides."""
 
     index: int
-    row: Row
-    prompt: Tokens
-    chosen: Tokens
-    rejected: Tokens
+    row: PreparedRow
+    prompt: Segment
+    chosen: Segment
+    rejected: Segment
 
     @property
-    def parts(self) -> tuple[Tokens, Tokens, Tokens]:
+    def parts(self) -> tuple[Segment, Segment, Segment]:
         return self.prompt, self.chosen, self.rejected
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """
     Attributes:
         pack, document: Of the folder's packs and of the pack's documents, from 0; a pair's number and 0.
@@ -189,14 +189,14 @@ class Prepared:
             raise self._damaged(f"ids, fates and lengths of pack {index} contradict one another")
         starts = np.cumsum(lengths) - lengths
         documents = [
-            Document(
-                index, i, start, self.row(row), Tokens("document", 0, *(a[start : start + n] for a in (ids, fates)))
+            PackedDocument(
+                index, i, start, self.row(row), Segment("document", 0, *(a[start : start + n] for a in (ids, fates)))
             )
             for i, (start, n, row) in enumerate(zip(starts.tolist(), lengths.tolist(), rows.tolist(), strict=True))
         ]
         return Pack(index, documents)
 
-    def pair(self, index: int) -> Pair:
+    def pair(self, index: int) -> PreparedPair:
         """
         Raises:
             UserError: There is no such pair, or what it holds contradicts itself.
@@ -207,9 +207,9 @@ class Prepared:
             ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
             if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
                 raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
-            parts.append(Tokens(name, first, ids, fates))
+            parts.append(Segment(name, first, ids, fates))
             first = len(parts[0].ids)
-        return Pair(index, self.row(int(columns["rows"][0])), *parts)
+        return PreparedPair(index, self.row(int(columns["rows"][0])), *parts)
 
     def _columns(self, index: int, kind: str, what: str) -> dict[str, np.ndarray]:
         if self.kind != kind:
@@ -244,14 +244,14 @@ class Prepared:
             columns[name] = column.to_numpy(zero_copy_only=False)
         return columns
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PreparedRow:
         """A row by its index in rows.parquet."""
         columns = self._rows
         if not 0 <= index < len(columns["number"]):
             raise self._damaged(f"{ROWS} has no row {index}")
         source, path, dropped = (self._texts[name][columns[name][index]] for name in ("source", "path", "dropped"))
         number, tokens = int(columns["number"][index]), int(columns["tokens"][index])
-        return Row(source, path, number, tokens, bool(columns["think"][index]), dropped)
+        return PreparedRow(source, path, number, tokens, bool(columns["think"][index]), dropped)
 
     @property
     def sources(self) -> list[str]:
@@ -313,7 +313,7 @@ class Prepared:
         ]
         return f"it has {', '.join(known) or 'none'}"
 
-    def locate(self, rows: np.ndarray) -> Iterator[Place]:
+    def locate(self, rows: np.ndarray) -> Iterator[Location]:
         """The documents, or pairs, of the rows in the folder's order.
 
         Args:
@@ -327,10 +327,10 @@ class Prepared:
             packs = np.searchsorted(ends, hits, side="right")
             starts = np.concatenate(([0], ends))
             for pack, hit in zip(packs.tolist(), hits.tolist(), strict=True):
-                yield Place(done + pack, hit - int(starts[pack]), int(values[hit]))
+                yield Location(done + pack, hit - int(starts[pack]), int(values[hit]))
             done += len(chunk)
 
-    def first_by_thinking(self) -> dict[str, dict[bool, Place | None]]:
+    def first_by_thinking(self) -> dict[str, dict[bool, Location | None]]:
         """Source -> {True: place of its first think document, False: of its first no-think one}, None without one.
 
         First by the order of the rows.
@@ -342,7 +342,7 @@ class Prepared:
                 hits = of_source & (self._rows["think"] == think)
                 firsts[name, think] = int(hits.argmax()) if hits.any() else None
                 wanted[hits.argmax()] |= hits.any()
-        places: dict[int, Place] = {}
+        places: dict[int, Location] = {}
         for place in self.locate(wanted):
             places.setdefault(place.row, place)
             if len(places) == wanted.sum():

@@ -12,14 +12,14 @@ from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.ruler import Ruler
 from smolpost.evaluation.task import Sample
 from smolpost.export.check import Asked, Limits, ask, compare, logit_difference, refuse_failed
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
 from smolpost.model import SmolLM3ForCausalLM
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return Source(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
+    return ExportSource(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
 
 
 def load(source, **config):

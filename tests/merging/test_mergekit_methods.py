@@ -491,27 +491,26 @@ def test_a_result_the_dtype_cannot_hold_is_refused(trained, edited, tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from smolpost.merging import shards
-from smolpost.merging import build
+from smolpost.merging import build, shards
 from smolpost.merging.mergekit import mean
 step = sys.argv[4]
 def here():
     print("here", flush=True)
     time.sleep(60)
-computed = mergekit._computed
+computed = mean._computed
 def slow(plan):
     for number, item in enumerate(computed(plan)):
         if step == str(number):
             here()
         yield item
-mergekit._computed = slow
+mean._computed = slow
 def stopping(name):
-    function = getattr(draft, name)
+    function = getattr(build, name)
     def call(*arguments):
         if step == name:
             here()
         return function(*arguments)
-    setattr(draft, name, call)
+    setattr(build, name, call)
 for name in ("write_config", "check_tensors", "check_model", "_write_manifest"):
     stopping(name)
 from smolpost.merging.mergekit.methods import merge_method
@@ -535,12 +534,12 @@ def test_a_killed_merge_leaves_nothing_that_loads(step, trained, tmp_path):
         time.sleep(0.1)
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    draft = tmp_path / ".out.making" / "out"
-    assert list(tmp_path.iterdir()) == [draft.parent] and any(draft.iterdir())
+    unfinished = tmp_path / ".out.making" / "out"
+    assert list(tmp_path.iterdir()) == [unfinished.parent] and any(unfinished.iterdir())
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(draft)
+        AutoModelForCausalLM.from_pretrained(unfinished)
     if step.isdigit():
-        assert not list(draft.glob("*.safetensors"))
+        assert not list(unfinished.glob("*.safetensors"))
     # The next merge starts afresh.
     inputs = [("a", trained["a"], {}), ("b", trained["b"], {})]
     merge_method("slerp", inputs, "a", out, "float32", parameters={"t": 0.5}, base_model="a")

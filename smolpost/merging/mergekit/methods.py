@@ -11,7 +11,7 @@ from smolpost.errors import UserError
 from smolpost.files import workplace
 from smolpost.merging import linear
 from smolpost.merging.adapters import base_of, is_adapter
-from smolpost.merging.build import Job, Made, build
+from smolpost.merging.build import Job, MethodResult, build
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.mergekit import mean
 from smolpost.merging.mergekit.config import STOCHASTIC, check_config, check_filters, method_of
@@ -220,19 +220,21 @@ def _merge(
     check_request(job.checkpoints, job.base, job.out, job.dtype)
     _check_folders(job.checkpoints)
 
-    def write(full, donor, draft, finished) -> Made:
+    def write(full, donor, unfinished, finished) -> MethodResult:
         check_values(full, donor.tensors)
         with planned(config, full, donor) as plan:
             check_filters(config, plan.names)
             resolved = [_normalized(entry) for entry in plan.resolved] if method == "linear" else plan.resolved
             template = chat_template and template_text(chat_template, plan.references)
-            mean.write_result(plan, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
+            mean.write_result(plan, unfinished, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
         report = {"resolved": resolved if len(resolved) > 1 else [resolved[0] | {"tensors": "all"}]}
         if plan.vocabulary:
             report["tokenizer"] = config["tokenizer"].get("source", "union")
             report["tokens_without_embedding"] = without_embedding(plan, config)
         tokenizer = plan.vocabulary and plan.vocabulary[1].tokenizer
-        return Made(report, plan.shapes, plan.config, lambda folder: write_tokenizer(folder, tokenizer, template))
+        return MethodResult(
+            report, plan.shapes, plan.config, lambda folder: write_tokenizer(folder, tokenizer, template)
+        )
 
     def verify(full, merged) -> dict[str, Any]:
         check_finite(merged)
