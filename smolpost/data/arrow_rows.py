@@ -127,7 +127,7 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: 
             return
         fault = str(error)
         if not isinstance(error, UserError):
-            found = "text that is no UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
+            found = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
             fault = f"{path}:{number}: holds {found} ({one_line(error)}); write the row again"
         yield Row({}, path, number, fault=fault)
         return

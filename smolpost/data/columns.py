@@ -56,7 +56,7 @@ def row_for(row: Row, source: Source, kind: str) -> Row:
 
 
 def renamed(row: Row, names: dict[str, str]) -> dict:
-    """The columns under their new names; a column that this row lacks is no error, as rows may lack optional ones."""
+    """The columns under their new names; a column that a row lacks is not an error."""
     content = {}
     for key, value in row.items():
         new = names.get(key, key)
@@ -236,7 +236,9 @@ def from_alpaca(row: dict, where: str, roles: dict[str, str]) -> dict:
 def renamed_turns(row: dict, where: str) -> dict:
     """An Alpaca row of turns as prompt and completion; a text beside them would have no place."""
     if texts := [key for key in ("input", "history") if not is_empty(row.get(key))]:
-        raise UserError(f"{where}: has {texts[0]} beside an instruction of turns; put it into the turns")
+        raise UserError(
+            f"{where}: has {texts[0]} beside an instruction that is a list of turns; move it into the turns"
+        )
     rest = without(row, "instruction", "output", "input", "history")
     return rest | {"prompt": row["instruction"], "completion": row["output"]}
 
@@ -256,7 +258,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     refuse(row, REFUSED_IN_ROWS, where)
     for key in DESIRED:
         if row.get(key) is False:
-            raise UserError(f"{where}: {key}=false marks an undesired reply, which would be trained on; delete the row")
+            raise UserError(f"{where}: {key}=false marks an undesired reply, and would be trained on; delete the row")
     content = dict(row)
     found = [key for key in CONVERSATIONS if isinstance(row.get(key), list)]
     tools = [(key, row[key]) for key in ("tools", "functions") if not is_empty(row.get(key))]
@@ -272,7 +274,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     if tools:
         if any(value != tools[0][1] for _, value in tools):
             names = " and ".join(dict.fromkeys(name for name, _ in tools))
-            raise UserError(f"{where}: {names} hold different tools; keep one of them")
+            raise UserError(f"{where}: {names} have different tools; keep one of them")
         content["tools"] = own_tools(tools[0][1], f"{where}: tools")
         content.pop("functions", None)
     elif "tools" in content and is_empty(content["tools"]):
@@ -291,7 +293,8 @@ def row_marks(row: dict, where: str) -> dict[str, Any]:
     for key, value in marks.items():
         if isinstance(value, int | float) and value not in (0, 1):
             raise UserError(
-                f"{where}: {key}={value} may be the weight of the row's loss, which a row cannot have; expected true, "
+                f"{where}: {key}={value} may be meant as the weight of the row's "
+                "loss, which is not supported; expected true, "
                 "false or a list with one mark for each turn; set loss_weight of a source, or rename the column"
             )
     return marks

@@ -272,7 +272,7 @@ def check_settings(settings: Hygiene, key: str) -> None:
         check_languages(settings.languages, key)
     for i, path in enumerate(settings.against):
         if not Path(path).is_file():
-            raise UserError(f"{key}.against[{i}]={path} is no file; expected JSONL or Parquet with evaluation rows")
+            raise UserError(f"{key}.against[{i}]={path} is not a file; expected JSONL or Parquet with evaluation rows")
 
 
 def check_installed(module: str, setting: str) -> None:
@@ -287,7 +287,7 @@ def check_languages(languages: list[str], key: str) -> None:
     for i, code in enumerate(languages):
         if code not in codes.values():
             raise UserError(
-                f"{key}.languages[{i}]={code} is no language the detector knows; use ISO 639-1 codes, "
+                f"{key}.languages[{i}]={code} is not a language of the detector; use ISO 639-1 codes, "
                 f"of {', '.join(sorted(codes.values()))}"
             )
 

@@ -32,7 +32,7 @@ def cut_list(
     Args:
         content: Of the file from byte `begin` on.
     Raises:
-        UserError: It is no list in JSON.
+        UserError: It is not a JSON list.
     """
     text = decoded(content, path)
     found, edges, place, offset, count = [], [], 0, begin, 0
@@ -90,7 +90,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
         except RecursionError:  # the row's fault
             end = closing(text, place)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: is no JSON ({error}); expected a list of objects") from error
+            raise UserError(f"{path}:{number}: is not JSON ({error}); expected a list of objects") from error
         yield place, end
         place, number = skipped(text, end), number + 1
         if text[place : place + 1] == ",":
@@ -100,7 +100,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
                 f"{path}:{number - 1}: is followed by {text[place : place + 20]!r}; expected , or the ] of a list"
             )
     if not inside and text[place + 1 :].strip(SPACE):
-        raise UserError(f"{path}: goes on after its list; expected one list, or one object per line")
+        raise UserError(f"{path}: continues after its list; expected one list, or one object per line")
 
 
 def closing(text: str, place: int) -> int:
@@ -124,6 +124,6 @@ def decoded(content: bytes, path: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is no UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8, for example with "
+            f"{path}: is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8, for example with "
             "`iconv -f WINDOWS-1252 -t UTF-8`"
         ) from error

@@ -172,7 +172,7 @@ def text_begin(start: bytes, path: str) -> int:
 def uncompressed(path: str) -> Iterator[io.BufferedReader]:
     """The text of a compressed file, after its byte order mark."""
     compression = COMPRESSIONS[Path(path).suffix]
-    with readable(path, "whole compressed file", "compress it again"), pa.input_stream(path, compression) as stream:
+    with readable(path, "complete compressed file", "compress it again"), pa.input_stream(path, compression) as stream:
         file = io.BufferedReader(stream, WINDOW_BYTES)
         file.read(text_begin(file.peek(4)[:4], path))
         yield file

@@ -27,7 +27,9 @@ def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, R
     """
     check(mixture)
     if mixture.hygiene != Hygiene():
-        raise UserError("hygiene cleans what training stages tokenize, and this mixture is read as text; remove it")
+        raise UserError(
+            "hygiene applies to tokenized rows of training stages, and this mixture is read as text; remove it"
+        )
     for name, source in mixture.sources.items():
         for key in ("max_tokens", "share"):
             if getattr(source, key) is not None:
@@ -96,7 +98,9 @@ def check(mixture: Mixture) -> None:
     shares = {name: source.share for name, source in mixture.sources.items() if source.share is not None}
     if shares and len(shares) < len(mixture.sources):
         without = ", ".join(name for name in mixture.sources if name not in shares)
-        raise UserError(f"sources {without} have no share, and others have; give all of them one, or none")
+        raise UserError(
+            f"sources {without} have no share, but other sources have one; give a share to all sources, or to none"
+        )
     if shares and (min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6):
         raise UserError(f"the sources' shares {shares} are not all above 0 with a sum of 1; change them")
 

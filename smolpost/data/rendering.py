@@ -18,14 +18,14 @@ REFUSED = {
     "all": "makes an empty reply of {}; use another template, or delete the row",
     "text": "leaves {} out of the reply, which would train without it; use another template",
     "reasoning": "leaves the reasoning {} out of the reply, which would train without it; use a template that writes "
-    "reasoning, such as smollm3, or set enable_thinking: false of the source where it is not to train",
+    "reasoning, such as smollm3, or set enable_thinking: false of the source if the reasoning should not train",
 }
 #: Note -> what is said of the rows that have it, after their number.
 NOTES = {
-    "mode": "do not say their mode and hold no think block, so they train as replies in think mode; set "
+    "mode": "do not state their mode and have no think block, so they train as replies in think mode; set "
     "enable_thinking: false of the source, or in each row's chat_template_kwargs",
-    "no-think reasoning": "hold reasoning that is left out, as they say enable_thinking: false",
-    "earlier reasoning": "train replies whose reasoning the chat template leaves out, as others follow",
+    "no-think reasoning": "have reasoning that is left out because they say enable_thinking: false",
+    "earlier reasoning": "train replies whose reasoning the chat template leaves out because other replies follow",
     "text beside calls": "have replies whose text the chat template leaves out beside their calls",
     "system": "have a system message that the chat template leaves out",
     "user": "have a user turn that the chat template leaves out",

@@ -90,8 +90,8 @@ def read_slice(source: Source, part: SourceSlice) -> Iterator[Row]:
         yield without_nulls(row)
     if num_rows != part.num_rows:
         raise UserError(
-            f"{part.path}: has {num_rows} rows from row {part.line} on, where {part.num_rows} were counted: "
-            "it was changed while it was read; run again"
+            f"{part.path}: has {num_rows} rows from row {part.line} on, but {part.num_rows} were counted: "
+            "the file was changed while it was read; run again"
         )
 
 

@@ -30,7 +30,7 @@ def known_roles(roles: dict[str, str]) -> tuple[str, ...]:
 
 
 def own_turns(messages: list, where: str, roles: dict[str, str], unread: set[str]) -> tuple[list, list]:
-    """The messages in our keys; what is no message stays as it is, for `validate_row` to refuse.
+    """The messages in our keys; what is not a message stays as it is, for `validate_row` to refuse.
 
     Args:
         roles: Role of the file -> one of ROLES, before ROLE_NAMES.
@@ -115,7 +115,7 @@ def _content(message: dict, where: str) -> tuple[Any, str | None]:
         if inner is not None and not rest:  # written with its tags
             given[key] = inner
     if len({text.strip() for text in given.values()}) > 1:
-        raise UserError(f"{where}: {' and '.join(given)} hold different reasoning; keep one of them")
+        raise UserError(f"{where}: {' and '.join(given)} have different reasoning; keep one of them")
     return content, next(iter(given.values()), None)
 
 
@@ -154,7 +154,7 @@ def _calls(message: dict, where: str, unread: set[str]) -> list | None:
     calls = message.get("tool_calls")
     given = {key for key in ("tool_calls", "function_call", "function_calls") if not is_empty(message.get(key))}
     if len(given) > 1:
-        raise UserError(f"{where}: has {' and '.join(sorted(given))}; expected its calls in one of them")
+        raise UserError(f"{where}: has {' and '.join(sorted(given))}; expected the calls in one of them")
     if "function_call" in given:
         calls = [message["function_call"]]
     elif "function_calls" in given:

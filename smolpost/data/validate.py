@@ -84,7 +84,8 @@ def check_pair(row: dict, where: str) -> None:
         raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
     if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
         raise UserError(
-            f"{where}: chosen and rejected share no prompt; expected two full conversations that begin with the same "
+            f"{where}: chosen and rejected do not share a prompt; expected two "
+            "full conversations that begin with the same "
             "messages; put the prompt's messages before both replies"
         )
     shared = next(i for i, pair in enumerate(zip_longest(chosen, rejected)) if pair[0] != pair[1])
@@ -117,7 +118,7 @@ def check_messages(messages, where: str, tools: list | None = None) -> None:
     if ends_in_two_users(messages):
         raise UserError(
             f"{where} ends in two user turns; the last one looks like a reply that is labelled user; "
-            "set the source's last_user_is_reply: true where it is one, or delete the row"
+            "set the source's last_user_is_reply: true if it is a reply, or delete the row"
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
@@ -170,7 +171,7 @@ def message_text(message: dict, where: str) -> str:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise UserError(
-                f"{where}.content[{i}]={part!r:.80} is no text part; only text can be trained on (types "
+                f"{where}.content[{i}]={part!r:.80} is not a text part; only text can be trained on (types "
                 f"{', '.join((*TEXT_PARTS, *REASONING_PARTS))}); delete the row"
             )
     return "".join(texts)

@@ -260,7 +260,7 @@ def num_shared_replies(case: Case, row: dict) -> int:
 def sides_differ(case: Case) -> tuple[bool, str]:
     sample = case.need("sample", "rows")
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
-    detail = f"{len(equal)} of {len(sample)} sampled pairs have two equal sides once rendered"
+    detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
     return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
 
 

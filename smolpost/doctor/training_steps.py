@@ -105,7 +105,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
     largest_off = max(float((g - b.gradients[name]).abs().max()) for name, g in a.gradients.items()) / b.largest()
     tolerance = TOLERANCE[environment.bf16]
     return Finding(
-        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan is no agreement
+        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan does not agree
         f"loss {a.loss:.6f} {first}, {b.loss:.6f} {second}; gradient norm {a.norm():.6g} and {b.norm():.6g}; largest "
         f"gradient difference {largest_off:.1e} of the largest gradient; tolerance {tolerance:g} "
         f"({'bf16' if environment.bf16 else 'fp32'})",

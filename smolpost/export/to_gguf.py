@@ -118,7 +118,7 @@ def check_file(source: ExportSource, session: "GgufSession", text: str) -> list[
     if not np.isclose(theta, wanted, rtol=1e-6):
         raise UserError(f"{FILE}: rope.freq_base={theta:g}, and rope_theta={wanted:g} in {source.folder}")
     if fields["tokenizer.ggml.model"].contents() == "none":
-        return [f"{FILE} holds no tokenizer: llama.cpp has no type for this one; feed it token ids"]
+        return [f"{FILE} has no tokenizer, because llama.cpp has no type for this one; give it token ids"]
     template = fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None
     if isinstance(source.tokenizer.chat_template, str | None) and template != source.tokenizer.chat_template:
         raise UserError(f"{FILE}: the chat template is not that of {source.folder}")

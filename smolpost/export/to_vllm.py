@@ -55,6 +55,6 @@ class VllmSession(TorchSession):
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
         if missing := sorted(loading["missing_keys"]):
-            raise UserError(f"{folder} holds no {missing[0]} ({len(missing)} such), without which vLLM does not start")
+            raise UserError(f"{folder} holds no {missing[0]} ({len(missing)} such), and vLLM does not start without it")
         own = AutoTokenizer.from_pretrained(folder).eos_token_id
         super().__init__(model, {*stored_stop_token_ids(folder), own} - {None})

@@ -35,7 +35,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
         found = f"has its weights in {pickled[0]}" if pickled else f"has no {ADAPTER_WEIGHTS}"
         raise UserError(
             f"{checkpoint.who} is a LoRA adapter that {found} ({checkpoint.folder}); only safetensors are read: "
-            "load it with peft where it is trusted, and save it with save_pretrained"
+            "if you trust it, load it with peft and save it with save_pretrained"
         )
     stated = read_json(file, checkpoint.who)
     base = checkpoint.adapts or stated.get("base_model_name_or_path")

@@ -29,7 +29,7 @@ PART = ".part"  # ends the name of a file that is not complete
 
 
 class NotFinite(Exception):
-    """The mean of a tensor holds NaN or infinity; the argument is its name."""
+    """The mean of a tensor has NaN or infinity; the argument is its name."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def write_tensors(
         tensors: Name and values of each; no tensor is kept.
         shapes: Name -> shape of all of them.
     Raises:
-        NotFinite: A tensor holds NaN or infinity.
+        NotFinite: A tensor has NaN or infinity.
         RuntimeError: A tensor is left out, comes twice, or has another shape or dtype.
         OSError: The disk is full, among others. Files whose names end in .part stay.
     """

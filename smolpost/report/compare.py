@@ -19,11 +19,11 @@ def read_stages(folder: Path) -> dict[str, dict]:
     """
     file = folder / RESULTS
     if not file.is_file():
-        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the whole pipeline is done")
+        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the pipeline is finished")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{file} holds no stages; remove it, and `smolpost run` writes it again") from None
+        raise UserError(f"{file} has no stages; remove it, and run `smolpost run` again") from None
 
 
 def evaluations(folder: Path) -> dict[str, dict]:

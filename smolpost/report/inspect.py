@@ -142,17 +142,18 @@ class Prepared:
         report: data_report.json.
         manifest: manifest.json.
     Raises:
-        UserError: The folder is no finished prepared folder.
+        UserError: The folder is not a finished prepared folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"{folder} is no folder; give one that `smolpost prepare` finished")
+            raise UserError(f"{folder} is not a folder; give a folder that `smolpost prepare` finished")
         missing = [name for name in FILES if not (self.folder / name).exists()]
         if missing:
             raise UserError(
-                f"{folder} is no prepared folder: it has no {missing[0]}; give one that `smolpost prepare` finished"
+                f"{folder} is not a prepared folder: it has no {missing[0]}; give "
+                "a folder that `smolpost prepare` finished"
             )
         self.manifest, self.report = self._json("manifest.json"), self._json(REPORT)
         try:
@@ -186,7 +187,7 @@ class Prepared:
         columns = self._columns(index, "sft", "pack")
         ids, fates, lengths, rows = (columns[name] for name in COLUMNS["sft"])
         if len(fates) != len(ids) or lengths.sum() != len(ids) or len(rows) != len(lengths):
-            raise self._damaged(f"ids, fates and lengths of pack {index} contradict one another")
+            raise self._damaged(f"ids, fates and lengths of pack {index} contradict each other")
         starts = np.cumsum(lengths) - lengths
         documents = [
             PackedDocument(
@@ -213,7 +214,7 @@ class Prepared:
 
     def _columns(self, index: int, kind: str, what: str) -> dict[str, np.ndarray]:
         if self.kind != kind:
-            raise UserError(f"{self.folder} holds the rows of an {self.kind} stage, which have no {what}s")
+            raise UserError(f"{self.folder} has the rows of an {self.kind} stage, which have no {what}s")
         if not 0 <= index < len(self):
             raise UserError(f"{what} {index} does not exist; {self.folder} has {what}s 0 to {len(self) - 1}")
         table = self._data[index]
@@ -226,7 +227,7 @@ class Prepared:
             raise self._damaged(f"{name} is not JSON ({error})") from error
 
     def _damaged(self, how: str) -> UserError:
-        return UserError(f"{self.folder} is no prepared folder: {how}; remove it and run `smolpost prepare` again")
+        return UserError(f"{self.folder} is not a prepared folder: {how}; remove it and run `smolpost prepare` again")
 
     # ------------------------------------------------------------ rows and search
 

@@ -201,7 +201,9 @@ def _check_is_ours(file: Path) -> None:
     if file.exists():
         with open(file, "rb") as there:
             if MARK.encode() not in there.read(HEAD_BYTES):
-                raise UserError(f"--html {file} exists and is no page of `smolpost inspect`; remove it or name another")
+                raise UserError(
+                    f"--html {file} exists and is not a page of `smolpost inspect`; remove it or give another name"
+                )
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -353,7 +353,7 @@ def test_json_as_text_is_read_in_every_shape():
     assert mapped(pair)["rejected"] == [USER, OTHER]
     listed = mapped({**CHAT, "tools": [json.dumps(WEATHER)]})
     assert listed["tools"] == [WEATHER]
-    assert "f:1: messages: is no JSON" in refusal({"messages": '[{"role"'})
+    assert "f:1: messages: is not JSON" in refusal({"messages": '[{"role"'})
 
 
 def test_conversations_of_role_and_content_need_no_setting():

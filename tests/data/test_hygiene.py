@@ -422,7 +422,10 @@ def test_digests_are_the_same_everywhere():
         ({"near_permutations": 4096}, r"near_permutations=4096 is outside"),
         ({"min_confidence": 0.0}, r"min_confidence=0\.0 is outside \(0, 1\]; use 0\.5"),
         ({"min_confidence": 2.0}, r"min_confidence=2\.0 is outside"),
-        ({"against": ["absent.jsonl"]}, r"hygiene\.against\[0\]=absent\.jsonl is no file; expected JSONL or Parquet"),
+        (
+            {"against": ["absent.jsonl"]},
+            r"hygiene\.against\[0\]=absent\.jsonl is not a file; expected JSONL or Parquet",
+        ),
     ],
 )
 def test_settings_out_of_range(wrong, message):
@@ -433,7 +436,7 @@ def test_settings_out_of_range(wrong, message):
 @pytest.mark.parametrize("code", ["xx", "EN", "english", ""])
 def test_unknown_languages(code):
     pytest.importorskip("lingua")
-    message = rf"hygiene\.languages\[1\]={code} is no language the detector knows; use ISO 639-1 codes, of af, .*, zu"
+    message = rf"hygiene\.languages\[1\]={code} is not a language of the detector; use ISO 639-1 codes, of af, .*, zu"
     with pytest.raises(UserError, match=message):
         HygieneFilter(Settings(languages=["en", code]))
 
@@ -446,7 +449,7 @@ def test_evaluation_files_without_content(evaluation, write_jsonl):
     with pytest.raises(UserError, match=r"numbers\.jsonl: none of its 2 texts has 5 words or more, so nothing"):
         HygieneFilter(Settings(against=[numbers]))
     broken = write_jsonl([json.dumps({"a": 1}), "{"], "broken.jsonl")
-    with pytest.raises(UserError, match=r"broken\.jsonl:2: is no JSON"):
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: is not JSON"):
         HygieneFilter(Settings(against=[broken]))
 
 

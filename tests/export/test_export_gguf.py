@@ -88,7 +88,7 @@ def test_export_is_the_checkpoint(tmp_path, fields):
     exact = fields.get("dtype") is None
     for row in manifest["check"]["lengths"].values():
         assert row["logit_difference"] < (1e-3 if exact else row["logit_limit"])
-    carried = not any("holds no tokenizer" in note for note in manifest["check"]["notes"])
+    carried = not any("has no tokenizer" in note for note in manifest["check"]["notes"])
     assert carried is (fields.get("kind") == "bpe")
 
 

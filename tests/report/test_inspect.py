@@ -130,19 +130,19 @@ def test_first_think_and_no_think_of_each_source(sft, apo):
 def test_no_such_pack_or_pair(sft, apo):
     with pytest.raises(UserError, match=r"pack 3 does not exist; .* has packs 0 to 2"):
         sft[0].pack(3)
-    with pytest.raises(UserError, match=r"holds the rows of an sft stage, which have no pairs"):
+    with pytest.raises(UserError, match=r"has the rows of an sft stage, which have no pairs"):
         sft[0].pair(0)
     with pytest.raises(UserError, match=r"pair -1 does not exist"):
         apo[0].pair(-1)
 
 
 def test_only_prepared_folders_open(tmp_path):
-    with pytest.raises(UserError, match=r"none is no folder"):
+    with pytest.raises(UserError, match=r"none is not a folder"):
         Prepared(tmp_path / "none")
     made.write_sft(tmp_path / "sft")
     for name in ("rows.parquet", "manifest.json", "data_report.json", "state.json"):
         hidden = (tmp_path / "sft" / name).rename(tmp_path / "hidden")
-        with pytest.raises(UserError, match=rf"sft is no prepared folder: it has no {name}; .* `smolpost prepare`"):
+        with pytest.raises(UserError, match=rf"sft is not a prepared folder: it has no {name}; .* `smolpost prepare`"):
             Prepared(tmp_path / "sft")
         hidden.rename(tmp_path / "sft" / name)
     (tmp_path / "sft" / "data_report.json").write_text("{")
@@ -172,7 +172,7 @@ def test_a_contradiction_is_not_shown_as_truth(tmp_path, column, value):
         stream.write_table(table)
     prepared = Prepared(folder)
     assert prepared.pack(0).num_tokens == 170
-    with pytest.raises(UserError, match=r"ids, fates and lengths of pack 1 contradict one another"):
+    with pytest.raises(UserError, match=r"ids, fates and lengths of pack 1 contradict each other"):
         prepared.pack(1)
 
 

@@ -458,7 +458,7 @@ def test_weights_hash_follows_weights_and_config_alone(tmp_path):
 def test_weights_hash_wants_a_checkpoint(tmp_path):
     folder = checkpoint(tmp_path / "a")
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"a is no checkpoint: it has no config.json; save it with save_pretrained"):
+    with pytest.raises(UserError, match=r"a is not a checkpoint: it has no config.json; save it with save_pretrained"):
         weights_hash(folder)
     with pytest.raises(UserError, match=r"it has no \*.safetensors"):
         weights_hash(tmp_path)

@@ -264,7 +264,7 @@ def _check_folders(checkpoints: list[Checkpoint]) -> None:
         folder = checkpoint.folder.resolve()
         first = seen.setdefault((folder, checkpoint.adapts), checkpoint.name)
         if first != checkpoint.name:
-            raise UserError(f"merge inputs '{first}' and '{checkpoint.name}' are one folder, {folder}; drop one")
+            raise UserError(f"merge inputs '{first}' and '{checkpoint.name}' are the same folder, {folder}; drop one")
 
 
 def _donor(document: Document, base: str | None) -> str:
@@ -272,7 +272,7 @@ def _donor(document: Document, base: str | None) -> str:
     source = document.config.get("tokenizer", {}).get("source")
     if base is not None and source in document.models and source != base:
         raise UserError(
-            f"{document.where} takes the tokenizer of '{source}', but base='{base}'; name one model for both"
+            f"{document.where} uses the tokenizer of '{source}', but base='{base}'; name one model for both"
         )
     if base not in (None, *document.models):
         raise UserError(f"{document.where}: base='{base}' is not one of its models {', '.join(document.models)}")

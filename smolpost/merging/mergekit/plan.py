@@ -170,7 +170,8 @@ class _Inputs:
         if lost:
             raise UserError(
                 f"merge input '{base.name}': mergekit's description of {base.config['architectures'][0]} leaves out "
-                f"tensor {lost[0]} ({len(lost)} such), and the result would not load whole; merge it without mergekit "
+                f"tensor {lost[0]} ({len(lost)} such), so the result would not "
+                "load completely; merge it without mergekit "
                 "(a linear merge), or use a mergekit that knows the tensor"
             )
 

@@ -77,7 +77,7 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"merge config {file} cannot be read ({reason(error)})") from error
     if not stated:
-        raise UserError(f"merge config {file} holds no merge")
+        raise UserError(f"merge config {file} has no merge")
     documents, made = [], {}
     for number, content in enumerate(stated):
         where = f"merge config {file}" + (f", document {number + 1}" if len(stated) > 1 else "")
@@ -87,11 +87,13 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
         documents.append(document)
         if number + 1 < len(stated):
             if document.name is None:
-                raise UserError(f"{where} has no name, by which a later one could name its result; put it last")
+                raise UserError(
+                    f"{where} has no name, so later documents cannot use its result; give it a name or put it last"
+                )
             made[document.name] = place(number)
     used = set().union(*(document.used for document in documents))
     for name in sorted(named.keys() - used):
-        raise UserError(f"merge config {file} names no model {name}; drop {name}={named[name]}, or mend its name")
+        raise UserError(f"merge config {file} names no model {name}; drop {name}={named[name]}, or correct its name")
     for name in sorted(made.keys() - used):
         raise UserError(
             f"merge config {file}: no later document names {name}, and the last one is the result; merge it in a file "
@@ -101,7 +103,7 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; the last one would win in silence."""
+    """YAML in which a key that is repeated is an error; the last one would win in silence."""
 
     def compose_mapping_node(self, anchor):
         # Before anchors are merged into mappings (<<), where a key of the mapping's own may repeat an anchor's.
@@ -109,7 +111,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
-            raise yaml.composer.ComposerError(None, None, f"key {repeated[0]} stands twice", node.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"key {repeated[0]} is repeated", node.start_mark)
         return node
 
 
@@ -221,7 +223,7 @@ class _Models:
         folder = Path(model)
         if not folder.is_dir():
             raise UserError(
-                f"{self._where}: model {model} is no folder here"
+                f"{self._where}: model {model} is not a folder here"
                 f"{' and not one of ' + ', '.join(self._named) if self._named else ''}; download it and name its "
                 f"folder in the file or as {model}=FOLDER (an adapter has a folder of its own)"
             )
