@@ -51,7 +51,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
             as scored in its prompt (a completion's shared beginning), in chosen, in rejected.
         side_tokens: [at least S] int64 into the scored tokens, side after side: pair 0 chosen, pair 0 rejected, pair 1
             chosen, ...; shared tokens belong to both sides.
-        sides: Alike, 0 to 2P - 1: the side each of them stands for.
+        sides: Same shape, 0 to 2P - 1: the side to which each of them belongs.
         side_lengths: [2P] int64 scored tokens of each side.
         pair_weights: [P] float32 weight of each pair's loss.
     """
@@ -63,7 +63,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
         prompt, chosen, rejected = (len(part) for part in parts)
         is_scored = torch.cat([torch.as_tensor(pair[f"{part}_mask"]) for part in PARTS]) != 0
         part_of = torch.arange(3).repeat_interleave(torch.tensor((prompt, chosen, rejected)))[is_scored]
-        # What precedes a token is the one before it, and for the first token of both sides the prompt's last.
+        # A token is predicted from the one before it; the first token of both sides from the prompt's last.
         before = torch.arange(-1, len(sequence) - 1)
         before[prompt + chosen] = prompt - 1
         scored = torch.arange(num_scored, num_scored + len(part_of))
@@ -97,5 +97,5 @@ def as_ids(values: Iterable[int]) -> torch.Tensor:
 
 
 def as_weights(values: Iterable[float] | None, number: int) -> torch.Tensor:
-    """[number] float32; all 1 where the rows were prepared without weights."""
+    """[number] float32; all 1 if the rows were prepared without weights."""
     return torch.ones(number) if values is None else torch.as_tensor(values, dtype=torch.float32)

@@ -24,16 +24,16 @@ CONVERSATIONS = ("messages", "chosen", "rejected")
 def as_row(row: Row, source: Source) -> Row:
     """The row, as `read_slice` gives it, in our columns: by source.rename, by source.columns, then the keys by level.
 
-    smoltalk2 rows stay as they are, apart from shapes that are told by their columns: `conversations` of role and
-    content, TRL's `prompt` and `completion` (the completion trains), Llama-Nemotron's `input` list and `output`, xLAM's
-    `query` and `answers`, ms-swift's `rejected_response`; where `chosen` and `rejected` are replies alone (strings, or
-    messages that begin with a reply: TRL's formats), `prompt` is put before both. sharegpt and alpaca become
-    `messages`, or `chosen` and `rejected`. A system column becomes the first turn. Columns that nobody reads are kept,
-    and named in `unread`.
+    smoltalk2 rows keep their columns, except for formats that are recognised by their columns: `conversations` of role
+    and content, TRL's `prompt` and `completion` (only the completion trains), Llama-Nemotron's `input` list and
+    `output`, xLAM's `query` and `answers`, ms-swift's `rejected_response`. If `chosen` and `rejected` are only replies
+    (strings, or messages that begin with a reply, as in TRL's formats), `prompt` is put before both. sharegpt and
+    alpaca rows become `messages`, or `chosen` and `rejected`. A system column becomes the first turn. Unknown columns
+    are kept and named in `unread`.
 
     Raises:
         UserError: The row cannot be read, a column is missing or not what source.columns says, or a key that changes
-            what the row means cannot be honoured. A row that fits no shape at all is left to `validate_row`.
+            what the row means cannot be followed. `validate_row` refuses rows of unknown shape.
     """
     if row.fault:
         raise UserError(row.fault)
@@ -234,7 +234,7 @@ def from_alpaca(row: dict, where: str, roles: dict[str, str]) -> dict:
 
 
 def renamed_turns(row: dict, where: str) -> dict:
-    """An Alpaca row of turns as prompt and completion; a text beside them would have no place."""
+    """An Alpaca row of turns as prompt and completion; there is no place for a text beside them."""
     if texts := [key for key in ("input", "history") if not is_empty(row.get(key))]:
         raise UserError(
             f"{where}: has {texts[0]} beside an instruction that is a list of turns; move it into the turns"
@@ -361,8 +361,10 @@ def with_system(row: dict, found: list[str], where: str) -> dict:
 
 
 def with_last_reply(messages: list) -> list:
-    """The messages, whose last turn is a reply where it is a user's right after another user's (SmolTalk2's split of
-    everyday conversations labels its last replies so)."""
+    """The messages; a last user turn right after another user turn becomes a reply.
+
+    SmolTalk2's split of everyday conversations labels its last replies in this way.
+    """
     return [*messages[:-1], {**messages[-1], "role": "assistant"}] if ends_in_two_users(messages) else messages
 
 
@@ -371,7 +373,7 @@ def ends_in_two_users(messages: list[Any]) -> bool:
 
 
 def text_of(row: dict, key: str, where: str) -> str:
-    """The column's text, "" where it is missing."""
+    """The column's text; "" if it is missing."""
     text = row.get(key)
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: {key} is {kind_of(text)}; expected a string or null")

@@ -155,7 +155,7 @@ def message_turns(message: dict) -> Turns:
 
 
 def call_text(call: dict) -> str:
-    """A call's name and arguments, however they are stored; ids are drawn anew for every copy of a conversation."""
+    """A call's name and arguments, however they are stored; without its id, which differs between copies."""
     function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
@@ -182,7 +182,11 @@ def digest_of(turns: Turns) -> bytes:
 
 
 def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
-    """A turn shares n words in a row with an evaluation text, or is a whole one of fewer; words: of each turn."""
+    """The removal of a row in which a turn shares n consecutive words with an evaluation text, or equals a shorter one.
+
+    Args:
+        words: The words of each turn.
+    """
     if not settings.against:
         return None
     texts, _ = evaluation_texts(settings)
@@ -195,9 +199,9 @@ def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
 
 
 def wrong_language(turns: Turns, settings: Hygiene) -> Removal | None:
-    """The most likely language of the whole row is none of those that stay, by at least min_confidence.
+    """The removal of a row whose most likely language is not one to keep, with at least min_confidence.
 
-    So a row too short to tell, or without words, stays.
+    A row that is too short to decide, or has no words, is kept.
     """
     if not settings.languages:
         return None
@@ -238,7 +242,11 @@ def evaluation_texts(settings: Hygiene) -> tuple[EvaluationTexts, dict[str, dict
 
 @lru_cache(maxsize=4)
 def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
-    """stamps: path, time and size of each file, so that one written anew is read anew."""
+    """The texts of evaluation files.
+
+    Args:
+        stamps: Path, time and size of each file, so that a changed file is read again.
+    """
     texts, searched = [], {}
     for path, _, _ in stamps:
         counts = searched[path] = {"rows": 0, "texts": 0, "short texts": 0}

@@ -24,19 +24,19 @@ from smolpost.schema import Mixture, Source, TrainStage
 def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
     """Make the rows that a stage trains on.
 
-    The result depends on the rows, the settings and the tokenizer, not on the number of workers. What was tokenized
-    stays in the shards, so that the same call goes on where one was killed, and other packing tokenizes nothing.
+    The result depends on the rows, the settings and the tokenizer, not on the number of workers. Tokenized rows stay in
+    the shards, so the same call continues after a kill, and another packing does not re-tokenize.
 
     Args:
         tokenizer: Its chat template is the stage's.
-        shards: Source's name -> folder of its tokenized rows.
-        folder: Exists and is empty; becomes a `datasets` folder with data_report.json, rows.parquet and dropped.jsonl.
+        shards: Name of a source -> folder of its tokenized rows.
+        folder: Must exist and be empty; becomes a `datasets` folder with data_report.json, rows.parquet, dropped.jsonl.
     Returns:
         The report.
     Raises:
         RefusedRows: More rows of a source are refused than the stage allows to drop.
-        UserError: A setting is refused, or the ledger: no trained token, too many dropped rows, another share of think
-            rows than declared. The folder may hold a part.
+        UserError: A setting is refused, or a source has no trained token, too many dropped rows, or another share of
+            think rows than declared. The folder may then be incomplete.
     """
     check(stage)
     mixtures.check(mixture)

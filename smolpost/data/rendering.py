@@ -1,7 +1,7 @@
-"""What prepare says of a row whose rendering is not what the row says: a fault, or a note in the ledger.
+"""Compares rows with their renderings: a difference is a fault of the row, or a note in the ledger.
 
-A reply that would train without its call, text or reasoning is refused. What a template may leave out by choice, and
-a mode that nobody chose, are noted.
+A reply that would train without its call, text or reasoning is refused. Parts that a template may leave out by design,
+and think modes that no row states, are noted.
 """
 
 from smolpost.chat import shown
@@ -11,7 +11,7 @@ from smolpost.data.prompts import stated_mode
 from smolpost.data.rows import Row
 from smolpost.schema import TrainStage
 
-#: Kind of loss in a reply that trains -> what is said of it; {} is a few words of what is lost.
+#: Kind of loss in a reply that trains -> the message; {} is a few words of what is lost.
 REFUSED = {
     "call": "leaves the call of {} out of the reply, which would train without it; use a template that writes "
     "tool_calls, such as smollm3",
@@ -62,7 +62,7 @@ def thinks_unasked(tokenizer, stage: TrainStage) -> bool:
 
 
 def note_of(row: Row, loss: Loss) -> str | None:
-    """The note that a loss is, or None where it refuses the row."""
+    """The note for a loss; None if the loss refuses the row."""
     if loss.kind in ("reasoning", "earlier reasoning") and stated_mode(row) is False:
         return "no-think reasoning"
     return loss.kind if loss.kind in NOTES else None

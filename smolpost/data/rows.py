@@ -15,9 +15,9 @@ class Row(dict):
 
     Attributes:
         path: File, folder or Hub id.
-        number: Row of it (JSONL: line), from 1.
-        fault: Why the row cannot be read or used, with its place; None for a good one.
-        unread: Its keys that nobody reads, those of its turns as messages.KEY.
+        number: Row in it (JSONL: line), from 1.
+        fault: Why the row cannot be read or used, with its place; None for a good row.
+        unread: Its keys that are not read; those of its turns as messages.KEY.
     """
 
     __slots__ = ("fault", "number", "path", "unread")
@@ -76,7 +76,7 @@ def parse_json(text: str, where: str, expected: str = "expected JSON"):
     Python does not convert and nesting beyond MAX_DEPTH.
 
     Raises:
-        UserError: With where, what was found, and `expected` where it is not JSON at all.
+        UserError: Names where and what was found; also `expected` if the text is not JSON.
     """
     try:
         value = DECODER.decode(text)

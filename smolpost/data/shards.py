@@ -1,4 +1,4 @@
-"""Tokenization in many processes: a file per slice of a source, each finished at once or not there."""
+"""Tokenization in many processes: one file for each shard of a source, written completely or not at all."""
 
 import contextlib
 import gc
@@ -42,10 +42,10 @@ def shard_slices(source: Source) -> list[SourceSlice]:
 
 @dataclass(frozen=True)
 class TokenShard:
-    """Some rows of a slice of a source, and the file their tokens go to.
+    """Some rows of a slice of a source, and the file for their tokens.
 
     Attributes:
-        rows: Ascending, of the slice, from 0.
+        rows: Indices in the slice, from 0, ascending.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class TokenShard:
         return self.folder / f"{self.part.first:010d}-{self.part.num_rows}-{rows}.arrow"
 
     def is_whole(self) -> bool:
-        """Whether the file is there and ends as an Arrow file does."""
+        """Whether the file exists and has the end of an Arrow file."""
         try:
             with pa.memory_map(str(self.file)) as file:
                 return pa.ipc.open_file(file).schema.equals(SCHEMA)
@@ -69,10 +69,10 @@ class TokenShard:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """What turns rows into tokens; travels to the workers once.
+    """Turns rows into tokens; sent to each worker once.
 
     Attributes:
-        features: What hygiene compares rows by, or None.
+        features: Computes what hygiene compares of a row; None without hygiene.
     """
 
     stage: TrainStage
@@ -80,7 +80,7 @@ class Tokenize:
     features: Callable[[dict], bytes] | None = None
 
     def __call__(self, shard: TokenShard) -> int:
-        """Make the shard's file. Returns its rows.
+        """Make the shard's file; returns its number of rows.
 
         Raises:
             UserError: The rows cannot be read, or all of the first SHARD_ROWS rows of a source are refused: then the
@@ -113,7 +113,7 @@ class Tokenize:
 
 @contextlib.contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Without collections of cyclic garbage, of which a shard makes little: they look at every token list again."""
+    """No collection of cyclic garbage: a shard makes little of it, and a collection visits every token list."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -135,10 +135,10 @@ def nth(values, places):
 
 
 def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: int, description: str) -> None:
-    """Make the files that are not there yet; the same files for any number of workers.
+    """Make the missing files; they are the same for any number of workers.
 
     Raises:
-        UserError: As `Tokenize`: of the first shard in their order, whichever worker came across it.
+        UserError: As `Tokenize`, for the first bad shard in their order, whichever worker finds it.
     """
     missing = [shard for shard in shards if not shard.is_whole()]
     for folder in {shard.folder for shard in missing}:
@@ -152,7 +152,7 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
             for shard in missing:
                 progress.update(tokenize(shard))
             return
-        # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
+        # As in `datasets.map`: a forked worker has the tokenizer at once; a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
             try:
@@ -167,7 +167,7 @@ _tokenize: Tokenize  # of this worker
 
 
 def receive(tokenize: Tokenize) -> None:
-    """In a new worker: what it does, and how it ends."""
+    """Set up a new worker."""
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
     default_in_fork()
@@ -176,7 +176,7 @@ def receive(tokenize: Tokenize) -> None:
 
 
 def end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End with the parent: a worker whose parent was killed would wait for work forever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

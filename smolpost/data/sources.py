@@ -1,4 +1,4 @@
-"""Rows from files, folders and the Hub, in slices that any process can read by itself, and a name for their content."""
+"""Rows from files, folders and the Hub, in slices that any process can read, and a hash of their content."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from smolpost.errors import UserError
 from smolpost.files import sha256
 from smolpost.schema import Source
 
-READ_ROWS = 4096  # of a slice, where one process reads the whole source
+READ_ROWS = 4096  # of a slice, when one process reads all of a source
 CUTTERS = {
     "jsonl": cut_jsonl, "compressed": cut_compressed, "parquet": cut_parquet, "arrow": cut_dataset, "hub": cut_dataset,
 }  # fmt: skip
@@ -30,7 +30,7 @@ def read_rows(source: Source, *, faults: bool = False) -> Iterator[tuple[int, Ro
     """The rows of a source from first_row on, at most max_rows.
 
     Args:
-        faults: Give also rows that cannot be read, which say why.
+        faults: Also yield rows that cannot be read; their `fault` says why.
     Yields:
         (number, row), number as in Row.
     Raises:
@@ -47,12 +47,12 @@ def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
     """The rows of a source from first_row on, at most max_rows, cut into slices; together they are all rows in order.
 
     A path is a JSONL (also .gz, .zst) or Parquet file, a pattern for such files, a folder of `datasets.save_to_disk`,
-    a folder of such files, or, where it is relative, a Hub id. Nothing is parsed; JSONL is searched for line ends.
+    a folder of such files, or a Hub id, if it is relative. Nothing is parsed; JSONL is searched for line ends.
 
     Args:
-        rows_per_slice: At most this many; a compressed file is one slice, as it cannot be entered in its middle.
+        rows_per_slice: Rows of a slice, at most. A compressed file is one slice: reading cannot start in its middle.
     Raises:
-        UserError: The path or split does not exist, a file is empty, no JSONL text or no Parquet, or no row is left.
+        UserError: The path or split does not exist, a file is empty or not JSONL or Parquet, or no row is left.
     """
     if source.first_row < 0 or (source.max_rows is not None and source.max_rows < 1):
         raise UserError(
@@ -78,11 +78,10 @@ def slices(source: Source, rows_per_slice: int) -> list[SourceSlice]:
 
 
 def read_slice(source: Source, part: SourceSlice) -> Iterator[Row]:
-    """The rows of one slice, in any process, without the keys that hold null; a row that cannot be read says why
-    (`Row.fault`).
+    """The rows of one slice, without the keys that have null; `Row.fault` says why a row cannot be read.
 
     Raises:
-        UserError: The file breaks off, or the rows are no longer as many as they were.
+        UserError: The file is truncated, or its number of rows has changed.
     """
     num_rows = 0
     for row in READERS[part.kind](source, part):
@@ -96,10 +95,11 @@ def read_slice(source: Source, part: SourceSlice) -> Iterator[Row]:
 
 
 def fingerprint(source: Source) -> str:
-    """A name for the content: `id@revision/subset/split` of a Hub dataset, sha256 of a file's bytes, or of the names
-    below the folder or the pattern's fixed part and the bytes of all files that are read.
+    """A name for the content of a source.
 
-    Which rows are taken (first_row, max_rows) and what becomes of their columns is not part of it.
+    For a Hub dataset, `id@revision/subset/split`. For a file, the SHA-256 of its bytes. For a folder or a pattern, the
+    SHA-256 of the names (relative to the folder, or to the pattern's fixed part) and the bytes of all files that are
+    read. The choice of rows (first_row, max_rows) and the mapping of columns are not part of it.
 
     Raises:
         UserError: The path or split does not exist.

@@ -125,12 +125,14 @@ def check_messages(messages, where: str, tools: list | None = None) -> None:
 
 
 def check_reply(messages: list[dict], where: str) -> None:
-    """Both templates render a conversation that the assistant opens; but one without any reply to a user, which they
-    render too, is a text or has lost its prompt."""
+    """Refuse a conversation without a reply to a user: it is a text, or its prompt is missing.
+
+    Both templates would render it. A conversation that the assistant opens is allowed.
+    """
     roles = [message["role"] for message in messages]
     if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
         raise UserError(
-            f"{where} has no assistant turn after a user turn; expected a reply to someone; "
+            f"{where} has no assistant turn after a user turn; expected a reply to a user; "
             "add the user's turn, or put the words into a text column"
         )
 
@@ -160,7 +162,7 @@ def check_message(message, where: str, tools: list | None = None) -> None:
 
 
 def message_text(message: dict, where: str) -> str:
-    """The content's text, "" where it is missing; a list may hold strings and objects with text."""
+    """The content's text; "" if it is missing. A list may have strings and objects with text."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return content or ""
