@@ -1,7 +1,7 @@
-"""What every export has in common: the checkpoint as any reader takes it, the folder's birth, its manifest.
+"""What every export shares: the checkpoint in a form that all readers accept, the new folder, its manifest.
 
-An export appears at its place in one rename, scored and complete, or not at all. Until then it lies in a hidden folder
-beside it; the next export to the same place removes what a killed one left.
+An export appears in one rename, scored and complete, or not at all. Until then it is in a hidden folder beside the target.
+The next export into the same folder removes what a killed export left.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class ExportSource:
     def config(self) -> SmolLM3Config:
         """
         Raises:
-            UserError: There is no SmolLM3 configuration that can be read.
+            UserError: There is no readable SmolLM3 configuration.
         """
         file = self.folder / "config.json"
         config = read_config(file)
@@ -59,10 +59,10 @@ class ExportSource:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, from which the model loads whole and under its own names.
+        """The safetensors files, from which the model loads completely and under its own names.
 
         Raises:
-            UserError: They are not there, not all of the model, or not those that were written.
+            UserError: Files are missing, do not have all of the model, or differ from those that were written.
         """
         verify(self.folder)
         files = weight_files(self.folder)
@@ -71,7 +71,7 @@ class ExportSource:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as torch names it."""
+        """dtype of the weights, such as "bfloat16"."""
         return str(self.config.dtype or "float32").removeprefix("torch.")
 
     @property

@@ -52,7 +52,7 @@ def obstacle(source: ExportSource) -> str:
 
 
 def converter_folder(llama_cpp: Path | None) -> Path:
-    """Where the converter lies: the folder given, else that of the variable LLAMA_CPP.
+    """The converter, in the given folder or in that of the variable LLAMA_CPP.
 
     Raises:
         UserError: Neither is given, or the script is not in it.
@@ -71,7 +71,7 @@ def converter_folder(llama_cpp: Path | None) -> Path:
 def convert(source: ExportSource, out: Path, llama_cpp: Path | None) -> str:
     """Write the file into the folder `out`; returns the dtype of its matrices, the checkpoint's."""
     staged = stage(source, out.parent / "source")
-    # llama.cpp puts a begin token before Llama 3's vocabulary unless told not to.
+    # llama.cpp adds a begin token with Llama 3's vocabulary, unless a field forbids it.
     begins = source.tokenizer("a").input_ids[:1] == [source.tokenizer.bos_token_id]
     write_json(staged / "tokenizer_config.json", portable_tokenizer_config(source) | {"add_bos_token": begins})
     folder = str(converter_folder(llama_cpp))
@@ -184,7 +184,7 @@ class GgufSession:
         return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that llama.cpp adds by itself."""
+        """Token ids, with the special tokens that llama.cpp adds."""
         data = text.encode()
         ids = (self._api.llama_token * (len(data) + 2))()
         number = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), True, True)

@@ -40,7 +40,7 @@ def convert(source: ExportSource, out: Path) -> str:
     """Write the graph into the folder `out`; returns the dtype of its weights, fp32 whatever the checkpoint's."""
     model = load_model(source.folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
-    rows, new, past = 2, 3, 4  # any sizes but 0 and 1, which the exporter takes for constants
+    rows, new, past = 2, 3, 4  # any sizes except 0 and 1, which the exporter treats as constants
     caches = [
         torch.zeros(rows, config.num_key_value_heads, past, head_size(config))
         for _ in range(2 * config.num_hidden_layers)
@@ -50,7 +50,7 @@ def convert(source: ExportSource, out: Path) -> str:
     places = torch.arange(past, past + new).expand(rows, -1)
     row, step = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
     inputs = cache_names(config.num_hidden_layers, "past_key_values")
-    # The exporter tells of its progress, of deprecations inside torch, and of packages that are not there.
+    # The exporter prints its progress, deprecations inside torch, and missing packages.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""A checkpoint folder that every loader of the family reads alike: vLLM, SGLang, transformers 4 and 5.
+"""A checkpoint folder that vLLM, SGLang, transformers 4 and transformers 5 read in the same way.
 
-vLLM and SGLang run SmolLM3 through transformers' own model, of whichever version they came with. The weights stay as
-they are; config and tokenizer are written in both spellings.
+vLLM and SGLang run SmolLM3 through transformers' own model, in the version that they install. The weights do not
+change; config and tokenizer are written in both spellings.
 """
 
 import json

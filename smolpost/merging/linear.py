@@ -44,7 +44,7 @@ def merge(
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
         no_tokenizer: Merge models without comparing tokenizers, which they need not have; the result has none.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
-        threads: At work at once, at most; all cores, eight at most, by default. The result does not depend on it.
+        threads: Most threads at work; None: all cores, at most eight. The result does not depend on it.
         shard_bytes: Of weights per written file.
     Returns:
         `method`, `inputs` (name -> weight), `base`, `dtype`, `engine`, `num_tensors`, `num_parameters`,
@@ -53,9 +53,9 @@ def merge(
         (share of those that are the exact mean rounded to `dtype`, in [0, 1]), `read_bytes`, `written_bytes`,
         `seconds`.
     Raises:
-        UserError: The inputs cannot be merged, or make no working model; nothing is written.
-        RuntimeError: The engine wrote something else than the mean; nothing is left behind.
-        OSError: The disk became full, among others; nothing is left behind.
+        UserError: The inputs cannot be merged, or the result is not a working model; nothing is written.
+        RuntimeError: The engine wrote something other than the mean; nothing is left behind.
+        OSError: For example, the disk is full; nothing is left behind.
     """
     checkpoints = [Checkpoint(name, Path(folder), weight) for name, folder, weight in inputs]
     weights = {checkpoint.name: checkpoint.weight for checkpoint in checkpoints}

@@ -1,4 +1,4 @@
-"""What must hold before checkpoints are merged; mergekit itself merges in silence where it does not."""
+"""Checks before checkpoints are merged; mergekit itself would merge silently."""
 
 import filecmp
 import shutil
@@ -64,9 +64,9 @@ def check_inputs(
     """Refuse inputs that are not one model: architecture, tensors, vocabulary and chat template, cheapest first.
 
     Args:
-        vocabulary: As of a merge's `Job`.
+        vocabulary: As in `build.Job`.
 
-    Their values are read by the merge itself; `check_values` says where it met one that is not finite.
+    The merge itself reads the values; `check_values` reports a value that is not finite.
     """
     architectures = base.config.get("architectures") or []
     if len(architectures) != 1:

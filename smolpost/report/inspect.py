@@ -1,6 +1,6 @@
-"""A prepared folder read back as the model will see it: packs, documents and pairs with the fate of every token.
+"""Reads a prepared folder as the model will see it: packs, documents and pairs with the fate of every token.
 
-N rows read, T tokens of a document or part. The folder stays memory-mapped: what is read is what is asked for.
+N rows read, T tokens of a document or part. The folder stays memory-mapped; only what is asked for is read.
 """
 
 import json
@@ -26,7 +26,7 @@ COLUMNS = {
     "sft": ("input_ids", "fates", "seq_lengths", "rows"),
     "apo": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
 }
-MOST_PARTS = 8  # tokens of one character; bytes that never make one must not be collected for ever
+MOST_PARTS = 8  # tokens of one character, at most: bytes may never add up to one
 UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
 FILES = ("manifest.json", "state.json", "dataset_info.json", ROWS, REPORT, "tokenizer")
 
@@ -36,10 +36,10 @@ class PreparedRow:
     """A row as it was read.
 
     Attributes:
-        number: Of the row in its path, from 1.
-        tokens: All it has, also those that were cut off.
+        number: Number of the row in its path, from 1.
+        tokens: Its number of tokens, truncated ones included.
         think: It trains a think block.
-        dropped: The reason, "" where it was kept.
+        dropped: The reason, or "" if it was kept.
     """
 
     source: str
@@ -51,6 +51,7 @@ class PreparedRow:
 
     @property
     def place(self) -> str:
+        """PATH:NUMBER, for messages."""
         return f"{self.path}:{self.number}"
 
 
@@ -60,7 +61,7 @@ class Segment:
 
     Attributes:
         name: "document", "prompt", "chosen" or "rejected".
-        first_position: 0, but on the completions of a pair: both count on from their prompt.
+        first_position: Position of the first token: 0, except in a pair's completions, which continue their prompt.
         ids: [T] int32.
         fates: [T] int8, values of Fate.
     """
@@ -76,7 +77,7 @@ class Segment:
         return self.first_position + np.arange(len(self.ids))
 
     def runs(self) -> list[tuple[Fate, int, int]]:
-        """(fate, start, stop) of the longest stretches of one fate, in order."""
+        """(fate, start, stop) of the runs of equal fate, in order."""
         edges = np.flatnonzero(np.diff(self.fates)) + 1
         starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(self.fates)]
         return [(Fate(self.fates[a]), a, b) for a, b in zip(starts, stops, strict=True) if a < b]
@@ -84,10 +85,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedDocument:
-    """
+    """A document of a pack.
+
     Attributes:
-        pack, index: Of the pack in the folder and of the document in the pack, from 0.
-        start: Its first token in the pack.
+        pack, index: Number of the pack in the folder and of the document in the pack, from 0.
+        start: Index of its first token in the pack.
     """
 
     pack: int
@@ -99,6 +101,8 @@ class PackedDocument:
 
 @dataclass(frozen=True)
 class Pack:
+    """A pack and its documents, in order."""
+
     index: int
     documents: list[PackedDocument]
 
@@ -123,9 +127,10 @@ class PreparedPair:
 
 
 class Location(NamedTuple):
-    """
+    """Where a row is in the packs or pairs.
+
     Attributes:
-        pack, document: Of the folder's packs and of the pack's documents, from 0; a pair's number and 0.
+        pack, document: Number of the pack and of its document, from 0; of a pair, its number and 0.
         row: Index in rows.parquet.
     """
 
@@ -182,7 +187,7 @@ class Prepared:
     def pack(self, index: int) -> Pack:
         """
         Raises:
-            UserError: There is no such pack, or what it holds contradicts itself.
+            UserError: There is no such pack, or its columns contradict each other.
         """
         columns = self._columns(index, "sft", "pack")
         ids, fates, lengths, rows = (columns[name] for name in COLUMNS["sft"])
@@ -200,7 +205,7 @@ class Prepared:
     def pair(self, index: int) -> PreparedPair:
         """
         Raises:
-            UserError: There is no such pair, or what it holds contradicts itself.
+            UserError: There is no such pair, or its columns contradict each other.
         """
         columns = self._columns(index, "apo", "pair")
         parts, first = [], 0
@@ -353,9 +358,9 @@ class Prepared:
     # ------------------------------------------------------------ text
 
     def texts(self, ids: Iterable[int]) -> list[str]:
-        """[T] the text of each token; joined, they are what the tokenizer decodes the ids to.
+        """[T] the text of each token; joined, they are the text to which the tokenizer decodes the ids.
 
-        A character of several tokens stands at the last of them, the others are "".
+        A character of several tokens is at the last of them; the others are "".
         """
         ids = [int(i) for i in ids]
         known = self._token_texts

@@ -1,7 +1,7 @@
-"""A prepared folder in the terminal: the ledger, then tokens by fate.
+"""Shows a prepared folder in the terminal: the ledger, then tokens by fate.
 
-Every stretch of one fate begins with its word and trained text is underlined, so nothing is told by colour alone and a
-pipe or NO_COLOR keeps the same letters.
+Every run of one fate begins with its word, and trained text is underlined. So nothing depends on colour alone, and a
+pipe or NO_COLOR gives the same text.
 """
 
 import re
@@ -126,7 +126,7 @@ def _show_tokens(prepared: Prepared, console: Console, tokens: Segment) -> None:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """The line in pieces of at most `width` cells, after spaces where it has some; nothing is stripped."""
+    """The line in parts of at most `width` cells, cut after spaces if possible; nothing is stripped."""
     pieces, room = [""], width
     for word in re.findall(r"[^ ]* |[^ ]+$", line):
         for part in chop_cells(word, width) if cell_len(word) > width else [word]:

@@ -57,7 +57,7 @@ def test_shares_are_of_tokens_or_rows_and_the_scarcest_source_is_taken_whole():
 @pytest.mark.parametrize(
     "sources, message",
     [
-        ({"a": {"share": 0.5}, "b": {}}, r"sources b have no share, and others have"),
+        ({"a": {"share": 0.5}, "b": {}}, r"sources b have no share, but other sources have"),
         ({"a": {"share": 0.5}, "b": {"share": 0.6}}, r"are not all above 0 with a sum of 1"),
         ({"a": {"loss_weight": 0}}, r"sources.a.loss_weight=0 is not above 0"),
         ({"a": {"max_tokens": 0}}, r"sources.a.max_tokens=0 is below 1"),

@@ -91,7 +91,9 @@ def test_a_file_that_changes_between_counting_and_reading_is_refused(write_jsonl
     source = Source(path=write_jsonl(ROWS))
     cut = slices(source, 9)
     write_jsonl(ROWS[:2])
-    with pytest.raises(UserError, match=r"rows.jsonl: has 2 rows from row 1 on, where 3 were counted: it was changed"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl: has 2 rows from row 1 on, but 3 were counted: the file was changed"
+    ):
         list(read_slice(source, cut[0]))
 
 

@@ -345,7 +345,7 @@ TIES = {"merge_method": "ties", "models": entries("pre", "a", "b", **WEIGHTED), 
         ({"parameters": {"t": "much"}}, "parameter t='much' is not a value it can have"),
         ({"parameters": {"t": [{"filtre": "mlp", "value": 1}]}}, "key filtre in a conditional value is not one of"),
         ({"parameters": {"t": [{"filter": "atn", "value": 1}, 0]}}, "parameter t mixes conditional values"),
-        ({"parameters": {"t": [{"filter": "atn", "value": 1}, {"value": 0}]}}, "filter 'atn' is in no tensor's name"),
+        ({"parameters": {"t": [{"filter": "atn", "value": 1}, {"value": 0}]}}, "filter 'atn' matches no tensor's name"),
         ({"parameters": {}}, "mergekit refuses it (Missing required parameter t for"),
         ({"models": entries("pre", "a", a={"t": 1})}, "t of 'a' belongs to the whole merge, not to an input"),
         ({"models": entries("pre", "a", "b")}, "mergekit refuses it (Merge method requires exactly 2 inputs"),
@@ -472,7 +472,7 @@ def test_the_preflight_of_the_linear_merge_holds_for_every_method(trained, edite
     assert "base_model='z' is not among the inputs a, b" in refused_method(tmp_path, inputs=inputs, base_model="z")
     assert "merge base='z' is not among the inputs" in refused_method(tmp_path, inputs=inputs, base="z")
     assert "starts from no model; drop base_model='a'" in refused_method(tmp_path, inputs=inputs, method="karcher")
-    assert "are one folder" in refused_method(tmp_path, inputs=[("a", a, {}), ("b", a, {})])
+    assert "are the same folder" in refused_method(tmp_path, inputs=[("a", a, {}), ("b", a, {})])
     edit_weights(edited, lambda tensors: tensors["model.norm.weight"].view(-1)[-1:].fill_(float("nan")))
     assert "tensor model.norm.weight has NaN or infinity" in refused_method(tmp_path, inputs=inputs)
     edit_weights(edited, lambda tensors: tensors.pop("model.norm.weight"))

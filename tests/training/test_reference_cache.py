@@ -267,17 +267,17 @@ def flipped(place):
 
 
 DAMAGES = {
-    "truncated": (cut(0.9), "no whole safetensors file"),
-    "header cut": (cut(0.1), "no whole safetensors file"),
-    "empty": (cut(0), "no whole safetensors file"),
-    "garbage": (lambda file: file.write_bytes(random.Random(0).randbytes(5000)), "no whole safetensors file"),
-    "bytes added": (lambda file: file.write_bytes(file.read_bytes() + b"\0\0\0\0"), "no whole safetensors file"),
+    "truncated": (cut(0.9), "not a complete safetensors file"),
+    "header cut": (cut(0.1), "not a complete safetensors file"),
+    "empty": (cut(0), "not a complete safetensors file"),
+    "garbage": (lambda file: file.write_bytes(random.Random(0).randbytes(5000)), "not a complete safetensors file"),
+    "bytes added": (lambda file: file.write_bytes(file.read_bytes() + b"\0\0\0\0"), "not a complete safetensors file"),
     "data flipped": (flipped(-7), "do not have the checksum"),
     "other key": (written_by(key="other"), "its key is other where key belongs"),
     "other layout": (layout_of_others, "its layout is"),
     "other range": (written_by(counts=COUNTS[::-1].copy()), "its pairs is"),
     "not finite": (nan_inside, "a value is not finite"),
-    "other tensor": (lambda file: save_file({"x": np.zeros(9, "f4")}, file), "no whole safetensors file"),
+    "other tensor": (lambda file: save_file({"x": np.zeros(9, "f4")}, file), "not a complete safetensors file"),
     "unlabelled": (lambda file: save_file({"logps": np.zeros(9, "f4")}, file), "its key is None"),
 }
 

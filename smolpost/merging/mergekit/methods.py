@@ -53,7 +53,7 @@ def merge_method(
         base: Name of the input whose config, tokenizer and chat template the result has.
         out: Result folder; empty or absent.
         dtype: "float32", "bfloat16" or "float16", of the written weights.
-        parameters: mergekit's parameters of the whole merge, and defaults for those of the inputs: {"t": 0.4}.
+        parameters: mergekit's parameters of the merge, and defaults for the inputs' parameters: {"t": 0.4}.
         base_model: Name of the input that differences are taken from, or slerp's t = 0; karcher, linear take none.
         seed: mergekit's random_seed, of the methods that draw numbers (dare, della, arcee_fusion).
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
@@ -68,8 +68,8 @@ def merge_method(
         `normalized_weights`), `num_tensors`, `num_parameters`, `max_position_embeddings`, `read_bytes`,
         `written_bytes`, `seconds`.
     Raises:
-        UserError: The method, its parameters or the inputs make no merge; nothing is written.
-        OSError: The disk became full, among others; nothing is left behind.
+        UserError: The method, its parameters or the inputs are not valid; nothing is written.
+        OSError: For example, the disk is full; nothing is left behind.
     """
     names = [name for name, _, _ in inputs]
     if base_model is not None and base_model not in names:
@@ -109,12 +109,11 @@ def merge_yaml(
 ) -> dict[str, Any]:
     """Write the merge that a mergekit YAML file states to a new folder.
 
-    The weights are those of the `mergekit-yaml` command with --random-seed `seed`, bit for bit but for what
-    docs/merging.md names. `dtype` is the one that inputs are computed in, `out_dtype` the written one, each left to
-    mergekit's rule where absent. All keys of mergekit's work; any other is refused by name, and so is one that stands
-    twice. Parameters of other methods, which mergekit passes over, are `unused` in the report. `random_seed` may stand
-    in the file. The documents of a file are merged in order; each but the last has a `name` by which later ones name
-    its result, which is not kept.
+    The weights are bit for bit those of the `mergekit-yaml` command with --random-seed `seed`; docs/merging.md lists
+    the exceptions. Inputs are computed in `dtype` and written in `out_dtype`; mergekit's rule applies if one is
+    missing. All keys of mergekit work. Other keys and repeated keys are refused by name. Parameters of other methods,
+    which mergekit ignores, are `unused` in the report. The file may have `random_seed`. The documents of a file are
+    merged in order. Each except the last has a `name`, by which later documents use its result, which is not kept.
 
     Args:
         config_file: mergekit's YAML.
