@@ -1,6 +1,6 @@
 """What every export shares: the checkpoint in a form that all readers accept, the new folder, its manifest.
 
-An export appears in one rename, scored and complete, or not at all. Until then it is in a hidden folder beside the target.
+An export appears in one rename, scored and complete, or not at all. Until then it is in a hidden folder beside it.
 The next export into the same folder removes what a killed export left.
 """
 
