@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,12 +17,16 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.data.row_shapes.shape import RowShape
+from smolpost.data.settings import Rows
 from smolpost.data.source_slice import SourceSlice
 from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
+from smolpost.files import remove_parts, replacing
 from smolpost.progress import Progress
-from smolpost.schema import Source, TrainStage
+from smolpost.registry import ROW_SHAPES
+from smolpost.schema import Source
 from smolpost.signals import default_in_fork
 
 SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
@@ -64,7 +67,7 @@ class Tokenize:
         features: What hygiene compares rows by, or None.
     """
 
-    stage: TrainStage
+    stage: Rows
     tokenizer: PreTrainedTokenizerBase
     features: Callable[[dict], bytes] | None = None
 
@@ -75,27 +78,18 @@ class Tokenize:
             UserError: The rows cannot be read, or all of a source's first full shard are refused: then the recipe is
                 wrong, not the rows.
         """
-        shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
-        kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
+        layout = self.stage.layout
+        rows = (admitted(row, shard.source, layout) for row in nth(read_slice(shard.source, shard.piece), taken))
         num_refused, fault = 0, None
-        with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
-            try:
-                with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
-                    for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
-                        writer.write_batch(batch)
-                        num_refused += len(batch) - batch["fault"].null_count
-                        fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
-                if num_refused == SHARD_ROWS and shard.piece.first == 0:
-                    raise UserError(f"{fault} (so are all of the first {SHARD_ROWS} rows)")
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, shard.file)
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        with replacing(shard.file) as part:
+            with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
+                for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
+                    writer.write_batch(batch)
+                    num_refused += len(batch) - batch["fault"].null_count
+                    fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
+            if num_refused == SHARD_ROWS and shard.piece.first == 0:
+                raise UserError(f"{fault} (so are all of the first {SHARD_ROWS} rows)")
         return len(shard.rows)
 
 
@@ -129,9 +123,8 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
         UserError: As `Tokenize`: of the first shard in their order, whichever worker came across it.
     """
     missing = [shard for shard in shards if not shard.is_whole()]
-    for folder in {shard.folder for shard in missing}:
-        for stale in folder.glob(".part-*"):  # of a killed process; the caller holds the lock
-            stale.unlink()
+    for folder in {shard.folder for shard in missing if shard.folder.is_dir()}:
+        remove_parts(folder)  # of a killed process; the caller holds the lock
     total = sum(len(shard.rows) for shard in shards)
     done = total - sum(len(shard.rows) for shard in missing)
     num_workers = min(num_workers, len(missing))
@@ -142,7 +135,8 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
             return
         # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
+        given = (tokenize, [*ROW_SHAPES.values()])
+        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=given) as pool:
             try:
                 for num_rows in pool.map(tokenize_here, missing):
                     progress.update(num_rows)
@@ -154,8 +148,12 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
 _tokenize: Tokenize  # of this worker
 
 
-def receive(tokenize: Tokenize) -> None:
-    """In a new worker: what it does, and how it ends."""
+def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
+    """In a new worker: what it does, and how it ends.
+
+    Args:
+        row_shapes: A spawned worker imports the modules that define them, which registers them.
+    """
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
     default_in_fork()

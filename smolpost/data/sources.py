@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
@@ -95,26 +95,28 @@ def read_slice(source: Source, piece: SourceSlice) -> Iterator[Row]:
         )
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, hashed: Callable[[Path], str] = sha256) -> str:
     """A name for the content: `id@revision/subset/split` of a Hub dataset, sha256 of a file's bytes, or of the names
     below the folder or the pattern's fixed part and the bytes of all files that are read.
 
     Which rows are taken (first_row, max_rows) and what becomes of their columns is not part of it.
 
+    Args:
+        hashed: SHA-256 of a file's content: `files.Hashes`, where a content shall be read once and not each time.
     Raises:
         UserError: The path or split does not exist.
     """
     if is_hub_id(source):
         return f"{source.path}@{source.revision or 'main'}/{source.subset or 'default'}/{source.split}"
     if Path(source.path).is_file():
-        return sha256(Path(source.path))
+        return hashed(Path(source.path))
     root = Path(*itertools.takewhile(lambda part: not has_magic(part), Path(source.path).parts))
     if Path(source.path).is_dir():
         root = Path(source.path)
     digest = hashlib.sha256()
     for path, kind in parts(source):
         for file in arrow_files(Path(path)) if kind == "arrow" else [Path(path)]:
-            digest.update(f"{file.relative_to(root)}\0{sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(root)}\0{hashed(file)}\n".encode())
     return digest.hexdigest()
 
 

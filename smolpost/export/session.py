@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import inference, reply_text
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import inference, reply_text
 
 # Tokens fed at once: logits of a whole long prompt would not fit, [L, V] being gigabytes.
 CHUNK = 256

@@ -29,8 +29,8 @@ ENVIRONMENT = {  # of the commands, unless the user has set them
     signals.UNDER_RUN: "1",
 }
 IMPORTS = (  # what commands would import for seconds
-    "smolpost.data.prepare_sft",
-    "smolpost.data.prepare_apo",
+    "smolpost.data.prepare_documents",
+    "smolpost.data.prepare_pairs",
     "smolpost.training.train",
     "smolpost.evaluation.run",
     "smolpost.merging.linear",

@@ -14,7 +14,8 @@ from smolpost.chat.render import load_template
 from smolpost.data.rows import MAX_DEPTH
 from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 from tests.reading import read
@@ -198,7 +199,9 @@ ODD = {
 def test_replies_that_take_a_rendering_each_are_bounded():
     tags = ("{%- generation -%}", "{%- endgeneration -%}")
     untagged = load_template("smollm3").replace(tags[0], "").replace(tags[1], "")
-    with pytest.raises(UserError, match=r"messages hold 1,001 replies, above the 1,000 that are found without {% gen"):
+    with pytest.raises(
+        UserError, match=r"messages have 1,001 replies, above the 1,000 that can be found without {% gen"
+    ):
         encode(byte_level(template=untagged), [USER, REPLY] * 1001, today="x")
 
 

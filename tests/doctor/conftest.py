@@ -21,9 +21,7 @@ def healthy(tmp_path_factory) -> Clinic:
     clinic.write("sft", conversations())
     clinic.write("preference", pairs())
     lineage = clinic.lineage()
-    steps.make(
-        lineage, lineage.stages["init"], lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture)
-    )
+    steps.make(lineage, lineage.stages["init"])
     return clinic
 
 

@@ -163,7 +163,7 @@ def slow(module, name):
             time.sleep(60)
         return function(*arguments, **keywords)
     setattr(module, name, call)
-for module, name in ((linear, "compare_with_mean"), (draft, "_write_manifest")):
+for module, name in ((linear, "compare_with_mean"), (build, "_write_manifest")):
     slow(module, name)
 if step == "chunk":
     from smolpost.merging import shards

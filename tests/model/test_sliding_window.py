@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from smolpost.inference.generation import generate
 from smolpost.model import attention
 from smolpost.model.attention import find_segments, packed_attention, packed_mask
-from smolpost.model.generation import generate
 from tests.model.packed_rows import (
     VOCAB,
     Work,

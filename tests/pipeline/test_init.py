@@ -37,9 +37,7 @@ def made(tmp_path, template: str, kind: str):
     lineage = Lineage(
         recipe.load([*SMALL, *words, *(f"stages.{s}.allow_template_change=true" for s in ("sft", "apo"))])
     )
-    return steps.make(
-        lineage, lineage.stages["init"], lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture)
-    )
+    return steps.make(lineage, lineage.stages["init"])
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])

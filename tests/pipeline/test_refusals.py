@@ -73,7 +73,7 @@ def test_one_of_the_ranks_says_it(started, tmp_path, who, rank):
         f"    time.sleep((3 if {who!r} == 'all' else 60) if rank == 0 else 0)\n"
         "    raise UserError(f'said by rank {rank}')\n"
         f"train.GRACE = 30 if {who!r} == 'all' else 1\n"
-        "steps.train = refuse\n"
+        "steps.make_on_ranks = refuse\n"
         "train.main()\n"
     )
     launch = processes.arguments(("accelerate", "launch", "--quiet", "--config_file", "recipes/accelerate/ddp.yaml"))

@@ -39,8 +39,8 @@ class Run:
                 folder.mkdir(parents=True)
                 (folder / results.SCORES).write_text(json.dumps({"scores": {}, "task": task, "seconds": 1.0}))
         elif command[1] != "prepare":
-            config = stage.plan.config
-            fields = {"stage": stage.plan.name, "kind": config.kind, "config": stage.plan.config, "parents": {}}
+            config = stage.config
+            fields = {"stage": stage.name, "kind": config.kind, "config": stage.config, "parents": {}}
             stage.folder.mkdir(parents=True)
             manifest.write(stage.folder, key=stage.key, seconds=1.0, **json.loads(json.dumps(fields, default=vars)))
         return 0

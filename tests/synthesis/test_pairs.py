@@ -15,7 +15,7 @@ from smolpost.chat.masks import encode_pair
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import PairsStage
+from smolpost.stages.pairs import PairsStage
 from smolpost.synthesis import pairs
 from smolpost.synthesis.pairs import sample_pairs
 from tests.synthesis.tiny_checkpoints import make_rows
@@ -317,9 +317,9 @@ def test_a_kill_between_the_last_two_steps_changes_nothing(tokenizer, models, un
 CHILD = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {tests!r})
 from tests.synthesis.tiny_checkpoints import make_models, make_rows, make_tokenizer
-from smolpost.schema import PairsStage
+from smolpost.stages.pairs import PairsStage
 from smolpost.synthesis import pairs
 generate = pairs.generate
 def slowly(*args, **kwargs):

@@ -402,7 +402,7 @@ def test_opens_200k_pairs_in_bounded_memory(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- keys
 
-PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "code": "v1"}
+PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "version": 1}
 
 
 def test_key_follows_each_part():
@@ -416,7 +416,7 @@ def test_key_follows_each_part():
 
 def test_key_is_stable():
     """Across processes and releases: a new value here throws away every user's cache."""
-    assert reference_key(**PARTS) == "fcd3658c959b9973"
+    assert reference_key(**PARTS) == "de85da435c036e5a"
 
 
 @pytest.mark.parametrize("name", ["seed", "beta", "learning_rate", "loss", "ld_alpha"])
