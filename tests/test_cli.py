@@ -60,7 +60,7 @@ def refused(capsys, *argv: str) -> str:
 BAD_FILES = {
     "missing": (None, "smoltalk2_sft.jsonl: does not exist; expected a JSONL or Parquet file"),
     "empty": ("", "smoltalk2_sft.jsonl: is empty; expected at least one row"),
-    "broken": ('{"messages": [', "smoltalk2_sft.jsonl:1: is no JSON (Expecting value at column 15); expected one"),
+    "broken": ('{"messages": [', "smoltalk2_sft.jsonl:1: is not JSON (Expecting value at column 15); expected one"),
     "columns": (
         '{"question": "1+1?", "answer": "2"}\n',
         "smoltalk2_sft.jsonl:1: has the columns question, answer; expected messages, or",

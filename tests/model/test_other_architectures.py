@@ -155,8 +155,8 @@ def trained(family: Family, stage, rows: list[dict], tokenizer) -> tuple[dict, P
     (folder / "model").mkdir(parents=True)
     dataset, _ = prepared(stage, rows, tokenizer, folder)
     report = train(
-        stage.kind, stage, seed=1, start=family.start, prepared=folder / "rows", out=folder / "model",
-        references=folder / "references", code="x", attn_implementation="packed", environment=CPU,
+        stage.kind, stage, stage.method(), seed=1, start=family.start, prepared=folder / "rows", out=folder / "model",
+        references=folder / "references", attn_implementation="packed", environment=CPU,
     )  # fmt: skip
     return report, folder / "model", dataset.to_list()
 

@@ -165,7 +165,7 @@ def test_only_its_own_file_is_replaced(sft, tmp_path):
     assert file.stat().st_size > small and file.stat().st_mode & 0o777 == 0o644
     file.write_text("<html>the thesis</html>")
     with pytest.raises(
-        UserError, match=r"page.html exists and is no page of `smolpost inspect`; remove it or name another"
+        UserError, match=r"page.html exists and is not a page of `smolpost inspect`; remove it or give another name"
     ):
         write_page(prepared, file)
     assert file.read_text() == "<html>the thesis</html>"

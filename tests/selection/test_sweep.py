@@ -247,7 +247,7 @@ def test_refusals(tmp_path):
         with pytest.raises(UserError, match=f"max_cost={cost:g} must be at least 0"):
             run(tmp_path, max_cost=cost)
     with pytest.raises(
-        UserError, match="long: recall/wrong is not a score; choose among recall/right, recall/loss, reas"
+        UserError, match="long: recall/wrong is not a score; choose from recall/right, recall/loss, reas"
     ):
         run(tmp_path, long=["recall/wrong"])
     with pytest.raises(UserError, match="long: recall/right is nan; choose another score"):

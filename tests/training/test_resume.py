@@ -98,7 +98,9 @@ def test_a_damaged_checkpoint_is_passed_over(cut, tmp_path, capsys, damage):
     assert last_whole(folder)[0].name == "checkpoint-4"
     printed = capsys.readouterr().out
     assert f"{folder}/checkpoint-5 was cut short while saving; removed\n" in printed
-    expected = rf"{folder}/checkpoint-6 is damaged \({reason}\); removed, going back to the one before\n"
+    expected = (
+        rf"{folder}/checkpoint-6 is damaged \({reason}\); it is removed, and training continues from the previous one\n"
+    )
     assert re.search(expected, printed)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4"]
 
