@@ -148,7 +148,7 @@ class ToolCalls(Measurement):
                 raise UserError(f"{where}: has no {missing[0]} but the columns {', '.join(row)}; expected Berkeley's")
             if not isinstance(row["id"], str) or row["id"] in seen:
                 raise UserError(
-                    f"{where}: id={row['id']!r:.80} is not a text, or an earlier row has it; give each row its own"
+                    f"{where}: id={row['id']!r:.80} is not a text, or is an earlier row's; give each its own"
                 )
             if category(row["id"]) in SHARES:
                 raise UserError(f"{where}: id={row['id']!r:.80} begins with the name of a metric; rename it")
