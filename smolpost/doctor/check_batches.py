@@ -27,7 +27,7 @@ class Derived(NamedTuple):
     is_reply: np.ndarray
 
 
-class Document(NamedTuple):
+class CollatedDocument(NamedTuple):
     """A document of the collated batch, its row whole or a piece of it: [L] ids and labels.
 
     Attributes:
@@ -63,7 +63,7 @@ def runs(flags: np.ndarray) -> list[slice]:
     return found
 
 
-def documents(case: Case) -> Iterator[Document]:
+def documents(case: Case) -> Iterator[CollatedDocument]:
     """Of the batch that the trainer's own collate makes of the prepared sample.
 
     Raises:
@@ -89,7 +89,7 @@ def documents(case: Case) -> Iterator[Document]:
             # A short piece of a cut row may stand in several places.
             replies = next((piece for piece in pieces if (piece == is_labelled).all()), pieces[0])
         is_whole = whole is not None and length == len(whole.ids)
-        yield Document(row, ids[span], labels[span], replies, is_whole)
+        yield CollatedDocument(row, ids[span], labels[span], replies, is_whole)
 
 
 def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
@@ -167,7 +167,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
         last = list(last_tokens(case))
     except (NotChecked, UserError):  # there are no labels to look at, see mask
         return None not in ends, detail
-    stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
+    stops = stop_tokens(case.stage.entry, case.config, case.prepared_rows, case.start, case.tokenizer)
     trains = [is_cut or token in found.values() for token, is_cut in last]
     num_cut = sum(is_cut for _, is_cut in last)
     before, after = stops.report["generation"]["before"], stops.generation
@@ -179,7 +179,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
 def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
     """The last token of each reply where it trains, else -100; and whether the reply is cut off there."""
     case.need("prepared_rows", "mask and lengths")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         for _, _, side, _ in pair_sides(case):
             yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
         return
@@ -260,7 +260,7 @@ def num_shared_replies(case: Case, row: dict) -> int:
 def sides_differ(case: Case) -> tuple[bool, str]:
     sample = case.need("sample", "rows")
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
-    detail = f"{len(equal)} of {len(sample)} sampled pairs have two equal sides once rendered"
+    detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
     return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
 
 
@@ -286,7 +286,7 @@ def accumulation(case: Case) -> tuple[bool, str]:
     for other in ("packing", "pairs"):
         if other in case.failed:
             raise NotChecked(f"forward passes of several rows cannot be compared, see {other}")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         return training_steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
     return training_steps.sft_accumulation(
         case.config, case.model_to_run(), case.tokenizer, case.short_documents(), case.environment, case.folder

@@ -16,19 +16,21 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.fates import Fate
 from smolpost.data.collate import IGNORE_INDEX, PARTS
-from smolpost.schema import APOStage, SFTStage, TrainStage
-from smolpost.training import apo, reference, sft
+from smolpost.objectives.losses import configured
+from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.scoring import Scored, score_tokens
+from smolpost.training.settings import PackTraining, PairTraining, Training
 from smolpost.training.trainer import StageTrainer
 
 # Relative, of loss, gradient norm and largest gradient; absolute, in nats, of a token's log-probability. Measured on
 # miniatures: below 2e-6 in fp32; bf16 keeps three digits.
 TOLERANCE = {False: 1e-4, True: 3e-2}  # fp32, bf16
-TOKEN_COLUMNS = ("input_ids", "labels", "fates")  # of a pack; its other columns have an entry per document
+TOKEN_COLUMNS = ("input_ids", "fates")  # of a pack; its other columns have an entry for each document
 
 
 class Finding(NamedTuple):
@@ -74,7 +76,7 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
     Those two are cut where they are longer: to the tokens that end with the last trained one.
     """
     chosen, room = [], max_tokens
-    trained = (d for d in documents(packs) if (d["labels"][1:] != IGNORE_INDEX).any())
+    trained = (d for d in documents(packs) if (d["fates"][1:] == Fate.TRAINED).any())
     for document in sorted(trained, key=lambda d: len(d["input_ids"])):
         length = len(document["input_ids"])
         if length > room and len(chosen) >= 2:
@@ -86,11 +88,11 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
 
 def tail(document: dict, length: int) -> dict:
     """The document's last `length` tokens up to its last trained one."""
-    stop = int((document["labels"] != IGNORE_INDEX).nonzero()[0][-1]) + 1
+    stop = int((document["fates"] == Fate.TRAINED).nonzero()[0][-1]) + 1
     start = max(0, stop - length)
     cut = {name: v[start:stop] if name in TOKEN_COLUMNS else v for name, v in document.items()}
-    cut["labels"] = cut["labels"].copy()
-    cut["labels"][0] = IGNORE_INDEX  # nothing is left that predicts it
+    cut["fates"] = cut["fates"].copy()
+    cut["fates"][0] = Fate.FIRST  # nothing is left that predicts it
     return cut | {"seq_lengths": np.array([stop - start])}
 
 
@@ -104,7 +106,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
     largest_off = max(float((g - b.gradients[name]).abs().max()) for name, g in a.gradients.items()) / b.largest()
     tolerance = TOLERANCE[environment.bf16]
     return Finding(
-        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan is no agreement
+        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan does not agree
         f"loss {a.loss:.6f} {first}, {b.loss:.6f} {second}; gradient norm {a.norm():.6g} and {b.norm():.6g}; largest "
         f"gradient difference {largest_off:.1e} of the largest gradient; tolerance {tolerance:g} "
         f"({'bf16' if environment.bf16 else 'fp32'})",
@@ -170,7 +172,7 @@ def summed(model: PreTrainedModel, batches: list[dict], environment: Environment
 
 
 def sft_accumulation(
-    stage: SFTStage,
+    stage: PackTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     chosen: list[dict],
@@ -188,12 +190,12 @@ def sft_accumulation(
     for micro_batch_size in (len(rows), 1):
         settings = without_log(stage, len(rows), micro_batch_size=micro_batch_size)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = sft.trainer(settings, model, tokenizer, rows, arguments, 0, environment, [])
+        trainer = sft.trainer(settings, model, tokenizer, rows, None, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
     return compare(f"in 1 pass of {len(rows)} packs", steps[0], f"in {len(rows)} passes of 1", steps[1], environment)
 
 
-def without_log(stage: TrainStage, num_rows: int, **changes) -> TrainStage:
+def without_log(stage: Training, num_rows: int, **changes) -> Training:
     """The stage with all rows in one global batch."""
     return dataclasses.replace(
         stage, global_batch_size=num_rows, report_to=[], gradient_checkpointing=False, num_epochs=1, **changes
@@ -265,7 +267,7 @@ class PairSteps(NamedTuple):
 
 
 def pair_steps(
-    stage: APOStage,
+    stage: PairTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
@@ -286,7 +288,7 @@ def pair_steps(
     for pack_tokens in (int(lengths.sum()), 1):  # a longer pair has a pass of its own
         settings = without_log(stage, len(rows), pack_tokens=pack_tokens)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = apo.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment, [])
+        trainer = preference.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
         means = {name: float(total / weight) for name, (total, weight) in trainer.sums.items()}
         rewards = rewards or {name: means[name] for name in ("rewards/chosen", "rewards/rejected")}
@@ -298,15 +300,9 @@ def pair_steps(
     return PairSteps(*steps, rewards, -float(np.concatenate(chosen).mean(dtype=np.float64)))
 
 
-def loss_at_reference(stage: APOStage, steps: PairSteps, environment: Environment) -> Finding:
-    """The loss where every log-ratio is 0, worked out by hand from the papers' equations (sigmoid(0) is 1/2)."""
-    theory = {
-        "apo_zero": 1 - 0.5 + 0.5,
-        "apo_down": 0.5 + 1 - 0.5,
-        "sigmoid": math.log(2),
-        "robust": math.log(2),  # ((1 - e) ln 2 - e ln 2) / (1 - 2 e)
-        "ipo": 1 / (2 * stage.beta) ** 2,
-    }[stage.loss]
+def loss_at_reference(stage: PairTraining, steps: PairSteps, environment: Environment) -> Finding:
+    """The loss where every log-ratio is 0, against the value that the loss states for it."""
+    theory = configured(stage.loss, stage.loss_settings).at_reference(stage.beta)
     words = f"{stage.loss} {theory:.6f}"
     if stage.sft_weight:
         theory += stage.sft_weight * steps.nll

@@ -17,12 +17,12 @@ def check_measurable(lineage: Lineage, stage: Located) -> None:
     """
     from transformers import AutoTokenizer
 
-    spec, config = lineage.recipe.evaluation.tasks, stage.plan.config
+    spec = lineage.recipe.evaluation.tasks
     ready = [name for name in stage.evaluation if spec[name].mixtures() and _written(lineage, spec[name])]
     if not ready:
         return
-    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
-    tokenizer.chat_template = load_template(config.template)
+    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[stage.base])
+    tokenizer.chat_template = load_template(stage.config.template_of(lineage.recipe.stages))
     shared = context(lineage, ready)
     for name in ready:
         if not spec[name].build(name, shared).items(tokenizer):

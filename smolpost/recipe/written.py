@@ -10,12 +10,12 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from smolpost import schema
-from smolpost.errors import UserError
-from smolpost.registry import TASK_KINDS
+from smolpost.errors import UserError, Wrong
+from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line
 
 # Entries that have a kind, which decides their fields: parent -> kinds.
-KINDS = {"stages": schema.STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
+KINDS = {"stages": STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
 # Whose entries have names of the user's choice: `+data.NAME=...` adds one, or to one, typed as in a file.
 NAMED = ("data", *KINDS)
 LEAVES = {
@@ -24,18 +24,6 @@ LEAVES = {
     float: (FloatNode, "a number"),
     bool: (BooleanNode, "true or false"),
 }
-
-
-class Wrong(UserError):
-    """A value that cannot be meant.
-
-    Attributes:
-        key: Its full key; `Written.located` puts the file before the message.
-    """
-
-    def __init__(self, key: str, what: str):
-        super().__init__(f"{key}{what}")
-        self.key = key
 
 
 class Written:
@@ -89,6 +77,26 @@ class Written:
         for known in [k for k in self.places if k == key or k.startswith(f"{key}.")]:
             del self.places[known]
             self.kinds.pop(known, None)
+
+    def check_settings(self, key: str, settings: dict, kind: type, of: str) -> None:
+        """Hold settings whose names depend on another value against the dataclass that this value stands for.
+
+        Args:
+            of: The other value, in words, e.g. loss=robust.
+        Raises:
+            UserError: A setting does not exist, or its value has the wrong type.
+        """
+        hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+        for name, value in settings.items():
+            full, known = _join(key, name), _list(hints) or "(none)"
+            place = self.places.get(full, "")
+            if name not in hints:
+                hint = near("", name, hints)
+                raise _in_file(
+                    place,
+                    f"{full} is not a setting of {of}; {hint}settings: {known}; leave it out with ~{full}",
+                )
+            self._add(full, value, hints[name], place, new=True)
 
     def place(self, key: str) -> str:
         """Who wrote a key, in words."""

@@ -113,7 +113,7 @@ class Points:
         for objective in self._objectives:
             for metric in objective.signs:
                 if metric not in scores:
-                    raise UserError(f"{objective.key}: {metric} is not a score; choose among {', '.join(scores)}")
+                    raise UserError(f"{objective.key}: {metric} is not a score; choose from {', '.join(scores)}")
                 if not math.isfinite(scores[metric]["value"]):
                     raise UserError(f"{objective.key}: {metric} is {scores[metric]['value']}; choose another score")
                 task, _, name = metric.partition("/")

@@ -21,6 +21,7 @@ from smolpost.chat.render import load_template, render
 from smolpost.chat.turn_end import endless_replies
 from smolpost.data.prompts import conversation, named, split_last_reply, where
 from smolpost.errors import UserError
+from smolpost.files import write_text
 from smolpost.inference.generation import generate, padding_token_id, reply_text, stop_token_ids
 from smolpost.inference.seeds import derive_seed
 from smolpost.progress import Progress
@@ -127,7 +128,7 @@ def sample_pairs(
     partial = folder / "replies.partial.jsonl"
     replies = _all_replies(stage, prompts, speakers, partial)
     lines, report = _paired(stage, asked, speakers, replies)
-    _write_atomically(folder / "pairs.jsonl", "".join(lines))
+    write_text(folder / "pairs.jsonl", "".join(lines))
     partial.unlink()
     return report
 
@@ -264,15 +265,6 @@ def _append(file: TextIO, sampled: Replies) -> None:
     file.write(json.dumps(sampled) + "\n")
     file.flush()
     os.fsync(file.fileno())
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- pairs

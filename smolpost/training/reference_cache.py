@@ -15,9 +15,7 @@ whole or not at all, so whatever a kill leaves behind is used again.
 """
 
 import hashlib
-import json
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smolpost.errors import UserError
-from smolpost.files import sha256
+from smolpost.files import digest, remove_parts, sha256, write_bytes
 
 # Scored tokens of a chunk, about: a few MB per file, and little to do again after a kill.
 CHUNK_TOKENS = 2**20
@@ -53,7 +51,7 @@ class ReferenceCache:
         if len(counts) and self.counts.min() < 0:
             raise ValueError(f"pair {self.counts.argmin()} has {self.counts.min()} scored tokens, below 0")
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))  # [P + 1] in all pairs' tokens
-        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; windows without a start are no chunks.
+        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; the others make no chunk.
         window = self._starts[:-1] // CHUNK_TOKENS
         self._chunks = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(counts))  # [num_chunks + 1] in pairs
         self._opened: list[np.ndarray] | None = None
@@ -90,20 +88,11 @@ class ReferenceCache:
         """
         values = self._checked(chunk, logps)
         content = save({"logps": values}, metadata=self._label(chunk) | {"crc32": f"{zlib.crc32(values):08x}"})
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(chunk)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{file.name}.", delete=False) as part:
-            try:
-                part.write(content)
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, file)
-            except FileNotFoundError:
-                if not file.exists():  # else another run has finished this chunk and swept our part away
-                    raise
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
+        try:
+            write_bytes(file, content)
+        except FileNotFoundError:
+            if not file.exists():  # else another run has finished this chunk and swept our part away
                 raise
 
     def open(self) -> None:
@@ -201,7 +190,7 @@ class ReferenceCache:
                 shown = list(opened.keys()), entry.get_dtype(), entry.get_shape()
                 values = opened.get_tensor("logps") if shown == wanted else None
         except SafetensorError as error:
-            return f"it is no whole safetensors file of log-probabilities ({error})"
+            return f"it is not a complete safetensors file of log-probabilities ({error})"
         for name, expected in self._label(chunk).items():
             if label.get(name) != expected:
                 return f"its {name} is {label.get(name)} where {expected} belongs"
@@ -224,13 +213,11 @@ class ReferenceCache:
 
     def _sweep(self, whole: set[int]) -> None:
         """Delete what killed writers left of chunks that are now whole; until then a writer may still be alive."""
-        parts = tuple(f".{self._file(chunk).name}." for chunk in whole)
-        for name in os.listdir(self.folder) if whole else []:
-            if name.startswith(parts):
-                (self.folder / name).unlink(missing_ok=True)
+        if whole:
+            remove_parts(self.folder, {self._file(chunk).name for chunk in whole})
 
 
-def reference_key(*, rows: str, weights: str, precision: str, context: str, code: str) -> str:
+def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
     """The name of all that decides the reference's log-probabilities, and of nothing else: 16 hex digits.
 
     Args:
@@ -238,10 +225,10 @@ def reference_key(*, rows: str, weights: str, precision: str, context: str, code
         weights: `weights_hash` of the reference.
         precision: What the forward pass computes in, e.g. "bf16".
         context: Settings that replace the checkpoint's own, such as the RoPE base.
-        code: Version of the code that lays out, runs and scores the pairs.
+        version: Of the step that lays out, runs and scores the pairs.
     """
-    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "code": code}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "version": version}
+    return digest(parts, digits=16)
 
 
 def weights_hash(folder: Path) -> str:
@@ -254,7 +241,7 @@ def weights_hash(folder: Path) -> str:
     config = Path(folder) / "config.json"
     if not files or not config.is_file():
         lacking = "config.json" if files else "*.safetensors"
-        raise UserError(f"{folder} is no checkpoint: it has no {lacking}; save it with save_pretrained")
+        raise UserError(f"{folder} is not a checkpoint: it has no {lacking}; save it with save_pretrained")
     total = hashlib.sha256()
     for file in [*files, config]:
         total.update(f"{file.name} {sha256(file)}\n".encode())

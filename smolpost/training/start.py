@@ -8,10 +8,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from smolpost.errors import UserError
 from smolpost.model.loading import check_whole, is_quantized
 from smolpost.model.stored import CONFIG, read_config
-from smolpost.schema import PACKED_ATTENTION, TrainStage
+from smolpost.schema import PACKED_ATTENTION
+from smolpost.training.settings import Training
 
 
-def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: str) -> dict[str, str]:
+def check_start(name: str, stage: Training, start: Path, attn_implementation: str) -> dict[str, str]:
     """Refuse a checkpoint that would not load whole, attention that it cannot use, and LoRA targets it does not have.
 
     Returns:
@@ -45,7 +46,7 @@ def _check_packed(who: str, config: PreTrainedConfig) -> None:
     if not model._supports_sdpa:
         reason = "has attention that SDPA cannot compute, e.g. with a softcap or sinks"
     elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        reason = "attends in chunks (layer_types in its config.json holds chunked_attention)"
+        reason = "attends in chunks (layer_types in its config.json has chunked_attention)"
     else:
         return
     remedy = "start from a checkpoint of another architecture"

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from canned import Canned
 
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import LANGUAGE, VERIFIERS, checked, follows
@@ -13,6 +12,7 @@ from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.instructions import Instructions, InstructionsTask
 from smolpost.inference.engine import Reply
 from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 LEAST, LESS = "at least", "less than"
 

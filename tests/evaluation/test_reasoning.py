@@ -6,7 +6,6 @@ import re
 from itertools import combinations
 
 import pytest
-from canned import Canned
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
@@ -15,6 +14,7 @@ from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.reasoning import Reasoning, ReasoningTask, pass_at
 from smolpost.inference.engine import Reply
 from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 SUMS = ["1+1?", "2+2?", "3+4?", "4+4?", "5+5?", "6+6?"]
 

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from canned import Canned
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row
@@ -13,6 +12,7 @@ from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.recall import Recall, RecallTask
 from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 HEADERS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
 

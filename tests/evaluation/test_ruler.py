@@ -6,7 +6,6 @@ import re
 from collections import Counter
 
 import pytest
-from canned import Canned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.ruler import Ruler, RulerTask, depth_of, string_match_all, string_match_part
 from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 QA = ["qa_1", "qa_2"]
 WITHOUT_FILES = [task for task in PROBLEMS if task not in QA]

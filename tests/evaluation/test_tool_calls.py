@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from canned import Canned
 
 from smolpost.chat.render import render
 from smolpost.chat.tokenizer import build_tokenizer
@@ -15,6 +14,7 @@ from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.tool_calls import ToolCalls, ToolCallsTask, category
 from smolpost.inference.engine import Reply
 from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "bfcl"
 
@@ -102,7 +102,7 @@ def test_a_right_reply(judged, style, frame):
         ("xml", RIGHT["xml"].replace("}}", "}"), 0, 0, "the block: is no JSON"),
         ("xml", RIGHT["xml"] + "<tool_call>{</tool_call>", 1, 1, "the block: is no JSON"),
         ("python", RIGHT["python"].replace("base=1, ", ""), 1, 1, "the required base is missing"),
-        ("python", RIGHT["python"].replace("base=1", "base=f(1)"), 0, 0, "the argument f(1) is no literal"),
+        ("python", RIGHT["python"].replace("base=1", "base=f(1)"), 0, 0, "the argument f(1) is not a literal"),
     ],
 )
 def test_a_wrong_reply(judged, style, reply, parsed, name, reason):

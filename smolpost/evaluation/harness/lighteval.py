@@ -23,7 +23,6 @@ from smolpost.chat.reasoning import ends_thinking
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.checkpoint_view import write_view
 from smolpost.evaluation.harness.store import (
-    building,
     finished,
     folder_of,
     joined,
@@ -37,6 +36,7 @@ from smolpost.evaluation.harness.store import (
     write_unit,
 )
 from smolpost.evaluation.task import MODES
+from smolpost.files import building
 from smolpost.schema import Harness
 
 SUPPORTED = "0.13"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.store import (
-    building,
     finished,
     folder_of,
     joined,
@@ -25,6 +24,7 @@ from smolpost.evaluation.harness.store import (
     with_samples,
     write_unit,
 )
+from smolpost.files import building
 from smolpost.model.loading import load_for_inference
 from smolpost.schema import Harness
 

@@ -10,6 +10,7 @@ from smolpost.evaluation.harness.store import settings_key
 from smolpost.evaluation.task import MODES
 from smolpost.schema import Harness
 
+VERSION = 1  # of what we make of a harness's scores
 KINDS = {"lm_eval": lm_eval, "lighteval": lighteval}
 
 

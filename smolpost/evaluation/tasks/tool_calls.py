@@ -80,8 +80,8 @@ class ToolCalls(Measurement):
     """Share of rows that are answered with exactly the accepted calls, per style.
 
     Metrics, for each style of `config.styles`:
-        STYLE: share of rows whose calls are right, with none missing and none too many; a block that cannot be read as
-            a call makes a row wrong.
+        STYLE: share of rows whose calls are right, with none missing and none too many; a block that
+            cannot be read as a call makes a row wrong.
         STYLE/parsed: share of rows with at least one well-formed call.
         STYLE/name: share of rows whose calls name the accepted functions.
         STYLE/cut: share of replies that reached max_new_tokens.

@@ -1,6 +1,8 @@
 """Preference losses: hand values, invariants, and loss and gradient of TRL's own DPOTrainer on one padded batch."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from smolpost.objectives.apo import LOSSES, preference_loss, summed_logps
+from smolpost.errors import UserError
+from smolpost.objectives.losses import Loss, SideLengths, configured
+from smolpost.objectives.sides import summed_logps
+from smolpost.registry import LOSSES
 
 anywhere = settings(deadline=None)  # a busy CPU is no failure
 
@@ -27,21 +32,23 @@ HAND = {
 AT_REFERENCE = {"apo_zero": 1.0, "apo_down": 1.0, "sigmoid": math.log(2), "ipo": 25.0, "robust": math.log(2)}
 
 
-def loss_of(name, chosen, rejected, *, beta=0.1, smoothing=None, dtype=torch.float64):
+def loss_of(name, chosen, rejected, *, beta=0.1, smoothing=0.1, dtype=torch.float64):
     """Our loss of one pair, 5 and 4 tokens long; 0.1 of the labels swapped where the loss knows of that."""
     ratios = [r if torch.is_tensor(r) else torch.tensor([r], dtype=dtype) for r in (chosen, rejected)]
-    if smoothing is None:
-        smoothing = 0.1 if name == "robust" else 0.0
-    lengths = {"num_chosen": torch.tensor([5]), "num_rejected": torch.tensor([4])}
-    return preference_loss(name, *ratios, beta=beta, label_smoothing=smoothing, **lengths)
+    lengths = SideLengths(torch.tensor([5]), torch.tensor([4]))
+    return configured(name, smoothed(name, smoothing))(*ratios, beta, lengths)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def smoothed(name, smoothing):
+    return {"label_smoothing": smoothing} if name == "robust" else {}
+
+
+@pytest.mark.parametrize("name", HAND)
 def test_losses_match_hand_values(name):
     assert_close(loss_of(name, 10.0, -10.0), torch.tensor([HAND[name]], dtype=torch.float64), atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", HAND)
 def test_losses_where_policy_equals_reference(name):
     exact = {"rtol": 0, "atol": 0} if name.startswith("apo") else {}
     assert_close(loss_of(name, 0.0, 0.0, dtype=torch.float32), torch.tensor([AT_REFERENCE[name]]), **exact)
@@ -53,99 +60,33 @@ def test_robust_is_the_unbiased_estimate():
     assert_close(clean, loss_of("sigmoid", 7.0, -2.0))
 
 
-def test_refusals():
-    pair = [torch.zeros(1)] * 2
-    given = {"beta": 0.1, "label_smoothing": 0.0, "num_chosen": torch.ones(1), "num_rejected": torch.ones(1)}
-    with pytest.raises(ValueError, match="unknown preference loss 'dpo'; choose one of apo_zero, apo_down, sigmoid,"):
-        preference_loss("dpo", *pair, **given)
-    with pytest.raises(ValueError, match="beta=0 is not above 0"):
-        preference_loss("sigmoid", *pair, **given | {"beta": 0})
-    with pytest.raises(ValueError, match=r"label_smoothing=0.5 is outside \[0, 0.5\)"):
-        preference_loss("robust", *pair, **given | {"label_smoothing": 0.5})
-    with pytest.raises(ValueError, match=r"label_smoothing=0.1 has no part in sigmoid; set it to 0 or choose robust"):
-        preference_loss("sigmoid", *pair, **given | {"label_smoothing": 0.1})
-    with pytest.raises(ValueError, match=r"shapes differ: \(1,\) chosen and \(2,\) rejected"):
-        preference_loss("sigmoid", pair[0], torch.zeros(2), **given)
-    with pytest.raises(ValueError, match=r"ld_alpha=1.5 is outside \[0, 1\]"):
-        summed_logps(torch.zeros(2), torch.tensor([0, 1]), 2, ld_alpha=1.5)
-    with pytest.raises(ValueError, match="num_sides=3 is odd"):
-        summed_logps(torch.zeros(2), torch.tensor([0, 1]), 3)
+def test_every_registered_loss_has_a_hand_value():
+    assert {*LOSSES} == {*HAND}
 
 
-# ---------------------------------------------------------------- sums
+def test_a_loss_gives_one_value_per_pair():
+    class Mean(Loss):
+        def values(self, chosen, rejected, beta, lengths):
+            return (chosen - rejected).mean()
+
+    with pytest.raises(UserError, match=r"Mean.values gives shape \(\) for 3 pairs; return one value per pair"):
+        Mean()(torch.zeros(3), torch.zeros(3), 0.1, SideLengths(torch.ones(3), torch.ones(3)))
 
 
-def test_summed_logps_matches_hand_value():
-    logps = torch.tensor([-1.0, -2.0, -4.0, -3.0, -5.0, -6.0], requires_grad=True)
-    side = torch.tensor([0, 0, 0, 1, 1, 2])  # 3 and 2 tokens; 1 token and none
-    assert summed_logps(logps, side, 4).tolist() == [-7.0, -8.0, -6.0, 0.0]
-    sums = summed_logps(logps, side, 4, ld_alpha=0.5)
-    assert sums.tolist() == [-5.0, -8.0, -3.0, 0.0]  # -4 of the third chosen token and -6 (its rival is empty) by half
-    sums.sum().backward()
-    assert logps.grad.tolist() == [1.0, 1.0, 0.5, 1.0, 1.0, 0.5]
+def test_losses_import_no_torch():
+    """Planning checks a recipe's loss; torch alone would take a second of its two."""
+    code = "import sys; import smolpost.objectives.losses; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_long_sides_are_summed_finely():
-    """fp32 accumulation, token by token, is off by about a nat here."""
-    logps = -2 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    total = summed_logps(logps, torch.zeros(len(logps), dtype=torch.int64), 2)[0]
-    assert abs(total.item() - logps.double().sum().item()) <= 2**-8  # half of fp32's spacing at 100,000
-    assert total.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", HAND)
 def test_nothing_waits_for_the_device(name):
     """Meta tensors have no values: whatever would bring one to the host raises."""
     logps, side = torch.empty(9, device="meta"), torch.empty(9, dtype=torch.int64, device="meta")
     ratios = summed_logps(logps, side, 6, ld_alpha=0.5).view(-1, 2)
     lengths = torch.empty(3, dtype=torch.int64, device="meta")
-    losses = preference_loss(
-        name, *ratios.unbind(1), beta=0.1, label_smoothing=0.0, num_chosen=lengths, num_rejected=lengths
-    )
+    losses = configured(name, {})(*ratios.unbind(1), 0.1, SideLengths(lengths, lengths))
     assert losses.shape == (3,) and losses.dtype == torch.float32
-
-
-sides = st.lists(st.tuples(st.integers(0, 5), st.floats(-20, 0, width=32)), max_size=60)
-
-
-@anywhere
-@given(sides)
-def test_ld_alpha_one_is_the_plain_sum(tokens):
-    logps, side = torch.tensor([t[1] for t in tokens]), torch.tensor([t[0] for t in tokens], dtype=torch.int64)
-    assert_close(summed_logps(logps, side, 6, ld_alpha=1.0), summed_logps(logps, side, 6), rtol=0, atol=0)
-
-
-@anywhere
-@given(st.integers(0, 30), st.floats(0, 1), st.randoms())
-def test_ld_alpha_has_no_part_in_pairs_of_equal_lengths(length, alpha, random):
-    side = torch.tensor([0, 1] * length, dtype=torch.int64)
-    logps = torch.tensor([-random.random() for _ in side])
-    assert_close(summed_logps(logps, side, 2, ld_alpha=alpha), summed_logps(logps, side, 2), rtol=0, atol=0)
-
-
-@anywhere
-@given(sides, st.floats(0, 1), st.randoms())
-def test_ld_alpha_does_not_see_how_sides_are_mixed(tokens, alpha, random):
-    """Sides one after another, or interleaved in any way that keeps each side's order: the same sums and gradients."""
-    queues = {s: [t[1] for t in tokens if t[0] == s] for s in range(6)}
-    mixed = [t[0] for t in tokens]
-    random.shuffle(mixed)
-    orders = sorted(mixed), mixed
-    found = []
-    for order in orders:
-        left = {s: iter(q) for s, q in queues.items()}
-        logps = torch.tensor([next(left[s]) for s in order], dtype=torch.float32, requires_grad=True)
-        side = torch.tensor(order, dtype=torch.int64)
-        sums = summed_logps(logps, side, 6, ld_alpha=alpha)
-        sums.sum().backward()
-        found.append((sums, torch.cat([logps.grad[side == s] for s in range(6)])))
-    expected = []
-    for s in range(6):  # the definition, side by side
-        shorter = min(len(queues[s]), len(queues[s ^ 1]))
-        expected.append(sum(queues[s][:shorter]) + alpha * sum(queues[s][shorter:]))
-    for sums, grad in found:
-        assert_close(sums, torch.tensor(expected), atol=1e-4, rtol=1e-6)
-        assert_close(grad, found[0][1], rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- invariants
@@ -176,7 +117,7 @@ def test_robust_without_smoothing_is_sigmoid(chosen, rejected, beta):
     assert_close(robust, loss_of("sigmoid", chosen, rejected, beta=beta), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", HAND)
 @anywhere
 @given(chosen=ratios, rejected=ratios)
 def test_extreme_log_ratios_stay_finite(name, chosen, rejected):
@@ -250,16 +191,14 @@ def our_loss_and_gradients(trainer, batch, name, smoothing, ld_alpha):
     trainer.model.zero_grad()
     ratios = token_logps(trainer.model) - token_logps(trainer.ref_model).detach()
     chosen, rejected = summed_logps(ratios, side, 2 * num_pairs, ld_alpha=ld_alpha).view(-1, 2).unbind(1)
-    losses = preference_loss(
-        name, chosen, rejected, beta=0.1, label_smoothing=smoothing,
-        num_chosen=counts[::2], num_rejected=counts[1::2],
-    )  # fmt: skip
+    loss = configured(name, smoothed(name, smoothing))
+    losses = loss(chosen, rejected, 0.1, SideLengths(counts[::2], counts[1::2]))
     assert losses.shape == (num_pairs,)
     losses.mean().backward()
     return losses.mean().detach(), [p.grad.clone() for p in trainer.model.parameters()]
 
 
-CASES = [(name, 0.0, ld_alpha) for name in LOSSES for ld_alpha in (None, 0.5)]
+CASES = [(name, 0.0, ld_alpha) for name in HAND for ld_alpha in (None, 0.5)]
 CASES += [("robust", 0.1, None), ("robust", 0.1, 0.5), ("sigmoid", 0.0, 0.0), ("sigmoid", 0.0, 1.0)]
 
 
@@ -274,7 +213,7 @@ def test_loss_and_gradients_equal_trl(trainer, name, smoothing, ld_alpha):
         assert_close(our, their, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "robust"])
+@pytest.mark.parametrize("name", [name for name in HAND if name != "robust"])
 def test_trl_ignores_smoothing_where_we_refuse_it(trainer, name):
     batch = trainer.data_collator(list(trainer.train_dataset))
     plain, _ = trl_loss_and_gradients(trainer, batch, name, 0.0, None)

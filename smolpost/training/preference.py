@@ -1,19 +1,29 @@
 """Anchored preference optimization, and its relatives, on packed pairs that share their prompt."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from smolpost.objectives.apo import preference_loss, summed_logps
 from smolpost.objectives.logprobs import TokenScores
-from smolpost.schema import APOStage
+from smolpost.objectives.losses import SideLengths, configured
+from smolpost.objectives.sides import summed_logps
 from smolpost.training.batches import GlobalBatches, by_tokens
 from smolpost.training.environment import Environment
-from smolpost.training.reference import PairsBesideReference, collate_beside_reference, pair_lengths
-from smolpost.training.reference_cache import ReferenceCache
+from smolpost.training.reference import (
+    VERSION,
+    PairsBesideReference,
+    collate_beside_reference,
+    fill,
+    pair_lengths,
+    scored_tokens,
+)
+from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
 from smolpost.training.scoring import Scored
+from smolpost.training.settings import PairTraining
 from smolpost.training.trainer import StageTrainer
 
 
@@ -24,9 +34,9 @@ class PairTrainer(StageTrainer):
         stage: Loss, beta and the like.
     """
 
-    def __init__(self, *args, stage: APOStage):
+    def __init__(self, *args, stage: PairTraining):
         super().__init__(*args)
-        self.stage = stage
+        self.stage, self.loss = stage, configured(stage.loss, stage.loss_settings)
 
     def count(self, batch):
         weights = batch["pair_weights"]
@@ -43,10 +53,7 @@ class PairTrainer(StageTrainer):
         ratios = summed_logps(
             (scores.logps - batch["ref_logps"])[tokens], sides, len(side_lengths), ld_alpha=stage.ld_alpha
         ).view(-1, 2)
-        losses = preference_loss(
-            stage.loss, *ratios.unbind(1), beta=stage.beta, label_smoothing=stage.label_smoothing,
-            num_chosen=side_lengths[::2], num_rejected=side_lengths[1::2],
-        )  # fmt: skip
+        losses = self.loss(*ratios.unbind(1), stage.beta, SideLengths(*side_lengths.view(-1, 2).unbind(1)))
         weights = batch["pair_weights"]
         loss = (weights * losses).sum() / num_pairs
         if stage.sft_weight:
@@ -74,12 +81,12 @@ class PairTrainer(StageTrainer):
             self.observe(name, values.sum() * counts, len(values) * counts)
 
 
-def capacity(stage: APOStage) -> int:
+def capacity(stage: PairTraining) -> int:
     """Tokens of a forward pass."""
     return stage.pack_tokens or stage.max_seq_len
 
 
-def batches(stage: APOStage, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
+def batches(stage: PairTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
     lengths = pair_lengths(rows)
     return GlobalBatches(
         lengths,
@@ -91,28 +98,47 @@ def batches(stage: APOStage, rows: Dataset, seed: int, environment: Environment)
     )
 
 
+def reference(
+    stage: PairTraining,
+    rows: Dataset,
+    start: Path,
+    load_start: Callable[[], PreTrainedModel],
+    references: Path,
+    environment: Environment,
+) -> tuple[ReferenceCache, dict]:
+    """The start checkpoint's log-probabilities, of which this rank works out its part.
+
+    The cache lies under the key of all that decides them, and of nothing else.
+    """
+    key = reference_key(
+        rows=rows._fingerprint,  # of the content: prepare hashes ids and masks
+        weights=weights_hash(start),
+        precision="bf16" if environment.bf16 else "fp32",
+        context=f"{stage.rope_theta}/{stage.max_position_embeddings}",
+        version=VERSION,
+    )
+    cache = ReferenceCache(references / key, key, scored_tokens(rows))
+    scored = fill(cache, rows, load_start, capacity(stage), environment)
+    return cache, {"reference_cache": str(cache.folder), "reference_pairs_scored": scored}
+
+
 def trainer(
-    stage: APOStage,
+    stage: PairTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    cache: ReferenceCache,
+    reference: ReferenceCache,
     arguments: TrainingArguments,
     seed: int,
     environment: Environment,
-    callbacks: list,
 ) -> PairTrainer:
-    """
-    Args:
-        cache: Complete and opened.
-    """
+    reference.open()
     return PairTrainer(
         model,
         arguments,
         tokenizer,
-        PairsBesideReference(rows, cache),
+        PairsBesideReference(rows, reference),
         collate_beside_reference,
         batches(stage, rows, seed, environment),
-        callbacks,
         stage=stage,
     )

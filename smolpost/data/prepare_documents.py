@@ -1,4 +1,4 @@
-"""Tokenized rows to packs: fitted to max_seq_len, packed, written with labels and the fate of every token."""
+"""Tokenized rows to packs: fitted to max_seq_len, packed, written with the fate of every token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from smolpost.chat.fates import Fate
-from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
 from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
 from smolpost.data.report import write_report
+from smolpost.data.settings import DocumentRows
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage
+from smolpost.schema import Mixture
 
-PACK_TYPES = {"input_ids": "int32", "labels": "int32", "fates": "int8", "seq_lengths": "int32", "rows": "int32"}
+PACK_TYPES = {"input_ids": "int32", "fates": "int8", "seq_lengths": "int32", "rows": "int32"}
 WEIGHT_TYPES = {"seq_weights": "float32"}
 
 
@@ -37,13 +37,13 @@ class Documents:
         return self.stop - self.start
 
 
-def prepare_sft(stage: SFTStage, mixture: Mixture, taken: Taken, folder: Path) -> dict:
+def prepare_documents(stage: DocumentRows, mixture: Mixture, taken: Taken, folder: Path) -> dict:
     """Pack conversations and texts into a `datasets` folder.
 
-    Columns: input_ids; labels, not shifted, -100 where not trained; fates, why (`chat.fates`); seq_lengths, tokens of
-    each document in the pack; rows, the line of rows.parquet that each document comes from; seq_weights, of each
-    document's loss, where the mixture weighs its sources. The first token of every document never trains: nothing
-    predicts it. `wrapped` packs cut rows wherever a pack ends, so stage.overlong is for `bfd` and `none`.
+    Columns: input_ids; fates (`chat.fates`), which say which tokens train; seq_lengths, the tokens of each document in
+    the pack; rows, the line in rows.parquet of each document; seq_weights, the weight of each document's loss, if the
+    mixture weighs its sources. The first token of every document never trains, because nothing predicts it. `wrapped`
+    packing cuts rows at the end of a pack, so stage.overlong is only for `bfd` and `none`.
 
     Args, Returns and Raises: As `prepare.prepare`.
     """
@@ -61,7 +61,12 @@ def prepare_sft(stage: SFTStage, mixture: Mixture, taken: Taken, folder: Path) -
     num_tokens = int(plan.pack_lengths().sum())
     return write_report(
         folder,
-        {"kind": stage.kind, "packing": stage.packing, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
+        {
+            "layout": stage.layout,
+            "packing": stage.packing,
+            "max_seq_len": stage.max_seq_len,
+            "overlong": stage.overlong,
+        },
         sources,
         evaluation_files_searched=taken.searched,
         packs=plan.num_packs,
@@ -74,7 +79,7 @@ def whole_rows(tokens: Tokens, rows: np.ndarray) -> Documents:
     return Documents(np.arange(len(rows)), rows, tokens.offsets[rows], tokens.offsets[rows + 1])
 
 
-def fit(stage: SFTStage, taken: Taken, documents: Documents) -> Documents:
+def fit(stage: DocumentRows, taken: Taken, documents: Documents) -> Documents:
     """The rows as documents of at most max_seq_len tokens, by the stage's policy."""
     limit = stage.max_seq_len
     lengths = documents.lengths()
@@ -99,7 +104,7 @@ def fit(stage: SFTStage, taken: Taken, documents: Documents) -> Documents:
     return Documents(pieces.take, pieces.row, start, np.minimum(pieces.stop, start + limit))
 
 
-def pack(stage: SFTStage, tokens: Tokens, documents: Documents) -> tuple[Documents, Documents, PackPlan]:
+def pack(stage: DocumentRows, tokens: Tokens, documents: Documents) -> tuple[Documents, Documents, PackPlan]:
     """Leave out documents that train nothing, and plan the packs.
 
     Returns:
@@ -144,12 +149,9 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan, weights: np.n
         ids, fates = map(np.concatenate, parts)
         lengths = piece_lengths[chosen]
         fates[np.cumsum(lengths) - lengths] = Fate.FIRST
-        labels = ids.copy()
-        labels[fates != Fate.TRAINED] = IGNORE_INDEX
         num_documents = np.diff(plan.pack_offsets[first : last + 1])
         chunk = {
             "input_ids": (ids, pack_lengths[first:last]),
-            "labels": (labels, pack_lengths[first:last]),
             "fates": (fates, pack_lengths[first:last]),
             "seq_lengths": (lengths, num_documents),
             "rows": (pieces.row[chosen], num_documents),
@@ -159,7 +161,7 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan, weights: np.n
         yield chunk
 
 
-def ends_of(stage: SFTStage, taken: Taken, documents: Documents, pieces: Documents) -> Ends:
+def ends_of(stage: DocumentRows, taken: Taken, documents: Documents, pieces: Documents) -> Ends:
     num, tokens = len(taken), taken.tokens
     by_take = np.zeros((num, len(Fate)), np.int64)
     np.add.at(by_take, pieces.take, fate_counts(tokens, pieces))

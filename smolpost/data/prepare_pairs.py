@@ -10,8 +10,9 @@ from smolpost.data.collate import PARTS
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
 from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.report import write_report
+from smolpost.data.settings import PairRows
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Mixture
+from smolpost.schema import Mixture
 
 PAIR_TYPES = {
     **{f"{part}_ids": "int32" for part in PARTS},
@@ -22,14 +23,14 @@ PAIR_TYPES = {
 WEIGHT_TYPES = {"weights": "float32"}
 
 
-def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -> dict:
+def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path) -> dict:
     """Write preference pairs into a `datasets` folder.
 
-    Columns: prompt_ids, chosen_ids, rejected_ids; prompt_mask, chosen_mask, rejected_mask: 1 where the policy is
-    scored, 0 on user and tool turns inside a completion; prompt_fates and so on, why (`chat.fates`); rows, the line of
-    rows.parquet; weights, of the pair's loss, where the mixture weighs its sources (the last two as lists of one).
-    Tokens that both completions begin with are part of the prompt, scored for both sides where its mask is 1.
-    max_seq_len bounds the prompt with the longer completion.
+    Columns: prompt_ids, chosen_ids, rejected_ids; prompt_mask, chosen_mask, rejected_mask: 1 for scored tokens, 0 for
+    others, such as user and tool turns inside a completion; prompt_fates, chosen_fates, rejected_fates, the reasons
+    (`chat.fates`); rows, the line in rows.parquet; weights, the weight of the pair's loss, if the mixture weighs its
+    sources (the last two as lists of one). Tokens with which both completions begin are part of the prompt; with mask
+    1 they are scored for both sides. max_seq_len limits the prompt together with the longer completion.
 
     Args, Returns and Raises: As `prepare.prepare`; stage.overlong may not be split.
     """
@@ -46,7 +47,7 @@ def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -
     num_tokens = int(ends.fate_counts.sum())
     return write_report(
         folder,
-        {"kind": stage.kind, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
+        {"layout": stage.layout, "max_seq_len": stage.max_seq_len, "overlong": stage.overlong},
         sources,
         evaluation_files_searched=taken.searched,
         pairs=len(kept),
@@ -54,8 +55,8 @@ def prepare_apo(stage: APOStage, mixture: Mixture, taken: Taken, folder: Path) -
     )
 
 
-def fit(stage: APOStage, taken: Taken) -> np.ndarray:
-    """[M, 3] tokens of prompt, chosen and rejected that fit; all of them where a pair is dropped for its length."""
+def fit(stage: PairRows, taken: Taken) -> np.ndarray:
+    """[M, 3] tokens of prompt, chosen and rejected that fit; of pairs dropped for their length, all tokens."""
     parts = taken.tokens.parts[taken.rows]
     lengths = parts[:, 0] + parts[:, 1:].max(1)
     overlong = lengths > stage.max_seq_len
@@ -86,7 +87,7 @@ def cut_parts(taken: Taken, takes: np.ndarray, fitted: np.ndarray) -> tuple[list
     return tokens.pieces(starts.ravel(), (starts + fitted[takes]).ravel())
 
 
-def ends_of(stage: APOStage, taken: Taken, fitted: np.ndarray) -> Ends:
+def ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
     tokens, num = taken.tokens, len(taken)
     parts = tokens.parts[taken.rows]
     overlong = parts[:, 0] + parts[:, 1:].max(1) > stage.max_seq_len
