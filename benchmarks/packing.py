@@ -7,8 +7,8 @@ packs per `map` batch of 1000 rows, as its user gets it; "one batch" gives it th
 
 Plan: ours from lengths alone. TRL cannot plan without moving tokens, so here its tokens are one byte each.
 Set: each side starts from the same tokenized rows in files, memory-mapped and in the page cache, and ends with a
-`datasets` dataset in a file; tokens and labels are int32. Ours runs what `smolpost prepare` runs once its rows are
-tokenized, and also keeps why each token trains or not.
+`datasets` dataset in a file. TRL writes ids and labels, int32. Ours runs what `smolpost prepare` runs once its rows are
+tokenized: it writes ids, int32, and the fate of each token, int8, from which the labels follow.
 Peak memory counts what a side imports and the file pages it has mapped.
 """
 
@@ -181,14 +181,19 @@ def check(case: dict) -> dict:
 
 def contents(folder: Path) -> dict:
     """Tokens, sums of ids and labels, a digest of the document lengths, and the longest row of a dataset's file."""
+    from smolpost.chat.fates import Fate
+
     found = {"tokens": 0, "input_ids": 0, "labels": 0, "longest": 0}
     documents = np.zeros(CAPACITY + 1, np.int64)  # of each length
     for batch in datasets.Dataset.from_file(str(next(folder.glob("data-*.arrow")))).data.to_batches():
         lengths = pc.list_value_length(batch["input_ids"])
         found["tokens"] += pc.sum(lengths).as_py()
         found["longest"] = max(found["longest"], pc.max(lengths).as_py())
-        for key in set(COLUMNS) & set(batch.schema.names):
-            found[key] += pc.sum(batch[key].flatten()).as_py()
+        columns = {name: batch[name].flatten().to_numpy() for name in batch.schema.names if name != "seq_lengths"}
+        if "fates" in columns:
+            columns["labels"] = np.where(columns["fates"] == Fate.TRAINED, columns["input_ids"], -100)
+        for key in set(COLUMNS) & set(columns):
+            found[key] += int(columns[key].sum(dtype=np.int64))
         parts = batch["seq_lengths"].flatten() if "seq_lengths" in batch.schema.names else lengths
         documents += np.bincount(parts.to_numpy(), minlength=CAPACITY + 1)
     return found | {"documents": hash(documents.tobytes())}

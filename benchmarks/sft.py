@@ -58,7 +58,7 @@ def smolpost_side(case: dict) -> dict:
         trainer.train()
         taken = packs.select(trainer.batches.order()[: WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
-        scored = sum(sum(label != -100 for label in pack["labels"]) for pack in taken)
+        scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)
         attended = sum(n * (n + 1) // 2 for pack in taken for n in pack["seq_lengths"])
         share = case["steps"] / (WARMUP + case["steps"])
         flops = share * model_flops(model, tokens, scored, attended)

@@ -197,6 +197,7 @@ class Recipe:
     pipeline: str = MISSING  # name; runs go to run_dir/pipeline
     run_dir: str = "runs"
     seed: int = seeded(0)  # from which a pipeline may take the seeds of its stages
+    plugins: list[str] = field(default_factory=list)  # modules of the user's own (`recipe/plugins.py`)
     data_root: str | None = MISSING  # the user's data folder, where the pipeline's data files are named under it
     model: Model = field(default_factory=Model)
     data: dict[str, Mixture] = field(default_factory=dict)

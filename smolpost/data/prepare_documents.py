@@ -1,4 +1,4 @@
-"""Tokenized rows to packs: fitted to max_seq_len, packed, written with labels and the fate of every token."""
+"""Tokenized rows to packs: fitted to max_seq_len, packed, written with the fate of every token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from smolpost.chat.fates import Fate
-from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
 from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.packing import PackPlan, best_fit_decreasing, unpacked, wrapped
@@ -18,7 +17,7 @@ from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
 from smolpost.schema import Mixture
 
-PACK_TYPES = {"input_ids": "int32", "labels": "int32", "fates": "int8", "seq_lengths": "int32", "rows": "int32"}
+PACK_TYPES = {"input_ids": "int32", "fates": "int8", "seq_lengths": "int32", "rows": "int32"}
 WEIGHT_TYPES = {"seq_weights": "float32"}
 
 
@@ -41,10 +40,10 @@ class Documents:
 def prepare_documents(stage: DocumentRows, mixture: Mixture, taken: Taken, folder: Path) -> dict:
     """Pack conversations and texts into a `datasets` folder.
 
-    Columns: input_ids; labels, not shifted, -100 where not trained; fates, why (`chat.fates`); seq_lengths, tokens of
-    each document in the pack; rows, the line of rows.parquet that each document comes from; seq_weights, of each
-    document's loss, where the mixture weighs its sources. The first token of every document never trains: nothing
-    predicts it. `wrapped` packs cut rows wherever a pack ends, so stage.overlong is for `bfd` and `none`.
+    Columns: input_ids; fates (`chat.fates`), which say which tokens train; seq_lengths, the tokens of each document in
+    the pack; rows, the line in rows.parquet of each document; seq_weights, the weight of each document's loss, if the
+    mixture weighs its sources. The first token of every document never trains, because nothing predicts it. `wrapped`
+    packing cuts rows at the end of a pack, so stage.overlong is only for `bfd` and `none`.
 
     Args, Returns and Raises: As `prepare.prepare`.
     """
@@ -150,12 +149,9 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan, weights: np.n
         ids, fates = map(np.concatenate, parts)
         lengths = piece_lengths[chosen]
         fates[np.cumsum(lengths) - lengths] = Fate.FIRST
-        labels = ids.copy()
-        labels[fates != Fate.TRAINED] = IGNORE_INDEX
         num_documents = np.diff(plan.pack_offsets[first : last + 1])
         chunk = {
             "input_ids": (ids, pack_lengths[first:last]),
-            "labels": (labels, pack_lengths[first:last]),
             "fates": (fates, pack_lengths[first:last]),
             "seq_lengths": (lengths, num_documents),
             "rows": (pieces.row[chosen], num_documents),

@@ -26,11 +26,11 @@ WEIGHT_TYPES = {"weights": "float32"}
 def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path) -> dict:
     """Write preference pairs into a `datasets` folder.
 
-    Columns: prompt_ids, chosen_ids, rejected_ids; prompt_mask, chosen_mask, rejected_mask: 1 where the policy is
-    scored, 0 on user and tool turns inside a completion; prompt_fates and so on, why (`chat.fates`); rows, the line of
-    rows.parquet; weights, of the pair's loss, where the mixture weighs its sources (the last two as lists of one).
-    Tokens that both completions begin with are part of the prompt, scored for both sides where its mask is 1.
-    max_seq_len bounds the prompt with the longer completion.
+    Columns: prompt_ids, chosen_ids, rejected_ids; prompt_mask, chosen_mask, rejected_mask: 1 for scored tokens, 0 for
+    others, such as user and tool turns inside a completion; prompt_fates, chosen_fates, rejected_fates, the reasons
+    (`chat.fates`); rows, the line in rows.parquet; weights, the weight of the pair's loss, if the mixture weighs its
+    sources (the last two as lists of one). Tokens with which both completions begin are part of the prompt; with mask
+    1 they are scored for both sides. max_seq_len limits the prompt together with the longer completion.
 
     Args, Returns and Raises: As `prepare.prepare`; stage.overlong may not be split.
     """
@@ -56,7 +56,7 @@ def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path)
 
 
 def fit(stage: PairRows, taken: Taken) -> np.ndarray:
-    """[M, 3] tokens of prompt, chosen and rejected that fit; all of them where a pair is dropped for its length."""
+    """[M, 3] tokens of prompt, chosen and rejected that fit; of pairs dropped for their length, all tokens."""
     parts = taken.tokens.parts[taken.rows]
     lengths = parts[:, 0] + parts[:, 1:].max(1)
     overlong = lengths > stage.max_seq_len

@@ -21,8 +21,8 @@ from smolpost.errors import UserError
 from smolpost.schema import Source
 
 BATCH_ROWS = 256  # of one tokenizer call, at most
-BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
-ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # of which a tokenizer has one, beside its end of a turn
+BATCH_CHARACTERS = 2**22  # of one tokenizer call, about: bounds the memory of a batch of long rows
+ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # a tokenizer has one of them, besides its end of a turn
 
 SCHEMA = pa.schema(
     [
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
         ("fate_counts", pa.list_(pa.int64(), len(Fate))),
         ("is_text", pa.bool_()),  # plain text, not a conversation
         ("think", pa.bool_()),  # reasoning trains; of a pair, on its chosen side
-        ("unknown", pa.int64()),  # tokens that stand for characters the tokenizer has no token for
+        ("unknown", pa.int64()),  # tokens for characters that the tokenizer does not know
         ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
         ("content", pa.uint64()),  # hash of ids and parts
         ("features", pa.binary()),  # what hygiene compares, or null
-        ("fault", pa.string()),  # why the row is refused, and then it has no tokens; or null
-        ("unread", pa.list_(pa.string())),  # its keys that nobody reads
+        ("fault", pa.string()),  # why the row is refused (it then has no tokens), or null
+        ("unread", pa.list_(pa.string())),  # its keys that are not read
         ("notes", pa.list_(pa.string())),  # what its rendering makes of it, of `rendering.NOTES`
     ]
 )
@@ -231,7 +231,7 @@ def sft_shape(row: Row) -> str:
     shape = validate_row(row, row.where)
     if shape == "preference":
         raise UserError(
-            f"{row.where}: is a preference row in an sft stage; expected messages or text; "
+            f"{row.where}: is a preference row, and the stage trains on documents; expected messages or text; "
             "take the source out of the mixture"
         )
     return shape
@@ -300,8 +300,8 @@ def tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """
     if validate_row(row, row.where) != "preference":
         raise UserError(
-            f"{row.where}: has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
-            "take the source out of the mixture"
+            f"{row.where}: has the columns {', '.join(row)}, and the stage trains on pairs; expected chosen and "
+            "rejected; take the source out of the mixture"
         )
     try:
         pair = encode_pair(
@@ -330,7 +330,7 @@ def tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
 
 
 def num_shared(ids: list[np.ndarray], fates: list[np.ndarray]) -> int:
-    """Tokens both completions begin with, scored alike; each side keeps at least its last token to itself."""
+    """Number of tokens with which both completions begin, with equal scoring; at least one token of each is left."""
     length = max(0, min(map(len, ids)) - 1)
     scored = [side[:length] == Fate.TRAINED for side in fates]
     differs = (ids[0][:length] != ids[1][:length]) | (scored[0] != scored[1])

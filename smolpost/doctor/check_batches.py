@@ -27,7 +27,7 @@ class Derived(NamedTuple):
     is_reply: np.ndarray
 
 
-class Document(NamedTuple):
+class CollatedDocument(NamedTuple):
     """A document of the collated batch, its row whole or a piece of it: [L] ids and labels.
 
     Attributes:
@@ -63,7 +63,7 @@ def runs(flags: np.ndarray) -> list[slice]:
     return found
 
 
-def documents(case: Case) -> Iterator[Document]:
+def documents(case: Case) -> Iterator[CollatedDocument]:
     """Of the batch that the trainer's own collate makes of the prepared sample.
 
     Raises:
@@ -89,7 +89,7 @@ def documents(case: Case) -> Iterator[Document]:
             # A short piece of a cut row may stand in several places.
             replies = next((piece for piece in pieces if (piece == is_labelled).all()), pieces[0])
         is_whole = whole is not None and length == len(whole.ids)
-        yield Document(row, ids[span], labels[span], replies, is_whole)
+        yield CollatedDocument(row, ids[span], labels[span], replies, is_whole)
 
 
 def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
@@ -260,7 +260,7 @@ def num_shared_replies(case: Case, row: dict) -> int:
 def sides_differ(case: Case) -> tuple[bool, str]:
     sample = case.need("sample", "rows")
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
-    detail = f"{len(equal)} of {len(sample)} sampled pairs have two equal sides once rendered"
+    detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
     return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
 
 

@@ -58,12 +58,12 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "packing": (
         DOCUMENTS,
         check_batches.packed_equals_unpacked,
-        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps documents apart",
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which separates documents",
     ),
     "pairs": (
         PAIRS,
         check_batches.pair_equals_two_sequences,
-        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps the sides apart",
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which separates the sides",
     ),
     "reference loss": (
         PAIRS,
@@ -75,12 +75,16 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         check_batches.accumulation,
         "report this as a bug of smolpost, with the model's config.json",
     ),
-    "equal pairs": (PAIRS, check_batches.sides_differ, "delete the pairs of data={data} whose sides render alike"),
+    "equal pairs": (
+        PAIRS,
+        check_batches.sides_differ,
+        "delete the pairs of data={data} whose sides render to the same text",
+    ),
     "chat parity": (
         DOCUMENTS + PAIRS,
         check_texts.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
-        "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same, and a "
+        "stages.{stage}.allow_template_change=true if the change is intended; a tokenizer has to stay the same, and a "
         "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (

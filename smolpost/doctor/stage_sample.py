@@ -16,8 +16,8 @@ from smolpost.data import mixtures
 from smolpost.data.columns import row_for
 from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
-from smolpost.data.shards import SHARD_ROWS, nth
-from smolpost.data.sources import read_slice, slices
+from smolpost.data.shards import nth, shard_slices
+from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -109,11 +109,11 @@ class Case:
 
     def _taken(self, name: str, source: schema.Source, seed: int) -> Iterator[dict]:
         """The rows of a source that `smolpost prepare` tokenizes."""
-        parts = slices(source, SHARD_ROWS)
-        order = mixtures.choose(source, name, seed, sum(piece.num_rows for piece in parts))
+        parts = shard_slices(source)
+        order = mixtures.choose(source, name, seed, sum(part.num_rows for part in parts))
         self.num_taken += len(order)
         for shard in shards_of(source, parts, np.unique(order), self.folder):
-            yield from nth(read_slice(source, shard.piece), iter(shard.rows.tolist()))
+            yield from nth(read_slice(source, shard.part), iter(shard.rows.tolist()))
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)

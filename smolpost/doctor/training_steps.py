@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.fates import Fate
 from smolpost.data.collate import IGNORE_INDEX, PARTS
 from smolpost.objectives.losses import configured
 from smolpost.training import preference, reference, sft
@@ -29,7 +30,7 @@ from smolpost.training.trainer import StageTrainer
 # Relative, of loss, gradient norm and largest gradient; absolute, in nats, of a token's log-probability. Measured on
 # miniatures: below 2e-6 in fp32; bf16 keeps three digits.
 TOLERANCE = {False: 1e-4, True: 3e-2}  # fp32, bf16
-TOKEN_COLUMNS = ("input_ids", "labels", "fates")  # of a pack; its other columns have an entry per document
+TOKEN_COLUMNS = ("input_ids", "fates")  # of a pack; its other columns have an entry for each document
 
 
 class Finding(NamedTuple):
@@ -75,7 +76,7 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
     Those two are cut where they are longer: to the tokens that end with the last trained one.
     """
     chosen, room = [], max_tokens
-    trained = (d for d in documents(packs) if (d["labels"][1:] != IGNORE_INDEX).any())
+    trained = (d for d in documents(packs) if (d["fates"][1:] == Fate.TRAINED).any())
     for document in sorted(trained, key=lambda d: len(d["input_ids"])):
         length = len(document["input_ids"])
         if length > room and len(chosen) >= 2:
@@ -87,11 +88,11 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
 
 def tail(document: dict, length: int) -> dict:
     """The document's last `length` tokens up to its last trained one."""
-    stop = int((document["labels"] != IGNORE_INDEX).nonzero()[0][-1]) + 1
+    stop = int((document["fates"] == Fate.TRAINED).nonzero()[0][-1]) + 1
     start = max(0, stop - length)
     cut = {name: v[start:stop] if name in TOKEN_COLUMNS else v for name, v in document.items()}
-    cut["labels"] = cut["labels"].copy()
-    cut["labels"][0] = IGNORE_INDEX  # nothing is left that predicts it
+    cut["fates"] = cut["fates"].copy()
+    cut["fates"][0] = Fate.FIRST  # nothing is left that predicts it
     return cut | {"seq_lengths": np.array([stop - start])}
 
 
@@ -105,7 +106,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
     largest_off = max(float((g - b.gradients[name]).abs().max()) for name, g in a.gradients.items()) / b.largest()
     tolerance = TOLERANCE[environment.bf16]
     return Finding(
-        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan is no agreement
+        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan does not agree
         f"loss {a.loss:.6f} {first}, {b.loss:.6f} {second}; gradient norm {a.norm():.6g} and {b.norm():.6g}; largest "
         f"gradient difference {largest_off:.1e} of the largest gradient; tolerance {tolerance:g} "
         f"({'bf16' if environment.bf16 else 'fp32'})",

@@ -51,7 +51,7 @@ def read_prompts(path: str, most: int | None, key: str) -> list[Prompt]:
         instructions = []
         for i, (name, arguments) in enumerate(zip(names, kwargs, strict=True)):
             if not isinstance(name, str) or not isinstance(arguments, dict | None):
-                raise UserError(f"{where}: instruction_id_list[{i}] is no text, or kwargs[{i}] is no object")
+                raise UserError(f"{where}: instruction_id_list[{i}] is not a text, or kwargs[{i}] is not an object")
             instructions.append((name, checked(name, arguments or {}, where)))
         prompts.append(Prompt(str(row.get("key", number)), text, instructions))
     return prompts

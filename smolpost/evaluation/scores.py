@@ -40,6 +40,7 @@ class Estimate(NamedTuple):
 
     @property
     def standard_error(self) -> float:
+        """Standard deviation of the draws."""
         return float(np.nanstd(self.draws))
 
     def report(self) -> dict[str, float]:
@@ -52,7 +53,7 @@ class Estimate(NamedTuple):
 def aggregate(samples: Iterable[Sample], seed: int = 0) -> dict[str, dict[str, float]]:
     """The mean of every metric over the samples that have it.
 
-    Where all clusters agree an interval has no width, which says nothing against a small `n`.
+    Where all clusters agree the interval has no width, however small `n` is.
 
     Args:
         samples: Of one task.
@@ -95,7 +96,7 @@ def resampled(metrics: Sequence[Sums], seed: int) -> np.ndarray:
     Returns:
         [M, R]; NaN where a draw has no sample with the metric.
     """
-    # In order of their names, so that two models with the same clusters are resampled alike.
+    # In order of their names, so that two models with the same clusters get the same draws.
     clusters = sorted(set().union(*metrics))
     number = len(clusters)
     columns = np.concatenate([np.array([sums.get(c, (0.0, 0.0)) for c in clusters]) for sums in metrics], 1)  # [C, 2M]

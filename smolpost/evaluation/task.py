@@ -88,11 +88,11 @@ class Item:
     """One thing to ask of the model.
 
     Attributes:
-        id: Unique in the task, and the same in every run.
+        id: Unique in the task; the same in every run.
         ids: Token ids of the prompt up to where the reply begins, or of the whole sequence whose likelihood is asked.
         max_new_tokens: Longest reply; 0 where none is generated.
         num_samples: Replies asked for.
-        about: What the task needs to know of it when it measures.
+        about: What the task needs when it measures this item.
     """
 
     id: str
@@ -103,21 +103,21 @@ class Item:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model holds at once for this item, at most."""
+        """Most tokens that the model holds at once for this item."""
         return (len(self.ids) + self.max_new_tokens) * self.num_samples
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured of one item.
+    """The measurement of one item.
 
     Attributes:
         id: The item's.
         metrics: Metric name -> value.
-        weights: Weight of a metric's value in its mean, 1 where it is not named: tokens behind a loss.
-        cluster: Samples of one cluster are resampled together, as they are not independent; "" for the id.
-        record: For a reader: what was asked and what came back. Fit for JSON. Where replies are asked for, the runner
-            adds the prompt.
+        weights: Weight of a metric's value in its mean, such as the number of tokens behind a loss; 1 if not given.
+        cluster: Samples of one cluster are not independent and are resampled together; "" stands for the id.
+        record: What was asked and what came back, for a reader; JSON values. The runner adds the prompt where a reply
+            was asked for.
     """
 
     id: str
@@ -146,7 +146,7 @@ class Measurement(ABC):
 
     @abstractmethod
     def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
-        """Everything that will be asked: the same list for the same tokenizer, whatever the model.
+        """Everything that will be asked; the same list for the same tokenizer, with every model.
 
         Raises:
             UserError: A setting or a row cannot be used.
@@ -154,7 +154,7 @@ class Measurement(ABC):
 
     @abstractmethod
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
-        """Samples of a batch of items, in their order."""
+        """One sample for each item of a batch, in their order."""
 
 
 def measures(config: type[EvaluationTask]) -> Callable[[type[Measurement]], type[Measurement]]:
@@ -174,7 +174,7 @@ def measures(config: type[EvaluationTask]) -> Callable[[type[Measurement]], type
 
 
 def check_counts(key: str, config: EvaluationTask, *fields: str) -> None:
-    """Refuse settings below 1; null, where a setting may have it, is no limit.
+    """Refuse settings below 1. A setting that is null has no limit.
 
     Raises:
         UserError: The first such one, named below `key`.
@@ -186,7 +186,7 @@ def check_counts(key: str, config: EvaluationTask, *fields: str) -> None:
 
 
 def check_choices(key: str, config: EvaluationTask, name: str, known: Iterable | None = None) -> None:
-    """Refuse a list that is empty, names one twice, or one that is none of `known`.
+    """Refuse a list that is empty, repeats an entry, or has an entry outside `known`.
 
     Raises:
         UserError: What the list is to hold.
@@ -195,7 +195,7 @@ def check_choices(key: str, config: EvaluationTask, name: str, known: Iterable |
     repeated = not values or len(set(values)) < len(values)
     if repeated or (known is not None and not set(values) <= set(known)):
         remedy = "name one or more, each once" if known is None else f"use some of {', '.join(known)}"
-        raise UserError(f"{key}.{name}={values} is no list of different {name}; {remedy}")
+        raise UserError(f"{key}.{name}={values} is not a list of different {name}; {remedy}")
 
 
 def greedy_replies(engine: Engine, items: list[Item]) -> list[Reply]:

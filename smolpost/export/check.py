@@ -25,7 +25,7 @@ from smolpost.model.loading import load_model
 
 # The last tokens of a prompt are fed one by one, as a reply's are: a broken cache shows.
 DECODED = 8
-# Below it, equal recall on both sides is no evidence: it may be chance.
+# Below it, equal recall on both sides proves nothing: it may be chance.
 TELLING_RECALL = 0.5
 # At any length, so that a reader sees the same header as in training whatever the day.
 TODAY = "2025-07-08"

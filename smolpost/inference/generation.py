@@ -1,4 +1,4 @@
-"""Replies to tokenized prompts, in batches, whatever their lengths.
+"""Replies to tokenized prompts of any lengths, in batches.
 
 Shapes: B prompts of one batch, L tokens of its longest prompt.
 """
@@ -34,7 +34,7 @@ def generate(
 ) -> list[list[int]]:
     """Reply to each prompt; the same arguments give the same replies.
 
-    The model's own `generation_config`, training mode and `use_cache` neither matter nor change.
+    The model's own `generation_config`, training mode and `use_cache` have no effect and stay as they are.
 
     Args:
         model: A causal LM of transformers, on any device.
@@ -112,7 +112,7 @@ def stored_stop_token_ids(folder: Path) -> list[int]:
 
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token; token 0 where there is none, as the attention mask hides whatever stands there."""
+    """The padding token; token 0 where there is none, as the attention mask hides it."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

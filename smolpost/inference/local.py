@@ -10,12 +10,12 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.inference.engine import Reply
 from smolpost.inference.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
-from smolpost.objectives.head import head_of
+from smolpost.objectives.head import decoder_of, head_of
 from smolpost.objectives.logprobs import token_scores
 
 
 class LocalEngine:
-    """A causal LM of transformers with a decoder `model` and a head, on the device where it lies.
+    """A causal LM of transformers, on the device where it lies.
 
     Replies end where its own generation config says, as they do for its users. Where that is not the end of a turn in
     its chat template, a line says so.
@@ -72,7 +72,7 @@ class LocalEngine:
         rows, columns = (torch.tensor(index, device=self.model.device, dtype=torch.long) for index in (rows, columns))
         with inference(self.model):
             # Padding is on the right, where causality hides it from every real token: no mask needed.
-            hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+            hidden = decoder_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
             scores = token_scores(
                 hidden[rows, columns - 1], input_ids[rows, columns], head_of(self.model), metrics=False
             )

@@ -1,4 +1,4 @@
-"""What a merged folder holds beside its weights: the base's config and tokenizer, a manifest and a model card."""
+"""The other files of a merged folder: the base's config and tokenizer, a manifest and a model card."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 def write_config(base: Checkpoint, file: Path, dtype: str, changes: dict[str, Any]) -> None:
-    """The base's configuration, as it is but for the dtype and for `changes`: dotted key -> value."""
+    """Write the base's configuration with another dtype and with `changes`: dotted key -> value."""
     config = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
     # transformers wrote torch_dtype before version 5.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:

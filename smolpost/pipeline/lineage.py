@@ -14,6 +14,7 @@ from smolpost.files import MANIFEST, Hashes, digest, verify
 from smolpost.pipeline import manifest
 from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
+from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
 from smolpost.stages.base import CHECKPOINT, Planned, keyed
 
@@ -125,7 +126,7 @@ class Lineage:
         """A source's rows by their content, and its settings."""
         rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
-        return [rows, dataclasses.asdict(source) | changes]
+        return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
 
     def against(self, mixture: schema.Mixture) -> list[str]:
         """Content of the evaluation files that hygiene compares the mixture's rows with."""

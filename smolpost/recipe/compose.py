@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
-from smolpost.recipe import yaml_file
+from smolpost.recipe import plugins, yaml_file
 from smolpost.recipe.places import GROUPS, Places
 from smolpost.recipe.written import NAMED, Written, near
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
@@ -49,8 +49,9 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     Raises:
         UserError: A word or a file cannot be read, or says what the schema does not have.
     """
-    _store_schema()
     parsed = _parse(words)
+    plugins.load(parsed, places)
+    _store_schema()
     if places.pipeline is not None:
         words = [*words, f"pipeline='../{_quoted(places.pipeline.stem)}'"]
     folders = [str(folder.resolve()) for folder in places.folders]

@@ -12,18 +12,18 @@ RESULTS = "results.json"  # what `smolpost run` leaves in its pipeline's folder
 
 
 def read_stages(folder: Path) -> dict[str, dict]:
-    """What a finished run, in run_dir/pipeline, says of each of its stages.
+    """The stages of a finished run in run_dir/pipeline: name -> entry of its results.
 
     Raises:
         UserError: The folder holds no results.
     """
     file = folder / RESULTS
     if not file.is_file():
-        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the whole pipeline is done")
+        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the pipeline is finished")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{file} holds no stages; remove it, and `smolpost run` writes it again") from None
+        raise UserError(f"{file} has no stages; remove it, and run `smolpost run` again") from None
 
 
 def evaluations(folder: Path) -> dict[str, dict]:
@@ -41,7 +41,7 @@ def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tu
     """Stage -> (task, metric) -> (mean, lowest, highest) of the runs' values; headline metrics only.
 
     Raises:
-        UserError: The runs have not the same stages and metrics.
+        UserError: The runs have different stages or metrics.
     """
     shapes = [{stage: list(headlines(tasks)) for stage, tasks in run.items()} for run in runs]
     for number, shape in enumerate(shapes[1:], 2):
@@ -88,7 +88,7 @@ def markdown_table(runs: list[dict[str, dict]]) -> str:
 
 
 def _cell(values: tuple[float, float, float] | None, empty: str, spread: str) -> str:
-    """The mean, with the lowest and highest value in `spread` where they are not written the same."""
+    """The mean, with the lowest and highest value in `spread` unless both are written the same."""
     if values is None:
         return empty
     mean, low, high = values

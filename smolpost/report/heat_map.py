@@ -1,7 +1,7 @@
 """Needle plots: scores by context length and by depth in it, for the terminal and as a picture.
 
-The colours are cividis (Nuñez et al. 2018), which reads alike with every kind of colour vision, always from 0 to 1, so
-that maps of different models can be laid side by side. The numbers stand in the cells: nothing is told by colour alone.
+The colours are cividis (Nuñez et al. 2018), which looks the same with every kind of colour vision. The scale is always
+0 to 1, so maps of different models can be compared. Every cell has its number, so nothing depends on colour alone.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What a sweep or a greedy soup found: a plot of long context against the rest, and tables for the terminal.
+"""Results of a sweep or a greedy soup: a plot of long context against the rest, and tables for the terminal.
 
-Every kind of point has a shape of its own and the Pareto front a ring, so nothing is told by colour alone.
+Every kind of point has its own shape, and the Pareto front has rings, so nothing depends on colour alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,12 +1,12 @@
 """Greedy soup: candidates join one by one, each only where the mean does not get worse on held-out prompts.
 
-Recipe 1 of arXiv:2203.05482 (Wortsman et al. 2022): candidates are sorted by their own score, best first; one is kept
-where the equal-weight mean of those kept so far and it scores at least as well as the mean without it.
+Recipe 1 of arXiv:2203.05482 (Wortsman et al. 2022): candidates are sorted by their own score, best first. A candidate
+is kept if the equal-weight mean of the kept ones and it scores at least as well as the mean without it.
 
-Every trial is evaluated as the mean that a merge would write, bit for bit: its fp32 sum is made anew from the mapped
-checkpoints, a chunk at a time. A sum of the whole model that candidates are added to and taken from again would save
-readings, but need the memory of an fp32 model, and it rounds otherwise: what was evaluated would not be what is
-written. The held-out score of the result flatters it, as it chose it.
+Every trial is evaluated as the mean that a merge would write, bit for bit: its fp32 sum is computed from the mapped
+checkpoints, one chunk at a time. A running sum that candidates are added to and subtracted from would read less, but
+it would need the memory of an fp32 model and round differently, so the evaluated model would not be the written one.
+The result's held-out score is biased upward, because that score chose it.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from smolpost.progress import Progress
 from smolpost.selection.measured import Objective, Points
 
 RULE = (
-    "Candidates by their own held-out score, best first; each is kept where the mean of those kept and it scores at "
-    "least as well as without it (arXiv:2203.05482, Recipe 1)."
+    "Candidates by their own held-out score, best first; each is kept if the mean with it scores at least as well as "
+    "the mean without it (arXiv:2203.05482, Recipe 1)."
 )
 
 
@@ -32,7 +32,7 @@ def greedy(candidates: Sequence[str], points: Points, objective: Objective) -> d
     """Choose the ingredients of a soup.
 
     Args:
-        candidates: Names of checkpoints; of two that score alike the first comes first.
+        candidates: Names of checkpoints; where two have the same score, the first stays first.
         points: Evaluates, and keeps what it found; made with the objective.
         objective: Held-out score, to be raised.
     Returns:

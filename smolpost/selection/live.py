@@ -1,4 +1,4 @@
-"""Weighted means of checkpoints in a live model, without a file for each: what a search over weights evaluates."""
+"""Weighted means of checkpoints in one model in memory: what a search over weights evaluates, without files."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.run import run_task
-from smolpost.evaluation.task import Measurement
+from smolpost.evaluation.task import Item, Measurement
 from smolpost.inference.local import LocalEngine
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
@@ -28,11 +28,11 @@ MERGED = "merged"  # subfolder of a folder that already holds other files, in wh
 
 
 class Blend:
-    """A model whose weights become one mean of checkpoints after another.
+    """A model whose weights are set to one mean of checkpoints after another.
 
-    After `set` the model is, bit for bit, the one that `linear.merge` would write with these inputs in this order and
-    a loader would read: sums in fp32, one rounding to `dtype`, then the model's own dtype. Checkpoints are mapped, so
-    the memory beside the model is a few chunks.
+    After `set` the model is, bit for bit, what a loader would read from the merge that `linear.merge` writes with the
+    same inputs in the same order: sums in fp32, one rounding to `dtype`, then the model's own dtype. Checkpoints are
+    mapped, so the memory beside the model is a few chunks.
 
     Args:
         inputs: Name -> checkpoint folder, full models.
@@ -69,7 +69,7 @@ class Blend:
 
     @torch.no_grad()
     def set(self, weights: Mapping[str, float]) -> None:
-        """Give the model the weighted mean; an input that is not named, or has weight 0, is not read.
+        """Set the model to the weighted mean; an input that is not named, or has weight 0, is not read.
 
         Raises:
             UserError: A name is not an input, the weights do not sum to 1, or an element of the mean is NaN or
@@ -96,17 +96,23 @@ class Blend:
 
 
 def measurer(tasks: Mapping[str, Measurement], *, batch_tokens: int, seed: int) -> Measure:
-    """What measures a live model with the tasks by name.
+    """What measures a live model with the tasks by name; all models have one tokenizer, so prompts are made once.
 
     Args:
         batch_tokens, seed: As for `evaluation.run.run_task`.
     """
 
+    items: dict[str, list[Item]] = {}
+
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, dict[str, Any]]:
         engine, found = LocalEngine(model, tokenizer), {}
         with Progress("tasks", len(tasks), "task") as progress:
             for name, task in tasks.items():
-                scores = run_task(name, task, engine, folder / name, batch_tokens=batch_tokens, seed=seed)
+                if name not in items:
+                    items[name] = task.items(tokenizer)
+                scores = run_task(
+                    name, task, engine, folder / name, batch_tokens=batch_tokens, seed=seed, items=items[name]
+                )
                 found[name] = scores | {"samples": results.samples(folder / name)}
                 progress.update()
         return found
@@ -121,7 +127,7 @@ def evaluator(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     measure: Measure,
 ) -> Evaluate:
-    """What `Points` asks of each point: its mean set in one live model, and that measured.
+    """What `Points` calls for each point: sets one model to the point's mean and measures it.
 
     Chat templates may differ: a checkpoint from before SFT, strong at long context, has another one.
 
@@ -133,7 +139,7 @@ def evaluator(
     model, tokenizer = loaded
     blend = Blend(inputs, base, model, dtype, allow_template_change=True)
 
-    def evaluate(weights, place):
+    def evaluate(weights: dict[str, float], place: Path) -> Mapping[str, Mapping[str, Any]]:
         blend.set(weights)
         return measure(model, tokenizer, place)
 
@@ -143,11 +149,14 @@ def evaluator(
 def write_point(
     weights: Mapping[str, float], inputs: Mapping[str, Path], base: str, dtype: str, folder: Path
 ) -> dict[str, Any]:
-    """Merge into a folder that holds other files, such as the evaluations that chose the weights; merge's report.
+    """Merge into a folder that holds other files, such as the evaluations that chose the weights.
 
-    The folder is a model once this returns; a killed call is made again. Chat templates may differ.
+    The folder is a model when this returns; a call that was killed can be repeated. Chat templates may differ.
+
+    Returns:
+        The merge's report.
     """
-    stated = dict(weights) | {base: weights.get(base, 0.0)}  # the base gives its config though its weight be 0
+    stated = dict(weights) | {base: weights.get(base, 0.0)}  # the base gives its config even with weight 0
     used = [(name, inputs[name], weight) for name, weight in stated.items() if weight or name == base]
     merged = folder / MERGED
     shutil.rmtree(merged, ignore_errors=True)  # of a call that was killed

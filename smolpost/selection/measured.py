@@ -38,7 +38,7 @@ class Objective:
 
     Args:
         key: For messages, e.g. "long".
-        metrics: "TASK/METRIC" each; a leading "-" turns one round whose lower values are better: "-perplexity/loss".
+        metrics: "TASK/METRIC" each; a leading "-" where lower values are better: "-perplexity/loss".
         seed: Of the resampling; the evaluation's, so that one score has one interval.
     Raises:
         UserError: No metric is named, or one twice.
@@ -113,7 +113,7 @@ class Points:
         for objective in self._objectives:
             for metric in objective.signs:
                 if metric not in scores:
-                    raise UserError(f"{objective.key}: {metric} is no score; choose among {', '.join(scores)}")
+                    raise UserError(f"{objective.key}: {metric} is not a score; choose from {', '.join(scores)}")
                 if not math.isfinite(scores[metric]["value"]):
                     raise UserError(f"{objective.key}: {metric} is {scores[metric]['value']}; choose another score")
                 task, _, name = metric.partition("/")

@@ -1,20 +1,21 @@
 """How much of another checkpoint to mix in: every weight is evaluated, and a rule that is stated beforehand picks one.
 
-A point with weight w is (1 - w) x base side + w x added side: a soup and a checkpoint that is strong at long context,
-say. Two objectives are in tension there: `long`, which the added side raises, and `rest`, which it costs.
+The point with weight w is (1 - w) x base side + w x added side. The base side may be a soup, the added side a
+checkpoint that is strong at long context. The added side raises the objective `long` and lowers the objective `rest`.
 
-The rule takes the smallest weight that does as well as can be had at a bounded cost:
+The rule picks the smallest weight that does as well as possible at a bounded cost:
 
-1. Allowed are the weights whose `rest` is below that of weight 0 by at most `max_cost`; by their means, or where
-   `confident` is set by the upper end of the cost's 95% interval (a test of non-inferiority with margin `max_cost`).
-   Weight 0 is always allowed, so something is always picked.
-2. Of these, the best is the one with the largest `long`.
-3. Picked is the smallest allowed weight whose `long` is within one standard error of the best: the one-standard-error
-   rule (Breiman et al. 1984, chapter 3) with the error of the difference. A tie goes to the smaller weight.
+1. A weight is allowed if its `rest` is below that of weight 0 by at most `max_cost`. The means are compared, or with
+   `confident` the upper end of the cost's 95% interval (a test of non-inferiority with margin `max_cost`). Weight 0
+   is always allowed, so one weight is always picked.
+2. The best weight is the allowed one with the largest `long`.
+3. The picked weight is the smallest allowed one whose `long` is within one standard error of the best: the
+   one-standard-error rule (Breiman et al. 1984, chapter 3) with the error of the difference. A tie goes to the smaller
+   weight.
 
-Points answer the same prompts, so costs, gains and their errors come from the bootstrap over prompts of paired
-differences. Intervals are of each point alone, not corrected for the number of points. The picked point's scores
-flatter it, as they chose it: what it is worth, an evaluation on other prompts says.
+All points answer the same prompts, so costs, gains and their errors come from a bootstrap of paired differences over
+prompts. Intervals are those of each point alone, not corrected for the number of points. The picked weight's scores
+are biased upward by the selection; only an evaluation on other prompts shows its real ones.
 """
 
 import math
@@ -31,7 +32,8 @@ from smolpost.selection.measured import Measured, Objective, Points
 ROUNDING = 1e-9  # of differences of means: 0.95 - 0.93 is not to cost more than 0.02
 
 CAVEAT = (
-    "The weight was chosen on these prompts, which flatters the picked point here; judge it by an evaluation on others."
+    "The weight was chosen on these prompts, so its scores here are biased upward; judge it by an evaluation on other "
+    "prompts."
 )
 
 
@@ -69,8 +71,8 @@ def sweep(
         `rule` and `caveat` in words, `long` and `rest` (metrics), `max_cost`, `confident`, `picked` (weight),
         `points` by weight: `weight`, `weights` (checkpoint -> weight), `long`, `rest`, `cost` and `gain` against
         weight 0 (each value, low, high), `scores`, and whether it is `allowed`, `pareto` (no other point is at least
-        as good in both and better in one) and `picked`; `ingredients`: the checkpoints of a side of several, each
-        evaluated alone, with `name`, `long`, `rest`, `scores`.
+        as good in both and better in one) and `picked`; `ingredients`: where a side has several checkpoints, each of
+        them evaluated alone, with `name`, `long`, `rest`, `scores`.
     Raises:
         UserError: A weight is outside [0, 1] or given twice, `max_cost` is negative, or as `Points.measure`.
     """
@@ -105,7 +107,7 @@ def sweep(
 def choose(
     longs: Sequence[Estimate], rests: Sequence[Estimate], *, max_cost: float, confident: bool
 ) -> tuple[list[bool], int]:
-    """The rule of this file: which points are allowed, and the index of the picked one.
+    """The rule that this file states: which points are allowed, and the index of the picked one.
 
     Args:
         longs, rests: By ascending weight, the first one weight 0's.
@@ -132,7 +134,7 @@ def rule(max_cost: float, confident: bool) -> str:
 
 
 def pareto(points: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Which points no other one dominates: is at least as good in everything, and better in something."""
+    """Which points are not dominated; a point dominates another if it is nowhere worse and somewhere better."""
     values = np.array(points)
     return [not any((other >= point).all() and (other > point).any() for other in values) for point in values]
 

@@ -19,6 +19,9 @@ class APOStage(TrainStage, PairTraining):
     VERSION = 1
     ROWS = PairRows
 
+    def key_parts(self, keys, stage):
+        return {"loss_version": LOSSES[self.loss].VERSION}
+
     def nested_settings(self):
         return [("loss_settings", self.loss_settings, LOSSES[self.loss], f"loss={self.loss}")]
 

@@ -28,7 +28,7 @@ def check_targets(name: str, config: PreTrainedConfig, lora: LoRA) -> None:
         model = AutoModelForCausalLM.from_config(config)
     targets = list(lora.target_modules)
     if ALL_LINEAR in targets and targets != [ALL_LINEAR]:
-        raise UserError(f"{key}={targets}: {ALL_LINEAR} stands for all linear layers; give it alone")
+        raise UserError(f"{key}={targets}: {ALL_LINEAR} means all linear layers; use it without other names")
     for target in targets if targets != [ALL_LINEAR] else ():
         _check_target(key, target, model)
     try:

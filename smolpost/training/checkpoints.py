@@ -245,7 +245,10 @@ def last_whole(folder: Path) -> tuple[Path, Mark] | None:
         mark, damage = _examine(checkpoint)
         if not damage:
             return checkpoint, mark
-        print(f"{checkpoint} is damaged ({damage}); removed, going back to the one before", flush=True)
+        print(
+            f"{checkpoint} is damaged ({damage}); it is removed, and training continues from the previous one",
+            flush=True,
+        )
         shutil.rmtree(checkpoint)
     return None
 

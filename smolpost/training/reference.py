@@ -23,7 +23,7 @@ class PairsBesideReference(torch.utils.data.Dataset):
     """Prepared pairs with their reference's log-probabilities.
 
     Args:
-        rows: A dataset by prepare_apo.
+        rows: A dataset by prepare_pairs.
         cache: Complete.
     """
 

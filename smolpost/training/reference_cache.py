@@ -51,7 +51,7 @@ class ReferenceCache:
         if len(counts) and self.counts.min() < 0:
             raise ValueError(f"pair {self.counts.argmin()} has {self.counts.min()} scored tokens, below 0")
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))  # [P + 1] in all pairs' tokens
-        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; windows without a start are no chunks.
+        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; the others make no chunk.
         window = self._starts[:-1] // CHUNK_TOKENS
         self._chunks = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(counts))  # [num_chunks + 1] in pairs
         self._opened: list[np.ndarray] | None = None
@@ -190,7 +190,7 @@ class ReferenceCache:
                 shown = list(opened.keys()), entry.get_dtype(), entry.get_shape()
                 values = opened.get_tensor("logps") if shown == wanted else None
         except SafetensorError as error:
-            return f"it is no whole safetensors file of log-probabilities ({error})"
+            return f"it is not a complete safetensors file of log-probabilities ({error})"
         for name, expected in self._label(chunk).items():
             if label.get(name) != expected:
                 return f"its {name} is {label.get(name)} where {expected} belongs"
@@ -241,7 +241,7 @@ def weights_hash(folder: Path) -> str:
     config = Path(folder) / "config.json"
     if not files or not config.is_file():
         lacking = "config.json" if files else "*.safetensors"
-        raise UserError(f"{folder} is no checkpoint: it has no {lacking}; save it with save_pretrained")
+        raise UserError(f"{folder} is not a checkpoint: it has no {lacking}; save it with save_pretrained")
     total = hashlib.sha256()
     for file in [*files, config]:
         total.update(f"{file.name} {sha256(file)}\n".encode())

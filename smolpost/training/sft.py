@@ -14,7 +14,7 @@ from smolpost.training.scoring import Scored
 from smolpost.training.settings import PackTraining
 from smolpost.training.trainer import StageTrainer
 
-COLUMNS = ("input_ids", "labels", "seq_lengths", "seq_weights")
+COLUMNS = ("input_ids", "fates", "seq_lengths", "seq_weights")
 TINY = torch.finfo(torch.float64).tiny  # in place of 0: a global batch without a trained token
 
 

@@ -46,7 +46,7 @@ def _check_packed(who: str, config: PreTrainedConfig) -> None:
     if not model._supports_sdpa:
         reason = "has attention that SDPA cannot compute, e.g. with a softcap or sinks"
     elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        reason = "attends in chunks (layer_types in its config.json holds chunked_attention)"
+        reason = "attends in chunks (layer_types in its config.json has chunked_attention)"
     else:
         return
     remedy = "start from a checkpoint of another architecture"

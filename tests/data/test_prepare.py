@@ -69,9 +69,15 @@ def documents_of(dataset):
     found = []
     for row in dataset:
         edges = np.cumsum([0, *row["seq_lengths"]])
-        assert edges[-1] == len(row["input_ids"]) == len(row["labels"])
-        found += [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(edges)]
+        labels = labels_of(row)
+        assert edges[-1] == len(labels)
+        found += [(row["input_ids"][a:b], labels[a:b]) for a, b in pairwise(edges)]
     return found
+
+
+def labels_of(row):
+    """The ids of a pack's trained tokens, -100 elsewhere, as collating makes them."""
+    return [i if fate == Fate.TRAINED else -100 for i, fate in zip(row["input_ids"], row["fates"], strict=True)]
 
 
 def decoded_labels(tokenizer, labels):
@@ -84,19 +90,19 @@ def decoded_labels(tokenizer, labels):
 def test_one_conversation_by_hand(tokenizer, tmp_path):
     dataset, _ = prepared(sft(), [chat("ab", "cd")], tokenizer, new(tmp_path))
     ids = tokenizer.encode(f"<|im_start|>user\nab{END}\n<|im_start|>assistant\ncd{END}\n", add_special_tokens=False)
-    labels = [-100] * 10 + ids[10:13] + [-100]
     header = 5  # <|im_start|>user\n is a token each, and the first of the document
     fates = [Fate.FIRST, *[Fate.TEMPLATE] * 2, *[Fate.USER] * 2, *[Fate.TEMPLATE] * header, *[Fate.TRAINED] * 3, 4]
     assert dataset[:] == {
-        "input_ids": [ids], "labels": [labels], "fates": [fates], "seq_lengths": [[14]], "rows": [[0]],
+        "input_ids": [ids], "fates": [fates], "seq_lengths": [[14]], "rows": [[0]],
     }  # fmt: skip
+    assert labels_of(dataset[0]) == [-100] * 10 + ids[10:13] + [-100]
     assert len(ids) == CHAT_TOKENS + 4
 
 
 def test_text_trains_all_but_its_first_token_and_ends_with_end_of_text(tokenizer, tmp_path):
     dataset, report = prepared(sft(), [{"text": "abc"}], tokenizer, new(tmp_path))
     ids = tokenizer.convert_tokens_to_ids(["a", "b", "c", "<|end_of_text|>"])
-    assert (dataset["input_ids"][:], dataset["labels"][:]) == ([ids], [[-100, *ids[1:]]])
+    assert (dataset["input_ids"][:], labels_of(dataset[0])) == ([ids], [-100, *ids[1:]])
     assert report["totals"]["think_rows"] == report["totals"]["no_think_rows"] == 0
 
 
@@ -167,11 +173,8 @@ def test_the_folder_equals_a_naive_construction(flags, packing, chunk, rows_per_
             Path(folder), prepare_documents.PACK_TYPES, prepare_documents.pack_chunks(tokens, pieces, plan, None)
         )
         found = datasets.load_from_disk(folder)
-    assert found.select_columns(["input_ids", "labels", "seq_lengths"]).to_list() == naive_packs(
-        documents, PLANS[packing]([len(ids) for ids, _ in documents], 16)
-    )
-    trained = np.concatenate(found["fates"][:]) == Fate.TRAINED
-    assert trained.tolist() == (np.concatenate(found["labels"][:]) != -100).tolist()
+    columns = [{key: row[key] for key in ("input_ids", "seq_lengths")} | {"labels": labels_of(row)} for row in found]
+    assert columns == naive_packs(documents, PLANS[packing]([len(ids) for ids, _ in documents], 16))
 
 
 def token_batch(rows):
@@ -221,7 +224,7 @@ def test_last_turn_only_trains_the_last_reply(tokenizer, tmp_path):
     row = chat("a", "first")
     row["messages"] += chat("b", "second")["messages"][1:]
     dataset, _ = prepared(sft(last_turn_only=True), [row], tokenizer, new(tmp_path))
-    assert decoded_labels(tokenizer, dataset["labels"][0]) == f"second{END}"
+    assert decoded_labels(tokenizer, labels_of(dataset[0])) == f"second{END}"
 
 
 OVERLONG = chat("u" * 30, "r" * 30)  # 70 tokens, of which the last 32 are the reply, its stop token and a line break
@@ -248,7 +251,7 @@ KEPT_KEYS = ("rows_kept", "rows_truncated", "rows_split", "tokens_trained", "tok
 def test_overlong_rows_are_truncated(tokenizer, tmp_path):
     dataset, report = prepared(sft(overlong="truncate"), [OVERLONG], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][0] == [64]
-    assert decoded_labels(tokenizer, dataset["labels"][0]) == "r" * 26
+    assert decoded_labels(tokenizer, labels_of(dataset[0])) == "r" * 26
     assert source_entry(report, *KEPT_KEYS) == [1, 1, 0, 26, 6, 0]
 
 
@@ -256,7 +259,7 @@ def test_overlong_rows_are_split(tokenizer, tmp_path):
     dataset, report = prepared(sft(overlong="split"), [OVERLONG], tokenizer, new(tmp_path))
     assert sorted(map(sum, dataset["seq_lengths"])) == [6, 64]
     # The second piece's first token follows nothing it could be predicted from.
-    assert decoded_labels(tokenizer, dataset["labels"][0] + dataset["labels"][1]) == "r" * 26 + "r" * 3 + END
+    assert decoded_labels(tokenizer, labels_of(dataset[0]) + labels_of(dataset[1])) == "r" * 26 + "r" * 3 + END
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 1, 30, 0, 0]
 
 
@@ -327,15 +330,15 @@ def test_every_token_read_is_accounted_for(tokenizer, tmp_path, packing, overlon
         parts = [entry[f"tokens_{part}"] for part in ("trained", "masked", "truncated", "dropped")]
         assert entry["tokens_read"] == sum(parts)
         assert entry["rows_read"] == entry["rows_kept"] + sum(entry["dropped"].values())
-    labels = np.concatenate(dataset["labels"][:])
-    assert report["totals"]["tokens_trained"] == (labels != -100).sum()
-    assert report["totals"]["tokens_masked"] == (labels == -100).sum()
+    fates = np.concatenate(dataset["fates"][:])
+    assert report["totals"]["tokens_trained"] == (fates == Fate.TRAINED).sum()
+    assert report["totals"]["tokens_masked"] == (fates != Fate.TRAINED).sum()
 
 
 def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row in an sft stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row, and the stage trains on documents"):
         prepared(sft(), [pair("u", "a", "b")], tokenizer, new(tmp_path))
-    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text in an apo stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text, and the stage trains on pairs"):
         prepared(apo(), [{"text": "x"}], tokenizer, new(tmp_path))
     with pytest.raises(UserError, match=r"a mixture has no sources; give at least one"):
         prepared(sft(), [], tokenizer, new(tmp_path))
@@ -539,10 +542,10 @@ def test_the_chatml_template_prepares_mid_training_rows(shared_data, bpe, tmp_pa
     assert tokenizer.chat_template == load_template("chatml")
     rows = mix(Mixture(sources={"mid": Source(path=str(shared_data / "gsm8k" / "smoltalk2_mid.jsonl"), max_rows=50)}))
     dataset, _ = prepared(sft(packing="wrapped", max_seq_len=100_000), rows, tokenizer, tmp_path)
-    text = decoded_labels(tokenizer, dataset["labels"][0])
+    text = decoded_labels(tokenizer, labels_of(dataset[0]))
     assert text == "".join(row["messages"][-1]["content"] + END for _, row in rows)
 
 
 def test_all_roles_train_every_token_but_each_documents_first(tokenizer, tmp_path):
     rows, _ = prepared(sft(train_roles=["all"]), [("chats", chat("hi", "yes"))], tokenizer, new(tmp_path))
-    assert rows[0]["labels"] == [-100, *rows[0]["input_ids"][1:]]
+    assert labels_of(rows[0]) == [-100, *rows[0]["input_ids"][1:]]

@@ -127,7 +127,7 @@ def test_settings_of_a_mixture(attempt):
     "call, message",
     [
         ({"name": "f"}, 'write "arguments": {} where the function takes none'),
-        ({"name": "f", "arguments": {}, "input": {"x": 1}}, "expected its arguments in one of them"),
+        ({"name": "f", "arguments": {}, "input": {"x": 1}}, "expected the arguments in one of them"),
         ({"name": "f", "arguments": [1]}, "expected a JSON object of names and values"),
     ],
 )

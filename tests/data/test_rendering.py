@@ -191,7 +191,7 @@ def test_rows_that_do_not_say_their_mode_are_noted_with_share_and_setting(tmp_pa
     console = Console(width=1000, file=io.StringIO())
     console.print(format_report(report))
     assert (
-        "only: 2 of 8 rows (25%) do not say their mode and hold no think block, so they train as replies in think "
+        "only: 2 of 8 rows (25%) do not state their mode and have no think block, so they train as replies in think "
         "mode; set enable_thinking: false of the source, or in each row's chat_template_kwargs\n"
     ) in console.file.getvalue()
 

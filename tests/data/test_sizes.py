@@ -161,7 +161,7 @@ def test_a_deep_row_is_its_own_fault(write, depth, tmp_path, monkeypatch):
 
 def test_deep_columns_are_refused(tmp_path):
     """Arrow has a limit of its own."""
-    with pytest.raises(UserError, match=r"rows\.parquet: is no Parquet file that can be read \(.* too deeply nested"):
+    with pytest.raises(UserError, match=r"rows\.parquet: is not a readable Parquet file \(.* too deeply nested"):
         read(parquet(tmp_path, [{"text": "a", "tools": nested(120)}]))
 
 

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 import torch
-from clinic import Clinic, conversations, pairs
 
 from smolpost.pipeline import steps
+from tests.doctor.clinic import Clinic, conversations, pairs
 
 
 @pytest.fixture(autouse=True)

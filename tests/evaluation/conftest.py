@@ -1,8 +1,9 @@
 """A tiny random model and its tokenizer, and models rigged to reply as a function says."""
 
 import pytest
-from char_model import char_model, char_tokenizer
-from rigged import Rigged
+
+from tests.char_model import char_model, char_tokenizer
+from tests.rigged import Rigged
 
 
 @pytest.fixture(scope="session")

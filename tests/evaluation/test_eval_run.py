@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,7 +112,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from smolpost.evaluation.run import run_task
-from test_eval_run import Counting, Engine
+from tests.evaluation.test_eval_run import Counting, Engine
 class Slow(Counting):
     def measure(self, engine, items):
         time.sleep(0.2)
@@ -121,7 +122,7 @@ run_task("t", Slow([5] * 40), Engine(), Path(sys.argv[1]), batch_tokens=7, seed=
 
 
 def test_kill_9_loses_no_finished_batch(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
     file = tmp_path / SAMPLES
     deadline = time.monotonic() + 60

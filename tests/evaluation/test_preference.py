@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small import sum_rows
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
@@ -10,6 +9,7 @@ from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.preference import Preference, PreferenceTask
 from smolpost.inference.local import LocalEngine
+from tests.small import sum_rows
 
 TODAY = "08 July 2025"
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from export_models import THETA, letters, save_checkpoint
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
@@ -11,15 +10,16 @@ from smolpost.evaluation.task import Sample
 from smolpost.evaluation.tasks.recall import Recall
 from smolpost.evaluation.tasks.ruler import Ruler
 from smolpost.export.check import LengthCheck, Limits, ask, compare, logit_difference, refuse_failed
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
 from smolpost.inference.local import LocalEngine
 from smolpost.model import SmolLM3ForCausalLM
+from tests.export.export_models import THETA, letters, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return Source(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
+    return ExportSource(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
 
 
 def load(source, **config):

@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_project import (
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+
+from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
+from smolpost.registry import STAGE_KINDS, TASK_KINDS
+from smolpost.training import reference
+from tests.golden.golden_project import (
     Project,
     digest,
     packs,
@@ -25,12 +31,6 @@ from golden_project import (
     weight_sums,
     with_other_weights,
 )  # fmt: skip
-from safetensors.numpy import load_file
-from transformers import AutoTokenizer
-
-from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
-from smolpost.registry import STAGE_KINDS, TASK_KINDS
-from smolpost.training import reference
 
 HERE = Path(__file__).resolve().parent
 

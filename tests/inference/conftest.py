@@ -1,7 +1,8 @@
 """A tiny random model and its tokenizer."""
 
 import pytest
-from char_model import char_model, char_tokenizer
+
+from tests.char_model import char_model, char_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from small import SMALL
 from transformers import AutoTokenizer
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import steps
 from smolpost.pipeline.lineage import Lineage
+from tests.small import SMALL
 
 TEMPLATE = (
     "{{ bos_token + strftime_now('%Y') + '\n' }}"

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from small import Small, call
 
 from smolpost.pipeline import processes
+from tests.small import Small, call
 
 # More room than any disk has: refused by the ranks, once the rows are prepared and the model is loaded.
 TOO_MUCH = ["stages.sft.save_total_limit=1000000000", "stages.sft.max_steps=1000000000"]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from small import Small
 
 from smolpost import recipe
 from smolpost.errors import UserError
@@ -11,6 +10,7 @@ from smolpost.evaluation import results
 from smolpost.pipeline import manifest, run
 from smolpost.pipeline.lineage import Lineage
 from smolpost.screen import console
+from tests.small import Small
 
 
 class Run:

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest
+from tests.small import ROOT, Small, environment
 
 WORDS = ["stages.sft.max_steps=60", "stages.sft.save_steps=1000"]  # no checkpoint is due before the end
 

@@ -64,5 +64,5 @@ def test_runs_that_lack_stages_are_refused_by_name(tmp_path):
         over_runs(runs)
     for content in ("", "{}", '{"stages": [3]}'):
         (tmp_path / "a" / "results.json").write_text(content)
-        with pytest.raises(UserError, match=r"results.json holds no stages; remove it, and `smolpost run` writes it"):
+        with pytest.raises(UserError, match=r"results.json has no stages; remove it, and run `smolpost run`"):
             evaluations(tmp_path / "a")

@@ -246,7 +246,9 @@ def test_refusals(tmp_path):
     for cost in (-0.1, float("nan")):
         with pytest.raises(UserError, match=f"max_cost={cost:g} must be at least 0"):
             run(tmp_path, max_cost=cost)
-    with pytest.raises(UserError, match="long: recall/wrong is no score; choose among recall/right, recall/loss, reas"):
+    with pytest.raises(
+        UserError, match="long: recall/wrong is not a score; choose from recall/right, recall/loss, reas"
+    ):
         run(tmp_path, long=["recall/wrong"])
     with pytest.raises(UserError, match="long: recall/right is nan; choose another score"):
         run(tmp_path, lambda w, f: {"recall": {"scores": {"right": {"value": float("nan")}}, "samples": []}})

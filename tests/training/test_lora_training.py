@@ -32,7 +32,7 @@ def check(*targets, config=None, **fields):
             f"{KEY} names embed_tokens, the embedding of SmolLM3ForCausalLM, whose matrix is its head's",
         ),
         (["model.embed_tokens"], f"{KEY} names model.embed_tokens, the embedding"),
-        (["all-linear", "q_proj"], f"{KEY}=['all-linear', 'q_proj']: all-linear stands for all linear layers; give it"),
+        (["all-linear", "q_proj"], f"{KEY}=['all-linear', 'q_proj']: all-linear means all linear layers; use it"),
         (["mlp"], f"{KEY}=['mlp']: peft refuses it (Target module SmolLM3MLP("),
     ],
 )

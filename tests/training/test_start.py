@@ -45,7 +45,7 @@ def check(folder, attention="packed", stage=SFTStage):
         ),
         (
             Llama4TextConfig(**SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=4),
-            r"Llama4ForCausalLM attends in chunks \(layer_types in its config.json holds chunked_attention\)",
+            r"Llama4ForCausalLM attends in chunks \(layer_types in its config.json has chunked_attention\)",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

@@ -257,8 +257,8 @@ def trained(name, stage, rows, tokenizer, start, folder):
     prepared(stage, rows, tokenizer, mkdir(folder))
     (folder / "out").mkdir()
     report = train(
-        name, stage, seed=1, start=start, prepared=folder / "rows", out=folder / "out", references=folder / "r",
-        code="0", attn_implementation="packed", environment=CPU,
+        name, stage, stage.method(), seed=1, start=start, prepared=folder / "rows", out=folder / "out",
+        references=folder / "r", attn_implementation="packed", environment=CPU,
     )  # fmt: skip
     return folder / "out", report
 

@@ -6,6 +6,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from smolpost import signals
+from smolpost.chat.fates import Fate
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import collate_packs
 from smolpost.errors import UserError
@@ -252,9 +254,11 @@ def test_batches_are_the_prepared_packs(tokenizer, tmp_path):
     trainer, rows, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), shuffle_packs=False)
     steps = list(trainer.get_train_dataloader())
     for i, passes in enumerate(steps):  # of two packs, one a pass, in any order
-        for key in ("input_ids", "labels"):
+        packs = [rows[j] for j in (2 * i, 2 * i + 1)]
+        labels = [np.where(np.array(p["fates"]) == Fate.TRAINED, p["input_ids"], -100).tolist() for p in packs]
+        for key, expected in {"input_ids": [p["input_ids"] for p in packs], "labels": labels}.items():
             found = sorted(batch[key][0].tolist() for batch, counts in passes if counts)
-            assert found == sorted(rows[key][2 * i : 2 * i + 2])
+            assert found == sorted(expected)
     assert 2 * len(steps) == len(rows)
 
 

@@ -93,7 +93,7 @@ def _check(harness: Harness, checkpoint: Path) -> None:
     custom = harness.custom_tasks
     if custom is not None and custom.endswith(".py") and not Path(custom).is_file():
         raise UserError(
-            f"harness.custom_tasks={custom} is no file; lighteval reads a Python file or an installed module"
+            f"harness.custom_tasks={custom} is not a file; lighteval reads a Python file or an installed module"
         )
     if harness.max_new_tokens is None:
         return

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
@@ -27,6 +27,9 @@ from smolpost.evaluation.harness.store import (
 from smolpost.files import building
 from smolpost.model.loading import load_for_inference
 from smolpost.schema import Harness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = 'pip install -c constraints.txt "smolpost[eval]"'
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the environment's leave to run code that a model wrote, as `evaluate` reads it
@@ -83,7 +86,7 @@ class Tasks:
 
         folder = harness.custom_tasks
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"harness.custom_tasks={folder} is no folder; lm_eval reads a folder of task YAML files")
+            raise UserError(f"harness.custom_tasks={folder} is not a folder; lm_eval reads a folder of task YAML files")
         self.manager = tasks.TaskManager(include_path=folder, include_defaults=False)
         if not set(harness.tasks) <= set(self.manager.all_subtasks):  # reading lm_eval's own takes a while
             self.manager = tasks.TaskManager(include_path=folder)
@@ -166,7 +169,8 @@ class UnitRunner:
         self.harness, self.checkpoint, self.manager = harness, checkpoint, tasks.manager
 
     @cached_property
-    def model(self):
+    def model(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+        """The model and its tokenizer, whose template has the harness's date."""
         model, tokenizer = load_for_inference(self.checkpoint)
         if self.harness.apply_chat_template and not tokenizer.chat_template:
             raise UserError(f"{self.checkpoint} has no chat template; set harness.apply_chat_template=false")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +50,8 @@ class HarnessModel(HFLM):
             print(line, flush=True)
         self.replies: dict[tuple[str, int], list[Reply]] = defaultdict(list)  # (task name, row) -> its replies
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each request, which is the reply without thoughts, up to the task's stop strings."""
         answers = [""] * len(requests)
         groups = defaultdict(list)
         for place, request in enumerate(requests):
@@ -61,7 +63,7 @@ class HarnessModel(HFLM):
                     answers[place] = answer
         return answers
 
-    def _answers(self, requests, progress) -> list[str]:
+    def _answers(self, requests: list[Instance], progress: Progress) -> list[str]:
         """Answers to requests with one set of generation settings."""
         settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
         stops, longest = settings.pop("until"), settings.pop("max_gen_toks")
@@ -95,7 +97,9 @@ class HarnessModel(HFLM):
             self.replies[request.task_name, request.doc_id].append(reply)
         return [answer_of(reply.text, stops, thinks=self.thinks) for reply in produced]
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+    def _loglikelihood_tokens(
+        self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         self._check_room("a task", max(len(context) + len(rest) for _, context, rest in requests), 0)
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # its bar would fill a log file with control characters
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)

@@ -23,6 +23,7 @@ _OF_SELECTION = ("tasks", "modes", "headline")  # say which units there are and 
 
 
 def modes_of(harness: Harness) -> list[str]:
+    """The modes that every task is asked in."""
     return list(harness.modes) if harness.apply_chat_template else [PLAIN]
 
 
@@ -50,7 +51,7 @@ def unit_key(settings: str, checkpoint: Path) -> str:
     """
     files = sorted({file for pattern in _OF_MODEL for file in checkpoint.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"{checkpoint} is no checkpoint: it has no *.safetensors; save it with save_pretrained")
+        raise UserError(f"{checkpoint} is not a checkpoint: it has no *.safetensors; save it with save_pretrained")
     return digest({"settings": settings, "model": {file.name: sha256(file) for file in files}}, digits=16)
 
 
@@ -61,6 +62,7 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def folder_of(out: Path, task: str, mode: str) -> Path:
+    """Where a task's mode is kept; any task's name makes a folder's name."""
     return out / quote(task, safe="") / mode
 
 
@@ -124,7 +126,7 @@ def joined(kind: str, task: str, units: dict[str, dict[str, Any]], headline: str
         metrics = unit["scores"]
         if headline is not None and metrics and headline not in metrics:
             known = ", ".join(metrics)
-            raise UserError(f"harness.headline.{task}={headline} is no metric of this task; it has {known}")
+            raise UserError(f"harness.headline.{task}={headline} is not a metric of this task; it has {known}")
         if metrics:
             scores[mode] = metrics[headline or next(iter(metrics))]
         details |= {f"{mode}/{name}": metric for name, metric in metrics.items()}

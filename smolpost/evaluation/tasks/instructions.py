@@ -55,7 +55,7 @@ class InstructionsTask(EvaluationTask):
     modes: list[str] = some("think", "no_think")
     max_new_tokens: int = count(1024)
 
-    def files(self):
+    def files(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts)] if self.prompts else []
 
 
@@ -94,7 +94,7 @@ class Instructions(Measurement):
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
-    def _item(self, tokenizer, mode: str, number: int, prompt: Prompt) -> Item:
+    def _item(self, tokenizer: "PreTrainedTokenizerBase", mode: str, number: int, prompt: Prompt) -> Item:
         messages = [{"role": "user", "content": prompt.text}]
         kwargs = {"enable_thinking": MODES[mode]}
         ids = encode_prompt(tokenizer, messages, template_kwargs=kwargs, today=self.context.today)

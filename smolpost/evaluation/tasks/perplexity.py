@@ -101,7 +101,7 @@ class Perplexity(Measurement):
             )
         return mode_of(row)
 
-    def _encoded(self, tokenizer, row: dict) -> Encoded:
+    def _encoded(self, tokenizer: "PreTrainedTokenizerBase", row: dict) -> Encoded:
         if row.get("messages") is None:
             from smolpost.data.tokenize import encode_texts
 
@@ -116,7 +116,7 @@ class Perplexity(Measurement):
             )
 
 
-def _sample(tokenizer, item: Item, logps: list[float]) -> Sample:
+def _sample(tokenizer: "PreTrainedTokenizerBase", item: Item, logps: list[float]) -> Sample:
     passage: Passage = item.about
     metrics = {passage.mode: -sum(logps) / len(logps)}
     if passage.by_source:

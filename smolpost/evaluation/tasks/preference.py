@@ -114,7 +114,7 @@ class Preference(Measurement):
         chosen, rejected = (engine.logps([getattr(item.about, side) for item in items]) for side in SIDES)
         return [_sample(engine.tokenizer, *both) for both in zip(items, chosen, rejected, strict=True)]
 
-    def _sides(self, tokenizer, row: dict) -> tuple[Side, Side]:
+    def _sides(self, tokenizer: "PreTrainedTokenizerBase", row: dict) -> tuple[Side, Side]:
         if validate_row(row, where(row), pairs=True) != "preference":
             raise UserError(
                 f"{where(row)}: has the columns {', '.join(row)}; expected chosen and rejected; take its source out "
@@ -137,7 +137,7 @@ def _side(prompt_ids: list[int], ids: list[int], fates: list[int]) -> Side:
     return Side(prompt_ids + ids, [len(prompt_ids) + i for i, fate in enumerate(fates) if fate == Fate.TRAINED])
 
 
-def _sample(tokenizer, item: Item, chosen: list[float], rejected: list[float]) -> Sample:
+def _sample(tokenizer: "PreTrainedTokenizerBase", item: Item, chosen: list[float], rejected: list[float]) -> Sample:
     pair: Pair = item.about
     margin = sum(chosen) - sum(rejected)
     margin_per_token = sum(chosen) / len(chosen) - sum(rejected) / len(rejected)

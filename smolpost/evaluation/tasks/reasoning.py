@@ -128,7 +128,17 @@ class Reasoning(Measurement):
         )
         return [self._sample(engine.tokenizer, item, texts) for item, texts in zip(items, replies, strict=True)]
 
-    def _item(self, tokenizer, mode, by_source, i, source, row, prompt, expected) -> Item:
+    def _item(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        mode: str,
+        by_source: bool,
+        i: int,
+        source: str,
+        row: dict,
+        prompt: list[dict],
+        expected: Any,
+    ) -> Item:
         kwargs = {**(row.get("chat_template_kwargs") or {}), "enable_thinking": MODES[mode]}
         with named(row):
             ids = encode_prompt(
@@ -138,7 +148,7 @@ class Reasoning(Measurement):
         problem = ReasoningPrompt(i, source, by_source, mode, question, expected, opens_thinking(tokenizer, ids))
         return Item(f"{i}/{mode}", ids, self.config.max_new_tokens, self.config.num_samples, problem)
 
-    def _sample(self, tokenizer, item: Item, replies: list[Reply]) -> Sample:
+    def _sample(self, tokenizer: "PreTrainedTokenizerBase", item: Item, replies: list[Reply]) -> Sample:
         problem: ReasoningPrompt = item.about
         read = [self._read(tokenizer, problem, reply) for reply in replies]
         mode, num_right = problem.mode, sum(entry["right"] for entry in read)
@@ -159,7 +169,7 @@ class Reasoning(Measurement):
         }
         return Sample(item.id, metrics, cluster=str(problem.row), record=record)
 
-    def _read(self, tokenizer, problem: ReasoningPrompt, reply: Reply) -> dict[str, Any]:
+    def _read(self, tokenizer: "PreTrainedTokenizerBase", problem: ReasoningPrompt, reply: Reply) -> dict[str, Any]:
         """A reply for the reader, with what the metrics count."""
         reasoning, answer, unclosed = parts_of(reply.text, opened_in_prompt=problem.opened)
         found = self.answers.find(answer)
@@ -208,7 +218,7 @@ def pass_at(k: int, num_samples: int, num_right: int) -> float:
     Args:
         k: From 1 to num_samples.
         num_samples: Replies drawn.
-        num_right: Of them, right ones.
+        num_right: How many of them are right.
     """
     if num_samples - num_right < k:
         return 1.0

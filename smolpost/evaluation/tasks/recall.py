@@ -92,31 +92,35 @@ class Recall(Measurement):
 
     def _item(self, tokenizer: "PreTrainedTokenizerBase", length: int, i: int) -> Item:
         smallest = 3 * self.config.pairs + 1 + self.config.queries
-        found = largest(lambda size: self._ids(tokenizer, i, size)[0], length, smallest, smallest + length)
+        found = largest(lambda size: self._ids(tokenizer, self._row(i, size)), length, smallest, smallest + length)
         if found is None:
-            least = max(len(self._ids(tokenizer, j, smallest)[0]) for j in range(self.config.num_prompts))
+            least = max(len(self._ids(tokenizer, self._row(j, smallest))) for j in range(self.config.num_prompts))
             raise UserError(
                 f"{self.key}.lengths={length} is too short for {self.config.pairs} pairs and {self.config.queries} "
                 f"queries: prompt and answer have {least} tokens at least; use {least} or more, or lower pairs or "
                 "queries"
             )
         size, ids = found
-        room = self._ids(tokenizer, i, size)[1]
-        _, user, answer = (message["content"] for message in self._row(i, size)["messages"])
+        row = self._row(i, size)
+        room = len(_reply_ids(tokenizer, row))
+        _, user, answer = (message["content"] for message in row["messages"])
         return Item(f"{length}/{i}", ids[:-room], room, about=RecallPrompt(length, user, answer))
 
     def _row(self, i: int, size: int) -> dict:
         rng = np.random.default_rng([self.context.seed, i])
         return recall_row(rng, size, self.config.pairs, self.config.queries, distinct=True)
 
-    def _ids(self, tokenizer: "PreTrainedTokenizerBase", i: int, size: int) -> tuple[list[int], int]:
-        """Prompt, answer and stop token; and how many tokens the last two are."""
-        row = self._row(i, size)
-        *messages, answer = row["messages"]
+    def _ids(self, tokenizer: "PreTrainedTokenizerBase", row: dict) -> list[int]:
+        """Prompt, answer and stop token."""
         kwargs = row["chat_template_kwargs"]
-        prompt = encode_prompt(tokenizer, messages, template_kwargs=kwargs, today=self.context.today)
-        reply = [*tokenizer.encode(answer["content"], add_special_tokens=False), tokenizer.eos_token_id]
-        return prompt + reply, len(reply)
+        prompt = encode_prompt(tokenizer, row["messages"][:-1], template_kwargs=kwargs, today=self.context.today)
+        return prompt + _reply_ids(tokenizer, row)
+
+
+def _reply_ids(tokenizer: "PreTrainedTokenizerBase", row: dict) -> list[int]:
+    """Answer and stop token."""
+    answer = row["messages"][-1]["content"]
+    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def _sample(item: Item, reply: Reply) -> Sample:

@@ -81,7 +81,7 @@ class RulerTask(EvaluationTask):
     thinking: bool = False  # ask in think mode
     think_tokens: int = count(1024)  # of each length, left free for the think block
 
-    def files(self):
+    def files(self) -> list[tuple[str, str]]:
         return [(key, getattr(self, key)) for key in ("text", "questions") if getattr(self, key)]
 
 
@@ -110,7 +110,7 @@ class Ruler(Measurement):
     def items(self, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
         """Prompts that would, with one unit more (a sentence, a needle, a word, a document), be too long.
 
-        Prompt i of a task begins with the same random numbers at every length, whatever else is asked.
+        Prompt i of a task begins with the same random numbers at every length and beside any other tasks.
 
         Raises:
             UserError: A file cannot be used, or a length cannot hold a task.
@@ -239,12 +239,12 @@ def _texts(values: object) -> bool:
 
 
 def string_match_all(reply: str, references: list[str]) -> float:
-    """Share of the references that occur in the reply, whatever their case, in [0, 1]."""
+    """Share of the references that occur in the reply in any case of letters, in [0, 1]."""
     return sum(reference.lower() in reply.lower() for reference in references) / len(references)
 
 
 def string_match_part(reply: str, references: list[str]) -> float:
-    """1 where one of the references occurs in the reply, whatever its case, else 0."""
+    """1 where one of the references occurs in the reply in any case of letters, else 0."""
     return float(any(reference.lower() in reply.lower() for reference in references))
 
 

@@ -71,7 +71,7 @@ class ToolCallsTask(EvaluationTask):
     thinking: bool = False
     max_new_tokens: int = count(512)
 
-    def files(self):
+    def files(self) -> list[tuple[str, str]]:
         return [("questions", self.questions), ("answers", self.answers)]
 
 
@@ -80,7 +80,8 @@ class ToolCalls(Measurement):
     """Share of rows that are answered with exactly the accepted calls, per style.
 
     Metrics, for each style of `config.styles`:
-        STYLE: share of rows whose calls are all right and none too many; a block that is no call makes a row wrong.
+        STYLE: share of rows whose calls are right, with none missing and none too many; a block that
+            cannot be read as a call makes a row wrong.
         STYLE/parsed: share of rows with at least one well-formed call.
         STYLE/name: share of rows whose calls name the accepted functions.
         STYLE/cut: share of replies that reached max_new_tokens.
@@ -116,7 +117,7 @@ class ToolCalls(Measurement):
     def measure(self, engine: Engine, items: list[Item]) -> list[Sample]:
         return [_sample(item, reply) for item, reply in zip(items, greedy_replies(engine, items), strict=True)]
 
-    def _item(self, tokenizer, style: str, several: bool, row: Row, answer: Row) -> Item:
+    def _item(self, tokenizer: "PreTrainedTokenizerBase", style: str, several: bool, row: Row, answer: Row) -> Item:
         messages, functions = messages_of(row), functions_of(row)
         expected = accepted_calls(answer, functions)
         kwargs, tools = {"enable_thinking": self.config.thinking}, None
@@ -146,7 +147,9 @@ class ToolCalls(Measurement):
             if missing := [column for column in columns if column not in row]:
                 raise UserError(f"{where}: has no {missing[0]} but the columns {', '.join(row)}; expected Berkeley's")
             if not isinstance(row["id"], str) or row["id"] in seen:
-                raise UserError(f"{where}: id={row['id']!r:.80} is no text or stood before; give each row its own")
+                raise UserError(
+                    f"{where}: id={row['id']!r:.80} is not a text, or an earlier row has it; give each row its own"
+                )
             if category(row["id"]) in SHARES:
                 raise UserError(f"{where}: id={row['id']!r:.80} begins with the name of a metric; rename it")
             seen.add(row["id"])
@@ -197,14 +200,14 @@ def accepted_calls(answer: Row, functions: dict[str, dict]) -> list[tuple[str, d
         arguments = next(iter(call.values())) if isinstance(call, dict) and len(call) == 1 else None
         if not isinstance(arguments, dict) or not lists_only(arguments):
             raise UserError(
-                f"{where} is {call!r:.80}; expected {{function: {{argument: [value, ...]}}}}, objects among the values "
-                "alike"
+                f"{where} is {call!r:.80}; expected {{function: {{argument: [value, ...]}}}}, and the same form for "
+                "objects among the values"
             )
         name = next(iter(call))
         if name not in functions:
             raise UserError(
-                f"{where} calls {name!r:.80}, which is none of the question's functions {', '.join(functions)}; give "
-                "the answers that belong to the questions"
+                f"{where} calls {name!r:.80}, which is not one of the question's functions {', '.join(functions)}; "
+                "give the answers that belong to the questions"
             )
         expected.append((name, arguments))
     return expected
