@@ -12,7 +12,7 @@ from smolpost.schema import PACKED_ATTENTION, TrainStage
 
 
 def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: str) -> dict[str, str]:
-    """Refuse a checkpoint that would not load whole, attention that it cannot use, and LoRA targets it does not have.
+    """Refuse a checkpoint that would load incompletely, attention that it cannot use, and unknown LoRA targets.
 
     Returns:
         What `load_model` wants to know of the names of its tensors.
