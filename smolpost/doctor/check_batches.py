@@ -206,7 +206,7 @@ def pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
 
 
 def prompt_is_shared(case: Case) -> tuple[bool, str]:
-    """Prompt and completion equal, token by token, the beginning of the side's own conversation, and almost all of it."""
+    """Prompt and completion equal, token by token, the beginning and almost all of the side's own conversation."""
     check_earlier(case)
     faults, num_shared, num_tokens = [], 0, 0
     pairs = case.need("arrays", "pair mask")

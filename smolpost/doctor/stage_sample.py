@@ -74,7 +74,7 @@ class Case:
 
     @cached_property
     def sample(self) -> list[dict]:
-        """As many rows of each mode, from the shortest to the longest."""
+        """Equally many rows of each mode, from the shortest to the longest."""
         by_mode: dict[str, list] = {}
         for row in self.scanned:
             by_mode.setdefault(mode_of(row), []).append(row)
