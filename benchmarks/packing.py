@@ -124,19 +124,21 @@ def token_batch(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray) -> pa
 
 
 def set_smolpost(case: dict) -> dict:
-    from smolpost.data import prepare_sft
+    from smolpost.data import prepare_documents
     from smolpost.data.dataset_folder import write_dataset
     from smolpost.data.tokens import open_tokens
-    from smolpost.schema import SFTStage
+    from smolpost.stages.sft import SFTStage
 
     folder, out = Path(case["folder"]), output("smolpost", case)
     stage = SFTStage(init_from="x", data="y", max_seq_len=CAPACITY, learning_rate=1e-4, global_batch_size=1)
 
     def work():
         tokens = open_tokens([folder / "tokens.arrow"])
-        documents = prepare_sft.whole_rows(tokens, np.arange(len(tokens)))
-        _, pieces, plan = prepare_sft.pack(stage, tokens, documents)
-        write_dataset(out.parent, prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
+        documents = prepare_documents.whole_rows(tokens, np.arange(len(tokens)))
+        _, pieces, plan = prepare_documents.pack(stage, tokens, documents)
+        write_dataset(
+            out.parent, prepare_documents.PACK_TYPES, prepare_documents.pack_chunks(tokens, pieces, plan, None)
+        )
         return datasets.load_from_disk(out.parent)
 
     clock, packs = timed(work)

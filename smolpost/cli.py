@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ third_party.silence()  # here, as all programs import this file before the libra
 VERBS = {
     "plan": "print the stages, their settings and the exact commands; run nothing",
     "run": "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones",
-    "init": "make a start checkpoint with a tokenizer from the data and random weights",
+    "make": "make one stage whose inputs are finished, in this process",
     "prepare": "tokenize, mask and pack the rows of a training stage",
     "inspect": "show prepared rows token by token: which tokens train, and why",
     "doctor": "check the model, template and data of a training stage on a sample of its rows",
@@ -175,28 +175,35 @@ def _do(options: argparse.Namespace) -> int:
     lineage = Lineage(request)
     if options.verb == "eval" and request.stage == "checkpoint":
         return _evaluate(lineage, "checkpoint", console)
-    stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
     if options.verb == "prepare":
         steps.prepare(lineage, stage)
     elif options.verb == "eval":
-        return _evaluate(lineage, stage.plan.name, console)
+        return _evaluate(lineage, stage.name, console)
     elif options.verb == "doctor":
         from smolpost.doctor import checks
 
         found = checks.diagnose(lineage, stage, rows=options.rows)
         console.print(checks.report(found))
         return checks.exit_code(found)
-    elif stage.plan.config.kind != "init":
-        raise UserError(f"stage={stage.plan.name} is a {stage.plan.config.kind} stage, not an init stage")
     else:
-        steps.make(lineage, stage, lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture))
+        _make(lineage, stage)
     return 0
 
 
-def _evaluate(lineage, stage: str, console: Console) -> int:
-    from smolpost.evaluation.table import DEPTH, scores_table
+def _make(lineage, stage) -> None:
     from smolpost.pipeline import steps
-    from smolpost.report.heat_map import heat_map_table, save_heat_map
+
+    if stage.config.LAUNCHED:
+        launch = screen.command_line(stage.making[-1])
+        raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
+    steps.make(lineage, stage)
+
+
+def _evaluate(lineage, stage: str, console: Console) -> int:
+    from smolpost.pipeline import steps
+    from smolpost.report.heat_map import DEPTH, heat_map_table, save_heat_map
+    from smolpost.report.score_tables import scores_table
 
     root, found = steps.evaluate(lineage, stage)
     console.print(scores_table(found))
@@ -275,43 +282,30 @@ def _prepared_folder(words: list[str]) -> Path:
         return Path(words[0])
     request = recipe.load(words)
     lineage = Lineage(request)
-    stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
     if stage.prepared is None or not manifest.read(stage.prepared):
         make = screen.command_line(["smolpost", "prepare", *words])
-        raise UserError(f"stage={stage.plan.name} has no prepared rows; `{make}` makes them for sft and apo stages")
+        raise UserError(f"stage={stage.name} has no prepared rows; `{make}` makes those of a training stage")
     return stage.prepared
 
 
-def job(kind: str, fill: Callable, *, resumable: bool = False) -> None:
-    """Run a script of data_gen/ or merge/ on the stage that its command line names.
+def job(kind: str) -> None:
+    """Run a script of data_gen/ or merge/: make the stage that its command line names.
 
     Args:
         kind: The stage kind that the script makes.
-        fill: (stage, inputs, folder) -> report; writes the stage's files into the folder. Inputs are the folders of the
-            checkpoints the stage starts from, by name. For kinds that choose, a fourth argument measures a model:
-            `steps.measurer`.
-        resumable: See `steps.make`.
     """
-    from smolpost import recipe, schema
+    from smolpost import recipe
     from smolpost.pipeline import steps
     from smolpost.pipeline.lineage import Lineage
     from smolpost.pipeline.plan import select_one
 
     with one_line_errors():
-        request = recipe.load(sys.argv[1:])
-        lineage = Lineage(request)
-        stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
-        if stage.plan.config.kind != kind:
-            raise UserError(
-                f"stage={stage.plan.name} is a {stage.plan.config.kind} stage; this job makes {kind} stages"
-            )
-        chooses = isinstance(stage.plan.config, schema.ChoosingStage)
-
-        def make(stage, folder):
-            measure = [steps.measurer(lineage, stage)] if chooses else []
-            return fill(stage, steps.input_folders(stage, request.recipe), folder, *measure)
-
-        steps.make(lineage, stage, make, resumable=resumable)
+        lineage = Lineage(request := recipe.load(sys.argv[1:]))
+        stage = select_one(lineage.stages.planned.values(), request.stage)
+        if stage.config.kind != kind:
+            raise UserError(f"stage={stage.name} is of kind {stage.config.kind}; this job makes {kind} stages")
+        steps.make(lineage, lineage.stages[stage.name])
 
 
 if __name__ == "__main__":

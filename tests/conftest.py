@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from smolpost.objectives.losses import loss
+from smolpost.registry import LOSSES
+from tests.hinge import Hinge
+
 # The same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
@@ -23,3 +27,10 @@ def gsm8k() -> Path:
     if not folder.is_dir():
         pytest.skip("the real rows of ../shared/data/gsm8k are not here")
     return folder
+
+
+@pytest.fixture
+def hinge(monkeypatch):
+    """The loss hinge, registered for one test."""
+    monkeypatch.setattr(LOSSES, "_entries", dict(LOSSES))
+    loss("hinge")(Hinge)

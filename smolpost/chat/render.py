@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
@@ -164,6 +163,10 @@ class Conversation:
             raise UserError(self._complaint(error)) from error
 
     def _render(self) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import (
+            render_jinja_template,
+        )
+
         texts, spans = render_jinja_template(
             conversations=[self.messages],
             tools=self.tools,
@@ -301,6 +304,8 @@ def _check_order(messages: list[Message]) -> None:
 
 def _schemas(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
     """Tools as JSON schemas; None without tools."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
     for i, tool in enumerate(tools or []):
         if not isinstance(tool, dict) and not callable(tool):
             raise UserError(f"tools[{i}]={tool!r:.80} is not a JSON schema; pass finished strings as xml_tools")

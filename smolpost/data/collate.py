@@ -17,7 +17,7 @@ def collate_packs(packs: list[dict]) -> dict:
     """Packs of documents, one after another.
 
     Args:
-        packs: Rows of a dataset by prepare_sft.
+        packs: Rows of a dataset by prepare_documents.
     Returns:
         input_ids, labels, position_ids: [1, T] int64; labels are the ids of trained tokens, not shifted, and
             IGNORE_INDEX elsewhere; positions restart with every document.
@@ -43,7 +43,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
     """Preference pairs as `prompt | chosen | rejected`, one after another.
 
     Args:
-        pairs: P rows of a dataset by prepare_apo.
+        pairs: P rows of a dataset by prepare_pairs.
     Returns:
         input_ids, position_ids: [1, T] int64; chosen and rejected both count on from their prompt.
         pair_lengths: (prompt, chosen, rejected) tokens of each pair, plain ints.

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import new_source, percentiles
+from smolpost.data.settings import Rows
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, TrainStage
+from smolpost.schema import Mixture
 
 ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and what happened to it
 DROPPED = "dropped.jsonl"  # the dropped rows, to read
@@ -90,7 +91,7 @@ class Ends:
     shared: np.ndarray
 
 
-def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str, dict]:
+def ledger(stage: Rows, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str, dict]:
     """The report's entry of each source.
 
     Raises:
@@ -146,7 +147,7 @@ def count_names(lists: pa.ChunkedArray, rows: np.ndarray) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
 
 
-def check_refused(stage: TrainStage, name: str, num_rows: int, faults: list[str]) -> None:
+def check_refused(stage: Rows, name: str, num_rows: int, faults: list[str]) -> None:
     """
     Raises:
         RefusedRows: Too many, with the first one's reason; or all.
@@ -170,7 +171,7 @@ def count_values(values) -> dict[str, int]:
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-def check_source(stage: TrainStage, mixture: Mixture, name: str, entry: dict) -> None:
+def check_source(stage: Rows, mixture: Mixture, name: str, entry: dict) -> None:
     """Refuse a source with too little left, or with another share of think rows than declared.
 
     Raises:

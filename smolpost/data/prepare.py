@@ -12,16 +12,17 @@ from smolpost.chat.layout import ROLES
 from smolpost.data import mixtures
 from smolpost.data.hygiene import HygieneFilter, Removal, features
 from smolpost.data.ledger import REFUSED, Taken, check_refused
-from smolpost.data.prepare_apo import prepare_apo
-from smolpost.data.prepare_sft import prepare_sft
+from smolpost.data.prepare_documents import prepare_documents
+from smolpost.data.prepare_pairs import prepare_pairs
+from smolpost.data.settings import Rows
 from smolpost.data.shards import Tokenize, TokenShard, shard_slices, tokenize_shards
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.progress import Progress
-from smolpost.schema import Mixture, Source, TrainStage
+from smolpost.schema import Mixture, Source
 
 
-def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
+def prepare(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
     """Make the rows that a stage trains on.
 
     The result depends on the rows, the settings and the tokenizer, not on the number of workers. Tokenized rows stay in
@@ -41,11 +42,11 @@ def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[st
     check(stage)
     mixtures.check(mixture)
     taken = take(stage, mixture, tokenizer, shards)
-    return (prepare_apo if stage.kind == "apo" else prepare_sft)(stage, mixture, taken, folder)
+    return (prepare_pairs if stage.layout == "pairs" else prepare_documents)(stage, mixture, taken, folder)
 
 
-def check(stage: TrainStage) -> None:
-    known = ROLES if stage.kind == "sft" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
+def check(stage: Rows) -> None:
+    known = ROLES if stage.layout == "documents" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
     for role in stage.train_roles:
         if role not in known:
             raise UserError(f"train_roles={stage.train_roles}: {role} is not a choice; use some of {', '.join(known)}")
@@ -72,7 +73,7 @@ class Chosen:
     num_rows: int
 
 
-def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path]) -> Taken:
+def take(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path]) -> Taken:
     """Tokenize what the mixture may need, remove what hygiene finds, take what the limits allow."""
     chosen, jobs = {}, []
     for name, source in mixture.sources.items():
@@ -115,7 +116,7 @@ def remove(checker: HygieneFilter, tokens: Tokens) -> dict[int, Removal]:
 
 
 def select(
-    stage: TrainStage,
+    stage: Rows,
     mixture: Mixture,
     chosen: dict[str, Chosen],
     tokens: Tokens,

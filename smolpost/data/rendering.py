@@ -9,7 +9,7 @@ from smolpost.chat.masks import Encoded, EncodedPair
 from smolpost.chat.shown import Loss
 from smolpost.data.prompts import stated_mode
 from smolpost.data.rows import Row
-from smolpost.schema import TrainStage
+from smolpost.data.settings import Rows
 
 #: Kind of loss in a reply that trains -> the message; {} is a few words of what is lost.
 REFUSED = {
@@ -56,7 +56,7 @@ def notes_of(row: Row, encoded: Encoded | EncodedPair, unasked: bool) -> tuple[s
     return tuple(noted)
 
 
-def thinks_unasked(tokenizer, stage: TrainStage) -> bool:
+def thinks_unasked(tokenizer, stage: Rows) -> bool:
     """Whether the stage trains rows that do not say their mode as think rows, with their reasoning."""
     return stage.train_reasoning and shown.thinks_unasked(tokenizer, stage.today)
 

@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,12 +17,16 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from smolpost.data.row_shapes.shape import RowShape
+from smolpost.data.settings import Rows
 from smolpost.data.source_slice import SourceSlice, joined
 from smolpost.data.sources import read_slice, slices
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
+from smolpost.files import remove_parts, replacing
 from smolpost.progress import Progress
-from smolpost.schema import Source, TrainStage
+from smolpost.registry import ROW_SHAPES
+from smolpost.schema import Source
 from smolpost.signals import default_in_fork
 
 SHARD_ROWS = 256  # of a source: small enough to keep all workers busy, and to lose little to a kill
@@ -75,7 +78,7 @@ class Tokenize:
         features: Computes what hygiene compares of a row; None without hygiene.
     """
 
-    stage: TrainStage
+    stage: Rows
     tokenizer: PreTrainedTokenizerBase
     features: Callable[[dict], bytes] | None = None
 
@@ -86,28 +89,18 @@ class Tokenize:
             UserError: The rows cannot be read, or all of the first SHARD_ROWS rows of a source are refused: then the
                 recipe is wrong, not the rows.
         """
-        shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
-        kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.part), taken))
+        layout = self.stage.layout
+        rows = (admitted(row, shard.source, layout) for row in nth(read_slice(shard.source, shard.part), taken))
         num_read, num_refused, fault = 0, 0, None
-        with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
-            try:
-                with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
-                    for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
-                        writer.write_batch(batch)
-                        num_read += len(batch)
-                        num_refused += len(batch) - batch["fault"].null_count
-                        fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
-                        if num_refused == num_read >= SHARD_ROWS and shard.part.first == 0:
-                            raise UserError(f"{fault} (so are all of the first {num_read} rows)")
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, shard.file)
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        with replacing(shard.file) as part, pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
+            for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
+                writer.write_batch(batch)
+                num_read += len(batch)
+                num_refused += len(batch) - batch["fault"].null_count
+                fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
+                if num_refused == num_read >= SHARD_ROWS and shard.part.first == 0:
+                    raise UserError(f"{fault} (so are all of the first {num_read} rows)")
         return len(shard.rows)
 
 
@@ -141,9 +134,8 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
         UserError: As `Tokenize`, for the first bad shard in their order, whichever worker finds it.
     """
     missing = [shard for shard in shards if not shard.is_whole()]
-    for folder in {shard.folder for shard in missing}:
-        for stale in folder.glob(".part-*"):  # of a killed process; the caller holds the lock
-            stale.unlink()
+    for folder in {shard.folder for shard in missing if shard.folder.is_dir()}:
+        remove_parts(folder)  # of a killed process; the caller holds the lock
     total = sum(len(shard.rows) for shard in shards)
     done = total - sum(len(shard.rows) for shard in missing)
     num_workers = min(num_workers, len(missing))
@@ -154,7 +146,8 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
             return
         # As in `datasets.map`: a forked worker has the tokenizer at once; a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=(tokenize,)) as pool:
+        given = (tokenize, [*ROW_SHAPES.values()])
+        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=given) as pool:
             try:
                 for num_rows in pool.map(tokenize_here, missing):
                     progress.update(num_rows)
@@ -166,8 +159,12 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
 _tokenize: Tokenize  # of this worker
 
 
-def receive(tokenize: Tokenize) -> None:
-    """Set up a new worker."""
+def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
+    """In a new worker: what it does, and how it ends.
+
+    Args:
+        row_shapes: A spawned worker imports the modules that define them, which registers them.
+    """
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
     default_in_fork()

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
@@ -94,27 +94,29 @@ def read_slice(source: Source, part: SourceSlice) -> Iterator[Row]:
         )
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, hashed: Callable[[Path], str] = sha256) -> str:
     """A name for the content of a source.
 
     For a Hub dataset, `id@revision/subset/split`. For a file, the SHA-256 of its bytes. For a folder or a pattern, the
     SHA-256 of the names (relative to the folder, or to the pattern's fixed part) and the bytes of all files that are
     read. The choice of rows (first_row, max_rows) and the mapping of columns are not part of it.
 
+    Args:
+        hashed: SHA-256 of a file's content: `files.Hashes`, where a content shall be read once and not each time.
     Raises:
         UserError: The path or split does not exist.
     """
     if is_hub_id(source):
         return f"{source.path}@{source.revision or 'main'}/{source.subset or 'default'}/{source.split}"
     if Path(source.path).is_file():
-        return sha256(Path(source.path))
+        return hashed(Path(source.path))
     root = Path(*itertools.takewhile(lambda part: not has_magic(part), Path(source.path).parts))
     if Path(source.path).is_dir():
         root = Path(source.path)
     digest = hashlib.sha256()
     for path, kind in parts(source):
         for file in arrow_files(Path(path)) if kind == "arrow" else [Path(path)]:
-            digest.update(f"{file.relative_to(root)}\0{sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(root)}\0{hashed(file)}\n".encode())
     return digest.hexdigest()
 
 

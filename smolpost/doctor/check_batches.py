@@ -168,7 +168,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
         last = list(last_tokens(case))
     except (NotChecked, UserError):  # there are no labels to look at, see mask
         return None not in ends, detail
-    stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
+    stops = stop_tokens(case.stage.entry, case.config, case.prepared_rows, case.start, case.tokenizer)
     trains = [is_cut or token in found.values() for token, is_cut in last]
     num_cut = sum(is_cut for _, is_cut in last)
     before, after = stops.report["generation"]["before"], stops.generation
@@ -180,7 +180,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
 def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
     """The last token of each reply if it trains, else -100; and whether the reply is truncated there."""
     case.need("prepared_rows", "mask and lengths")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         for _, _, side, _ in pair_sides(case):
             yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
         return
@@ -287,7 +287,7 @@ def accumulation(case: Case) -> tuple[bool, str]:
     for other in ("packing", "pairs"):
         if other in case.failed:
             raise NotChecked(f"forward passes of several rows cannot be compared, see {other}")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         return training_steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
     return training_steps.sft_accumulation(
         case.config, case.model_to_run(), case.tokenizer, case.short_documents(), case.environment, case.folder

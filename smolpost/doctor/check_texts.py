@@ -9,7 +9,6 @@ from copy import copy
 
 import numpy as np
 
-from smolpost import schema
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.prompts import mode_of
@@ -106,9 +105,9 @@ def same_template(case: Case) -> tuple[bool, str]:
 
 def written_by_init(case: Case, stored: str) -> bool:
     """Whether the start checkpoint has random weights and the template that its own stage gave it."""
-    name = case.config.init_from
-    parent = None if name == "checkpoint" else case.lineage.stages[name].plan.config
-    return isinstance(parent, schema.InitStage) and load_template(parent.template) == stored
+    parent = case.lineage.recipe.stages.get(case.config.init_from)
+    random = parent is not None and not parent.MAKES_MODEL
+    return random and load_template(parent.template) == stored
 
 
 def same_tokenizer(case: Case) -> tuple[bool, str]:
@@ -116,8 +115,8 @@ def same_tokenizer(case: Case) -> tuple[bool, str]:
     from transformers import AutoTokenizer
 
     stages, root = case.lineage.stages, case.config.init_from
-    while root != "checkpoint" and stages[root].plan.base and stages[root].plan.base != "checkpoint":
-        root = stages[root].plan.base
+    while root != "checkpoint" and stages[root].base and stages[root].base != "checkpoint":
+        root = stages[root].base
     folders = [stages[root].folder] if root in stages else []
     folders += [case.stage.prepared / "tokenizer"]
     own, others = vocabulary_hash(case.tokenizer), []

@@ -51,7 +51,7 @@ class Case:
     def __init__(self, lineage: Lineage, stage: Located, num_rows: int, folder: Path):
         from transformers import AutoTokenizer
 
-        self.lineage, self.stage, self.config = lineage, stage, stage.plan.config
+        self.lineage, self.stage, self.config = lineage, stage, stage.config
         self.num_rows, self.folder = num_rows, folder
         self.start = input_folders(stage, lineage.recipe)[self.config.init_from]
         self.tokenizer = AutoTokenizer.from_pretrained(self.start)
@@ -97,7 +97,7 @@ class Case:
                 for row in islice(self._taken(name, source, mixture.seed), SCANNED):
                     self.num_scanned += 1
                     try:
-                        row = row_for(row, source, self.config.kind)
+                        row = row_for(row, source, self.config.layout)
                         self._check_row(row)
                     except UserError as error:
                         self.refused.append(str(error))
@@ -117,8 +117,8 @@ class Case:
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
-        if (shape == "preference") != (self.config.kind == "apo"):
-            raise UserError(f"{row.where}: is a {shape} row in an {self.config.kind} stage")
+        if (shape == "preference") != (self.config.layout == "pairs"):
+            raise UserError(f"{row.where}: is a {shape} row, and the stage reads {self.config.layout}")
         try:
             for messages in conversations(row):
                 self.render(row, messages)
@@ -128,7 +128,7 @@ class Case:
     @cached_property
     def trainable(self) -> list[dict]:
         """The sampled rows that `smolpost prepare` can tokenize and mask."""
-        tokenize, found = tokenize_pairs if self.config.kind == "apo" else tokenize_rows, []
+        tokenize, found = tokenize_pairs if self.config.layout == "pairs" else tokenize_rows, []
         for row in self.sample:
             [tokens] = tokenize(self.config, [row], self.tokenizer)
             if tokens.fault:
@@ -202,7 +202,7 @@ class Case:
     @cached_property
     def fitting(self) -> list[dict]:
         """The sampled rows that the stage uses; `truncate` and `split` use all conversations."""
-        if self.config.kind == "sft" and self.config.overlong in ("truncate", "split"):
+        if self.config.layout == "documents" and self.config.overlong in ("truncate", "split"):
             return self.trainable
         lengths = zip(self.sample, self.lengths, strict=True)
         short = [row.where for row, length in lengths if length <= self.config.max_seq_len]

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.chat.fates import Fate
 from smolpost.data.collate import IGNORE_INDEX, PARTS
-from smolpost.schema import APOStage, SFTStage, TrainStage
-from smolpost.training import apo, reference, sft
+from smolpost.objectives.losses import configured
+from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.scoring import Scored, score_tokens
+from smolpost.training.settings import PackTraining, PairTraining, Training
 from smolpost.training.trainer import StageTrainer
 
 # Relative, of loss, gradient norm and largest gradient; absolute, in nats, of a token's log-probability. Measured on
@@ -171,7 +172,7 @@ def summed(model: PreTrainedModel, batches: list[dict], environment: Environment
 
 
 def sft_accumulation(
-    stage: SFTStage,
+    stage: PackTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     chosen: list[dict],
@@ -189,12 +190,12 @@ def sft_accumulation(
     for micro_batch_size in (len(rows), 1):
         settings = without_log(stage, len(rows), micro_batch_size=micro_batch_size)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = sft.trainer(settings, model, tokenizer, rows, arguments, 0, environment, [])
+        trainer = sft.trainer(settings, model, tokenizer, rows, None, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
     return compare(f"in 1 pass of {len(rows)} packs", steps[0], f"in {len(rows)} passes of 1", steps[1], environment)
 
 
-def without_log(stage: TrainStage, num_rows: int, **changes) -> TrainStage:
+def without_log(stage: Training, num_rows: int, **changes) -> Training:
     """The stage with all rows in one global batch."""
     return dataclasses.replace(
         stage, global_batch_size=num_rows, report_to=[], gradient_checkpointing=False, num_epochs=1, **changes
@@ -266,7 +267,7 @@ class PairSteps(NamedTuple):
 
 
 def pair_steps(
-    stage: APOStage,
+    stage: PairTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
@@ -287,7 +288,7 @@ def pair_steps(
     for pack_tokens in (int(lengths.sum()), 1):  # a longer pair has a pass of its own
         settings = without_log(stage, len(rows), pack_tokens=pack_tokens)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = apo.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment, [])
+        trainer = preference.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
         means = {name: float(total / weight) for name, (total, weight) in trainer.sums.items()}
         rewards = rewards or {name: means[name] for name in ("rewards/chosen", "rewards/rejected")}
@@ -299,15 +300,9 @@ def pair_steps(
     return PairSteps(*steps, rewards, -float(np.concatenate(chosen).mean(dtype=np.float64)))
 
 
-def loss_at_reference(stage: APOStage, steps: PairSteps, environment: Environment) -> Finding:
-    """The loss where every log-ratio is 0, worked out by hand from the papers' equations (sigmoid(0) is 1/2)."""
-    theory = {
-        "apo_zero": 1 - 0.5 + 0.5,
-        "apo_down": 0.5 + 1 - 0.5,
-        "sigmoid": math.log(2),
-        "robust": math.log(2),  # ((1 - e) ln 2 - e ln 2) / (1 - 2 e)
-        "ipo": 1 / (2 * stage.beta) ** 2,
-    }[stage.loss]
+def loss_at_reference(stage: PairTraining, steps: PairSteps, environment: Environment) -> Finding:
+    """The loss where every log-ratio is 0, against the value that the loss states for it."""
+    theory = configured(stage.loss, stage.loss_settings).at_reference(stage.beta)
     words = f"{stage.loss} {theory:.6f}"
     if stage.sft_weight:
         theory += stage.sft_weight * steps.nll

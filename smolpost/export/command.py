@@ -73,7 +73,7 @@ def export(
     seed: int = 0,
     limits: check.Limits = check.LIMITS,
     llama_cpp: Path | None = None,
-    asked: dict[int, check.Asked] | None = None,
+    asked: dict[int, check.LengthCheck] | None = None,
     show: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Write a checkpoint in another format to a new folder, unless the result is not the same model.

@@ -17,10 +17,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.files import sha256, verify, workplace
-from smolpost.merging.files import DONATED, copy_files, sync
+from smolpost.files import hashed, sync, verify, workplace, write_json
+from smolpost.merging.files import DONATED, copy_files
 from smolpost.merging.placed import place_weights
-from smolpost.merging.shards import write_json
 from smolpost.model import SmolLM3Config
 from smolpost.model.loading import check_plain
 from smolpost.model.stored import read_config, weight_files
@@ -171,9 +170,6 @@ def write_manifest(source: ExportSource, out: Path, kind: str, tools: tuple[str,
         What was written.
     """
 
-    def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
-        return {str(f.relative_to(root)): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
-
     inputs = [source.folder / name for name in ("config.json", *DONATED) if (source.folder / name).is_file()]
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     manifest = {
@@ -182,8 +178,8 @@ def write_manifest(source: ExportSource, out: Path, kind: str, tools: tuple[str,
         "rope_parameters": config["rope_parameters"],
         "no_rope_layers": config["no_rope_layers"],
         **more,
-        "inputs": hashes([*inputs, *source.weight_files], source.folder),
-        "files": hashes(sorted(file for file in out.rglob("*") if file.is_file()), out),
+        "inputs": hashed([*inputs, *source.weight_files], source.folder),
+        "files": hashed(sorted(file for file in out.rglob("*") if file.is_file()), out),
         "versions": {name: _version(name) for name in (*LIBRARIES, *tools)},
     }
     write_json(out / MANIFEST, manifest)

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import inference, reply_text
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import inference, reply_text
 
 # Tokens per call: the logits [L, V] of a long prompt take gigabytes.
 CHUNK = 256

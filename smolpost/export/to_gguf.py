@@ -16,8 +16,8 @@ import numpy as np
 from smolpost.errors import UserError
 from smolpost.export.folder import ExportSource, portable_tokenizer_config, stage
 from smolpost.export.session import CHUNK
-from smolpost.merging.shards import write_json
-from smolpost.model.generation import stored_stop_token_ids
+from smolpost.files import write_json
+from smolpost.inference.generation import stored_stop_token_ids
 
 FILE = "model.gguf"
 TOOLS = ("gguf", "llama-cpp-python")

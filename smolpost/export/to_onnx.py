@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from smolpost.export.folder import ExportSource
-from smolpost.model.generation import stored_stop_token_ids
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.model.loading import load_model
 from smolpost.model.modeling_smollm3 import head_size
 

@@ -16,9 +16,9 @@ from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.errors import UserError
 from smolpost.export.folder import ExportSource
 from smolpost.export.session import TorchSession
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.merging.checkpoint import HEAD
 from smolpost.merging.placed import place_weights
-from smolpost.model.generation import stored_stop_token_ids
 
 TOOLS = ("safetensors", "tokenizers")
 

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smolpost.errors import UserError
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, copy_files
-from smolpost.merging.shards import PART, write_json
+from smolpost.merging.shards import PART
 from smolpost.merging.stop_tokens import take_eos_token
 from smolpost.model.loading import load_model
 from smolpost.model.stored import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json, unreadable

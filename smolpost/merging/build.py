@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolpost.files import sha256, workplace
+from smolpost.files import sha256, sync, workplace, write_json
 from smolpost.files import verify as verify_folder
 from smolpost.merging.adapters import base_of, is_adapter, merge_adapter
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, sync, versions, write_card, write_config
+from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, versions, write_card, write_config
 from smolpost.merging.preflight import check_disk, check_inputs
-from smolpost.merging.shards import PART, Pool, default_threads, write_json
+from smolpost.merging.shards import PART, Pool, default_threads
 from smolpost.merging.stop_tokens import differing, stop_token_ids
 from smolpost.merging.verify import check_model, check_tensors
 from smolpost.model.loading import check_whole
@@ -162,7 +162,7 @@ def build(
         _write_manifest(unfinished, full, merged, hashes, report)
         sync(*unfinished.rglob("*"), unfinished)
         (unfinished / merged.config_file).rename(unfinished / "config.json")
-        os.replace(unfinished, job.out)
+        os.replace(unfinished, job.out)  # fails where something came to lie there since it was checked
         sync(job.out, job.out.absolute().parent)
     return report | {"seconds": time.monotonic() - start}
 

@@ -1,14 +1,13 @@
 """The other files of a merged folder: the base's config and tokenizer, a manifest and a model card."""
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.shards import write_json
 
 # What a tokenizer with its chat templates may consist of, and what generation and images need; what the base has of it
 # is copied.
@@ -103,13 +102,3 @@ def _counts_for(entry: dict[str, Any]) -> str:
     if "weight" in entry:
         return f"{entry['weight']:.9g}"
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in entry["parameters"].items())
-
-
-def sync(*paths: Path) -> None:
-    """Bring files' contents and folders' names to the disk."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

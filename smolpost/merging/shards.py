@@ -16,6 +16,7 @@ from threading import local
 
 import torch
 
+from smolpost.files import write_json
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.model.stored import INDEX, WEIGHTS
@@ -189,10 +190,6 @@ def write_tensors(
     if len(shards) > 1:
         write_json(folder / INDEX, index_of(shards))
     return shards
-
-
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class Pool(ThreadPoolExecutor):

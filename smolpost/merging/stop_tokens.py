@@ -4,8 +4,8 @@ import json
 
 from transformers import AutoTokenizer
 
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.shards import write_json
 
 SETTINGS = "generation_config.json"
 

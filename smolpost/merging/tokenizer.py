@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from smolpost.files import write_json
 from smolpost.merging.mergekit.plan import in_users_words
-from smolpost.merging.shards import write_json
 
 
 def template_text(stated: str, models: list[Any]) -> str | None:

@@ -30,10 +30,26 @@ class Head(NamedTuple):
     scale: float
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that makes the hidden states which its head reads, whatever its class calls it.
+
+    Args:
+        model: A causal LM of transformers, or peft's wrapper around one.
+    Raises:
+        ValueError: The model holds no such part beside its head.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    name = model.base_model_prefix
+    if name not in dict(model.named_children()):
+        raise ValueError(f"{type(model).__name__} has no decoder ({name}) beside its head; take a plain causal LM")
+    return getattr(model, name)
+
+
 def head_of(model: nn.Module) -> Head:
     """Read how a causal LM makes its logits, and prove it on the model's own forward.
 
-    The forward is run, without its body and with a head of a few words in place of its own, and must return what
+    The forward is run, without its decoder and with a head of a few words in place of its own, and must return what
     `Head` says of fixed hidden states: whatever else a model does to its logits is thereby found, named in the
     configuration or not. It costs less than a millisecond, touches no weight and gathers no shard, so a step can
     afford to look the head up anew, as FSDP and peft, which replace it, demand.
@@ -87,7 +103,7 @@ def check_linear(name: str, layer: nn.Module | None) -> None:
 
 
 class FixedOutput(BaseModelOutputWithPast):
-    """A body's output that has whatever else a forward may pass on: nothing."""
+    """A decoder's output that has whatever else a forward may pass on: nothing."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -95,14 +111,14 @@ class FixedOutput(BaseModelOutputWithPast):
 
 
 class FixedStates(nn.Module):
-    """Stand-in for a model's body: hidden states that are always the same; attributes are the body's."""
+    """Stand-in for a model's decoder: hidden states that are always the same; attributes are the decoder's."""
 
-    def __init__(self, states: Tensor, body: nn.Module):
+    def __init__(self, states: Tensor, decoder: nn.Module):
         super().__init__()
-        vars(self).update(states=states, body=body)
+        vars(self).update(states=states, decoder=decoder)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["body"], name)
+        return getattr(vars(self)["decoder"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> FixedOutput:
         return FixedOutput(last_hidden_state=self.states)
@@ -110,10 +126,10 @@ class FixedStates(nn.Module):
 
 def stand_in_logits(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Logits [1, 2, 5] that a model's forward makes of fixed states [1, 2, 3], and those that a linear layer makes."""
-    name, parts, body = type(model).__name__, dict(model.named_children()), model.base_model_prefix
+    name, parts, decoder = type(model).__name__, dict(model.named_children()), decoder_of(model)
     at = [key for key, part in parts.items() if part is layer]
-    if not at or body not in parts:
-        raise ValueError(f"{name} holds no body ({body}) beside its output embedding; train a plain causal LM")
+    if not at:
+        raise ValueError(f"{name} does not hold its output embedding itself; take a plain causal LM")
     # An instance without the constructor, which would make a whole model, and without the hooks and patches.
     twin = object.__new__(type(model))
     vars(twin).update(vars(model))
@@ -123,7 +139,7 @@ def stand_in_logits(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor, T
     head = nn.Linear(3, 5, bias=bias is not None, device="meta")  # meta: no random numbers are drawn
     head.weight = nn.Parameter(weight)
     head.bias = None if bias is None else nn.Parameter(bias)
-    vars(twin)["_modules"] = {**parts, at[0]: head, body: FixedStates(states, parts[body])}
+    vars(twin)["_modules"] = {**parts, at[0]: head, model.base_model_prefix: FixedStates(states, decoder)}
     ids = torch.zeros(1, 2, dtype=torch.long, device="cpu")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from smolpost.errors import UserError
-from smolpost.evaluation.table import head, headlines
+from smolpost.report.score_tables import head, headlines
 from smolpost.screen import Blocks
 
 SWEEP = "sweep.json"  # what a sweep stage leaves beside its weights

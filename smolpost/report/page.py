@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +13,7 @@ from markupsafe import Markup
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import caption, short
 from smolpost.errors import UserError
+from smolpost.files import write_bytes
 from smolpost.report.fate_names import LEDGER, NAMES
 from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, Segment
 
@@ -63,7 +62,7 @@ def write_page(
         LEDGER=LEDGER,
     )
     content = text.encode("utf-8", "replace")
-    _replace(file, content)
+    write_bytes(file, content)
     return len(content)
 
 
@@ -204,16 +203,3 @@ def _check_is_ours(file: Path) -> None:
                 raise UserError(
                     f"--html {file} exists and is not a page of `smolpost inspect`; remove it or give another name"
                 )
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """A reader sees the old page or the new one, never half."""
-    with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
-        try:
-            part.write(content)
-            part.flush()
-            os.chmod(part.name, 0o644)
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise

@@ -35,7 +35,7 @@ def save_pareto(reports: Mapping[str, Any] | Sequence[Mapping[str, Any]], file: 
     panel shows these alone.
 
     Args:
-        reports: What `merging.sweep.sweep` returned, or several of them.
+        reports: What `selection.sweep.sweep` returned, or several of them.
     """
     reports = [reports] if isinstance(reports, Mapping) else list(reports)
     near, far = _split(reports)

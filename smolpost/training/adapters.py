@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from smolpost.errors import UserError
 from smolpost.model.adapters import attach, merge
 from smolpost.model.stored import one_line
-from smolpost.schema import LoRA
+from smolpost.training.settings import LoRA
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 

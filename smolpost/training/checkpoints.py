@@ -7,7 +7,6 @@ every file with its size and hash: a checkpoint without it was cut short, one th
 
 import errno
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smolpost.errors import UserError
-from smolpost.files import write_json
+from smolpost.files import put, write_json
 from smolpost.merging.shards import Pool, plan_shards
 from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
@@ -70,8 +69,7 @@ class Snapshots(TrainerCallback):
         part = folder.with_name(f".{folder.name}.part")
         self.save(part)
         if state.is_world_process_zero:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that stopped after this step and continued before it
-            os.replace(part, folder)
+            put(part, folder)  # replaces that of a run that stopped after this step and continued before it
 
 
 # ---------------------------------------------------------------- write

@@ -15,9 +15,7 @@ whole or not at all, so whatever a kill leaves behind is used again.
 """
 
 import hashlib
-import json
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smolpost.errors import UserError
-from smolpost.files import sha256
+from smolpost.files import digest, remove_parts, sha256, write_bytes
 
 # Scored tokens of a chunk, about: a few MB per file, so a kill loses little work.
 CHUNK_TOKENS = 2**20
@@ -90,20 +88,11 @@ class ReferenceCache:
         """
         values = self._checked(chunk, logps)
         content = save({"logps": values}, metadata=self._label(chunk) | {"crc32": f"{zlib.crc32(values):08x}"})
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(chunk)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{file.name}.", delete=False) as part:
-            try:
-                part.write(content)
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, file)
-            except FileNotFoundError:
-                if not file.exists():  # otherwise another run has finished this chunk and removed our part
-                    raise
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
+        try:
+            write_bytes(file, content)
+        except FileNotFoundError:
+            if not file.exists():  # otherwise another run has finished this chunk and removed our part
                 raise
 
     def open(self) -> None:
@@ -224,13 +213,11 @@ class ReferenceCache:
 
     def _sweep(self, whole: set[int]) -> None:
         """Delete what killed writers left of chunks that are now whole; until then a writer may still be alive."""
-        parts = tuple(f".{self._file(chunk).name}." for chunk in whole)
-        for name in os.listdir(self.folder) if whole else []:
-            if name.startswith(parts):
-                (self.folder / name).unlink(missing_ok=True)
+        if whole:
+            remove_parts(self.folder, {self._file(chunk).name for chunk in whole})
 
 
-def reference_key(*, rows: str, weights: str, precision: str, context: str, code: str) -> str:
+def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
     """16 hex digits: a hash of exactly what determines the reference's log-probabilities.
 
     Args:
@@ -238,10 +225,10 @@ def reference_key(*, rows: str, weights: str, precision: str, context: str, code
         weights: `weights_hash` of the reference.
         precision: What the forward pass computes in, e.g. "bf16".
         context: Settings that replace the checkpoint's own, such as the RoPE base.
-        code: Version of the code that lays out, runs and scores the pairs.
+        version: Of the step that lays out, runs and scores the pairs.
     """
-    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "code": code}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "version": version}
+    return digest(parts, digits=16)
 
 
 def weights_hash(folder: Path) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from smolpost.objectives.head import head_of
+from smolpost.objectives.head import decoder_of, head_of
 from smolpost.objectives.logprobs import TokenScores, token_scores
 
 
@@ -42,8 +42,8 @@ def score_tokens(model: PreTrainedModel) -> None:
     def forward(self, *args, scored: Scored | None = None, **kwargs) -> TokenScores:
         if scored is None:
             return original(*args, **kwargs)
-        # Backbone and head are looked up at every call: FSDP and peft replace them.
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        # Decoder and head are looked up at every call: FSDP and peft replace them.
+        hidden = decoder_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
         states = hidden[0].index_select(0, scored.positions)
         return token_scores(states, scored.targets, head_of(self), weights=scored.weights, metrics=scored.metrics)
 

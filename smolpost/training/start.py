@@ -8,10 +8,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from smolpost.errors import UserError
 from smolpost.model.loading import check_whole, is_quantized
 from smolpost.model.stored import CONFIG, read_config
-from smolpost.schema import PACKED_ATTENTION, TrainStage
+from smolpost.schema import PACKED_ATTENTION
+from smolpost.training.settings import Training
 
 
-def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: str) -> dict[str, str]:
+def check_start(name: str, stage: Training, start: Path, attn_implementation: str) -> dict[str, str]:
     """Refuse a checkpoint that would load incompletely, attention that it cannot use, and unknown LoRA targets.
 
     Returns:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smolpost.chat.fates import Fate
 from smolpost.chat.turn_end import is_blank
 from smolpost.errors import UserError
-from smolpost.model.generation import REPLY_TOKENS, stored_stop_token_ids
-from smolpost.schema import TrainStage
+from smolpost.inference.generation import REPLY_TOKENS, stored_stop_token_ids
+from smolpost.training.settings import Training
 
 FATES = np.array(sorted(Fate))
 GOES_ON = (Fate.TRAINED, Fate.TEMPLATE, Fate.REASONING)  # of the tokens inside a turn
@@ -53,7 +53,7 @@ class StopTokens:
 
 
 def stop_tokens(
-    name: str, stage: TrainStage, rows: Dataset, start: Path, tokenizer: PreTrainedTokenizerBase
+    name: str, stage: Training, rows: Dataset, start: Path, tokenizer: PreTrainedTokenizerBase
 ) -> StopTokens:
     """The tokens at which the stage's model will stop.
 
@@ -106,13 +106,13 @@ def change(name: str, stops: StopTokens) -> str:
     )
 
 
-def may_be_cut(stage: TrainStage) -> bool:
+def may_be_cut(stage: Training) -> bool:
     """Whether turns may lack their ends because rows were cut."""
     return stage.overlong in ("truncate", "split") or getattr(stage, "packing", None) == "wrapped"
 
 
 def trained_ends(
-    stage: TrainStage, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    stage: Training, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Counter[int | None], Counter[int | None]]:
     """How many trained turns, and plain texts, end with which control token; None: with another token.
 
@@ -136,13 +136,13 @@ def trained_ends(
     return turns, texts
 
 
-def _ends(stage: TrainStage, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
+def _ends(stage: Training, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
     """Where turns end, in chunks of rows with T tokens.
 
     Yields:
         [T] ids, [T] whether they train, [E] places of the last token of each turn, [E] whether it is a plain text's.
     """
-    is_pair = stage.kind == "apo"
+    is_pair = stage.layout == "pairs"
     names = ("chosen_ids", "chosen_fates", "prompt_ids") if is_pair else ("input_ids", "fates")
     for columns in zip(*(rows.data.column(name).chunks for name in names), strict=True):
         ids, fates = (column.flatten().to_numpy() for column in columns[:2])

@@ -53,7 +53,6 @@ class StageTrainer(Trainer, abc.ABC):
         rows: torch.utils.data.Dataset,
         collate: Callable[[list[dict]], dict],
         batches: GlobalBatches,
-        callbacks: list[TrainerCallback],
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
         self.steps = Steps()
@@ -62,7 +61,7 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
+            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
         )
         self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
         self.stop = stop

@@ -119,7 +119,7 @@ def test_other_keys_are_named():
 
 def test_a_stage_reads_one_of_messages_and_pair():
     row = Row({**CHAT, "chosen": [USER, REPLY], "rejected": [USER, OTHER], "score_chosen": 9.0}, "f", 1)
-    sft, apo = (row_for(row, Source(path="f"), kind) for kind in ("sft", "apo"))
+    sft, apo = (row_for(row, Source(path="f"), layout) for layout in ("documents", "pairs"))
     assert dict(sft) == {**CHAT, "score_chosen": 9.0} and sft.unread == ("chosen", "rejected", "score_chosen")
     assert "messages" not in apo and apo.unread == ("messages", "score_chosen")
     assert validate_row(sft, "f") == "messages" and validate_row(apo, "f") == "preference"

@@ -9,7 +9,9 @@ import pytest
 from smolpost.chat.fates import Fate
 from smolpost.data.mixtures import within_shares
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
+from smolpost.schema import Hygiene, Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 

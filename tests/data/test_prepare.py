@@ -17,7 +17,7 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
-from smolpost.data import prepare_apo, prepare_sft
+from smolpost.data import prepare_documents, prepare_pairs
 from smolpost.data.collate import PARTS, collate_packs, collate_pairs
 from smolpost.data.dataset_folder import write_dataset
 from smolpost.data.mixtures import mix
@@ -26,7 +26,9 @@ from smolpost.data.report import format_report
 from smolpost.data.tokenize import SCHEMA, num_shared
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.prepared import prepared
 
 OVERRIDE = {"role": "system", "content": "/system_override"}
@@ -106,7 +108,7 @@ def test_text_trains_all_but_its_first_token_and_ends_with_end_of_text(tokenizer
 
 def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
     dataset, report = prepared(sft(), [chat("ab", "cd")], tokenizer, tmp_path)
-    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_sft.PACK_TYPES
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_documents.PACK_TYPES
     assert [file["filename"] for file in dataset.cache_files] == [str(tmp_path / "rows" / "data-00000-of-00001.arrow")]
     assert json.loads((tmp_path / "rows" / "data_report.json").read_text()) == report
 
@@ -116,7 +118,7 @@ def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
 def test_packs_hold_every_document_whatever_the_chunks(tokenizer, tmp_path, monkeypatch, packing, chunk):
     rng = np.random.default_rng(0)
     rows = [chat("u" * rng.integers(1, 20), "r" * rng.integers(1, 20)) for _ in range(30)]
-    monkeypatch.setattr(prepare_sft, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_documents, "CHUNK_TOKENS", chunk)
     dataset, report = prepared(sft(packing=packing), rows, tokenizer, tmp_path)
     found = documents_of(dataset)
     whole = [encode(tokenizer, row["messages"], today="x") for row in rows]
@@ -165,9 +167,11 @@ def test_the_folder_equals_a_naive_construction(flags, packing, chunk, rows_per_
         return
     stage = sft(packing=packing, max_seq_len=16)
     tokens = Tokens([token_batch(rows[i : i + rows_per_batch]) for i in range(0, len(rows), rows_per_batch)])
-    _, pieces, plan = prepare_sft.pack(stage, tokens, prepare_sft.whole_rows(tokens, np.arange(len(rows))))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare_sft, "CHUNK_TOKENS", chunk):
-        write_dataset(Path(folder), prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
+    _, pieces, plan = prepare_documents.pack(stage, tokens, prepare_documents.whole_rows(tokens, np.arange(len(rows))))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare_documents, "CHUNK_TOKENS", chunk):
+        write_dataset(
+            Path(folder), prepare_documents.PACK_TYPES, prepare_documents.pack_chunks(tokens, pieces, plan, None)
+        )
         found = datasets.load_from_disk(folder)
     columns = [{key: row[key] for key in ("input_ids", "seq_lengths")} | {"labels": labels_of(row)} for row in found]
     assert columns == naive_packs(documents, PLANS[packing]([len(ids) for ids, _ in documents], 16))
@@ -312,7 +316,7 @@ def test_report_by_hand(tokenizer, tmp_path):
     assert (a["tokens_unknown"], b["tokens_unknown"]) == (0, 1)
     assert b["masked"]["first of a document"] == 1
     assert a["length_percentiles"] == {"50": 17, "90": 18, "99": 18, "100": 18}
-    assert report["settings"] == {"kind": "sft", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
+    assert report["settings"] == {"layout": "documents", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
     assert report["totals"]["tokens_read"] == a["tokens_read"] + b["tokens_read"] == 43
 
 
@@ -332,9 +336,9 @@ def test_every_token_read_is_accounted_for(tokenizer, tmp_path, packing, overlon
 
 
 def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row in an sft stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row, and the stage trains on documents"):
         prepared(sft(), [pair("u", "a", "b")], tokenizer, new(tmp_path))
-    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text in an apo stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text, and the stage trains on pairs"):
         prepared(apo(), [{"text": "x"}], tokenizer, new(tmp_path))
     with pytest.raises(UserError, match=r"a mixture has no sources; give at least one"):
         prepared(sft(), [], tokenizer, new(tmp_path))
@@ -356,7 +360,7 @@ def test_one_pair_by_hand(tokenizer, tmp_path):
     assert tokenizer.decode(row["chosen_ids"]) == f"<think>\nx\n</think>\ny{END}"
     assert tokenizer.decode(row["rejected_ids"]) == f"n{END}"
     assert (row["chosen_mask"], row["rejected_mask"]) == ([1] * 8, [1] * 2)
-    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_apo.PAIR_TYPES
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_pairs.PAIR_TYPES
     totals = report["totals"]
     assert (totals["pairs"], totals["think_rows"], totals["tokens_trained"], totals["tokens_masked"]) == (1, 1, 10, 9)
     assert totals["tokens_per_pair"] == 19
@@ -441,7 +445,7 @@ def test_pairs_do_not_depend_on_the_chunks(tokenizer, tmp_path, monkeypatch, chu
     rows = [pair("u" * i, "c" * i, "r" * (i + 1)) for i in range(1, 9)]
     (tmp_path / "one").mkdir()
     whole, _ = prepared(apo(), rows, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(prepare_apo, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_pairs, "CHUNK_TOKENS", chunk)
     (tmp_path / "many").mkdir()
     assert prepared(apo(), rows, tokenizer, tmp_path / "many")[0][:] == whole[:]
 

@@ -8,7 +8,9 @@ import pytest
 
 from smolpost.data.prepare import prepare
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
+from smolpost.schema import Hygiene, Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 
 SHARED = {"init_from": "x", "data": "y", "max_seq_len": 512, "global_batch_size": 1, "num_workers": 1}
 SYSTEM = {"role": "system", "content": "/system_override"}
@@ -79,7 +81,7 @@ BOT = {"conversations": [{"from": "human", "value": "u"}, {"from": "bot", "value
         (CHAT, "sft", {"max_row_bytes": 20}, "or raise max_row_bytes of its source", {"max_row_bytes": 2000}),
         (CHAT, "sft", {"think_share": 1.0}, "or change think_share", {"think_share": 0.0}),
         (CHAT, "sft", {"think_share": 2.0}, r"null leaves it open", {"think_share": None}),
-        (CHAT, "sft", {"columns": "csv"}, "use one of smoltalk2, sharegpt, alpaca", {"columns": "smoltalk2"}),
+        (CHAT, "sft", {"columns": "csv"}, "use one of smoltalk2, alpaca, sharegpt", {"columns": "smoltalk2"}),
         (CHAT, "sft", {"roles": {"x": "judge"}}, "use one of system, user, assistant, tool", {"roles": {"x": "user"}}),
         (CHAT, "sft", {"split": "test"}, "expected one of train", {"split": "train"}),
     ],

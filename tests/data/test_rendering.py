@@ -11,7 +11,8 @@ from smolpost.chat.render import load_template
 from smolpost.data.rendering import NOTES
 from smolpost.data.report import format_report
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 

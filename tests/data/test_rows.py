@@ -255,7 +255,7 @@ def test_other_shapes_than_alpaca_are_refused(row, message):
 
 
 def test_unknown_columns_are_refused():
-    with pytest.raises(UserError, match="f: columns='chatml' is unknown; use one of smoltalk2, sharegpt, alpaca"):
+    with pytest.raises(UserError, match="f: columns='chatml' is unknown; use one of smoltalk2, alpaca, sharegpt"):
         mapped(CHAT, "chatml")
 
 

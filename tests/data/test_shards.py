@@ -16,7 +16,8 @@ from smolpost.data import shards
 from smolpost.data.prepare import prepare
 from smolpost.data.source_slice import SourceSlice, joined
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 
 STAGE = {"init_from": "x", "data": "y", "max_seq_len": 64, "learning_rate": 1e-3, "global_batch_size": 1}
 
@@ -126,7 +127,7 @@ def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards, ca
     whole = made(tmp_path / "one")
     broken = sorted((tmp_path / "one" / "tokenized" / "a").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:-50])
-    (tmp_path / "one" / "tokenized" / "a" / ".part-abc").write_bytes(b"of a killed process")
+    (tmp_path / "one" / "tokenized" / "a" / ".0000000000-4-0.arrow.part-abc").write_bytes(b"of a killed process")
     (tmp_path / "one" / "rows").rename(tmp_path / "aside")
     run(mixture, tokenizer, tmp_path / "one", num_workers=1)
     assert made(tmp_path / "one") == whole
@@ -139,7 +140,8 @@ import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from smolpost.data import prepare as p, shards
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 shards.SHARD_ROWS = 4
 if sys.argv[2] == "slow":
     inner = shards.token_batches

@@ -14,7 +14,8 @@ from smolpost.chat.render import load_template
 from smolpost.data.rows import MAX_DEPTH
 from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 from tests.reading import read

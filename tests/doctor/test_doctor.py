@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clinic import ASK, NO_THINK, conversations, failed, pairs
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -21,8 +20,9 @@ from smolpost.doctor import stage_sample as doctor_case
 from smolpost.doctor.checks import Check, diagnose, exit_code, report
 from smolpost.errors import UserError
 from smolpost.model import attention
-from smolpost.objectives import apo as losses
+from smolpost.objectives.losses import ApoZero
 from smolpost.training import sft
+from tests.doctor.clinic import ASK, NO_THINK, conversations, failed, pairs
 
 # ---------------------------------------------------------------- healthy
 
@@ -56,16 +56,25 @@ def test_a_healthy_apo_stage_passes_every_check(healthy):
 @pytest.mark.parametrize(
     ("settings", "theory"),
     [
-        (["loss=apo_down"], "loss 1.000000, theory apo_down 1.000000"),
-        (["loss=sigmoid"], "loss 0.693147, theory sigmoid 0.693147"),
-        (["loss=robust", "label_smoothing=0.2"], "loss 0.693147, theory robust 0.693147"),
-        (["loss=ipo", "beta=0.1"], "loss 25.000000, theory ipo 25.000000"),  # 1 / (2 x 0.1)^2
-        (["sft_weight=0.5"], "theory apo_zero 1.000000 + 0.5 x "),
+        (["stages.apo.loss=apo_down"], "loss 1.000000, theory apo_down 1.000000"),
+        (["stages.apo.loss=sigmoid"], "loss 0.693147, theory sigmoid 0.693147"),
+        (
+            ["stages.apo.loss=robust", "+stages.apo.loss_settings.label_smoothing=0.2"],
+            "loss 0.693147, theory robust 0.693147",
+        ),
+        (["stages.apo.loss=ipo", "stages.apo.beta=0.1"], "loss 25.000000, theory ipo 25.000000"),  # 1 / (2 x 0.1)^2
+        (["stages.apo.sft_weight=0.5"], "theory apo_zero 1.000000 + 0.5 x "),
     ],
 )
 def test_the_loss_at_the_reference_is_what_theory_says(healthy, settings, theory):
-    check = healthy.diagnose("apo", *(f"stages.apo.{word}" for word in settings), rows=4)["reference loss"]
+    check = healthy.diagnose("apo", *settings, rows=4)["reference loss"]
     assert check.status == "pass" and theory in check.detail
+
+
+def test_a_registered_loss_passes(hinge, healthy):
+    words = ["stages.apo.loss=hinge", "+stages.apo.loss_settings.margin=0.75"]
+    check = healthy.diagnose("apo", *words, rows=4)["reference loss"]
+    assert check.status == "pass" and "loss 0.750000, theory hinge 0.750000" in check.detail
 
 
 SETTINGS = [
@@ -300,11 +309,8 @@ def test_an_attention_that_shows_chosen_to_rejected_is_found(clinic, monkeypatch
 
 
 def test_a_wrong_loss_is_found(clinic, monkeypatch):
-    monkeypatch.setitem(
-        losses.LOSSES,
-        "apo_zero",
-        lambda chosen, rejected, beta: losses.apo_zero_loss(chosen, rejected, beta=beta) + 0.25,
-    )
+    right = ApoZero.values
+    monkeypatch.setattr(ApoZero, "values", lambda *args: right(*args) + 0.25)
     found = clinic.diagnose("apo")
     assert failed(found) == {"reference loss"}
     assert "loss 1.250000, theory apo_zero 1.000000" in found["reference loss"].detail
@@ -364,7 +370,7 @@ def test_the_report_says_status_numbers_remedy_and_verdict():
 
 def test_bad_input_is_one_line(healthy, tmp_path):
     lineage = healthy.lineage()
-    with pytest.raises(UserError, match="stage=init is a init stage; doctor checks sft and apo stages"):
+    with pytest.raises(UserError, match="stage=init of kind init trains nothing; doctor checks training stages"):
         diagnose(lineage, lineage.stages["init"])
     with pytest.raises(UserError, match="rows=0 is below 1"):
         diagnose(lineage, lineage.stages["sft"], rows=0)

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from clinic import ASK, TURNS, conversations, failed, pairs
 
 from smolpost.doctor import stage_sample as doctor_case
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest, steps
+from tests.doctor.clinic import ASK, TURNS, conversations, failed, pairs
 
 REPLY = {"role": "assistant", "content": "42."}
 GSM8K = "data.sft.sources.gsm8k"

@@ -11,7 +11,7 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.doctor import training_steps
 from smolpost.doctor.training_steps import PairSteps, Step, compare, documents, joined, short_documents
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import PREFERENCE_LOSSES, APOStage
+from smolpost.stages.preference import APOStage
 from smolpost.training.environment import Environment
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
@@ -73,7 +73,7 @@ def test_compare_says_how_far_apart_two_steps_are():
 THEORY = {"apo_zero": 1.0, "apo_down": 1.0, "sigmoid": 0.6931472, "robust": 0.6931472, "ipo": 25.0}
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", THEORY)
 def test_theory_has_a_value_for_every_loss(loss):
     stage = APOStage(init_from="x", data="y", max_seq_len=8, global_batch_size=1, loss=loss, beta=0.1, sft_weight=0.5)
     zero = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}

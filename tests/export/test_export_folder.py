@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
-from export_models import THETA, YARN, save_checkpoint
 from transformers import AutoTokenizer
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.export.folder import ExportSource, building, carry, portable_config, stage
 from smolpost.files import hashes, write_json
+from tests.export.export_models import THETA, YARN, save_checkpoint
 
 
 def test_config_holds_both_spellings_of_rope(tmp_path):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from smolpost.errors import UserError
 from smolpost.export import to_gguf
 from smolpost.export.command import check_format, export
 from smolpost.export.folder import ExportSource
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 ASKED = letters(64, 600)
 LLAMA_CPP = Path(os.environ.get(to_gguf.FOLDER_VARIABLE, ""))

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -14,9 +13,10 @@ from smolpost.export.check import logit_difference
 from smolpost.export.command import export, export_command, show
 from smolpost.export.folder import ExportSource, carry
 from smolpost.files import sha256
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.merging.placed import place_weights
 from smolpost.model import SmolLM3ForCausalLM
-from smolpost.model.generation import stored_stop_token_ids
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 ASKED = letters(600)
 

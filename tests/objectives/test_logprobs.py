@@ -524,7 +524,7 @@ def on_meta():
         (lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SMALL)), "RecurrentGemmaForCausalLM does more"),
         (
             lambda: BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)),
-            r"BertLMHeadModel holds no body \(bert\) beside",
+            "BertLMHeadModel does not hold its output embedding",
         ),
         (adapted_head, r"SmolLM3ForCausalLM is peft.tuners.lora.layer.Linear with a forward of its own"),
         (patched_head, "LlamaForCausalLM is torch.nn.modules.linear.Linear with a forward of its own"),

@@ -8,11 +8,11 @@ import prepared_folders as made
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 from smolpost.chat.fates import Fate
 from smolpost.errors import UserError
 from smolpost.report.inspect import Prepared
+from tests.report.prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 
 def test_every_token_once(sft):

@@ -8,7 +8,6 @@ import numpy as np
 import prepared_folders as made
 import pytest
 from markupsafe import escape
-from prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import caption
@@ -16,6 +15,7 @@ from smolpost.errors import UserError
 from smolpost.report.fate_names import NAMES
 from smolpost.report.inspect import Prepared
 from smolpost.report.page import write_page
+from tests.report.prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 
 class Page(HTMLParser):

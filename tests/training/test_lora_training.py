@@ -7,8 +7,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import LoRA
 from smolpost.training.adapters import add_adapters, check_targets, linear_layers, lora_config, merged
+from smolpost.training.settings import LoRA
 from tests.model.conftest import TINY
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -53,9 +53,8 @@ def fill(folder, rank=0, world_size=1, stop_in=None, seconds=0.0):
 
 
 def start(folder, *args) -> subprocess.Popen:
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    code = f"import test_reference_cache; test_reference_cache.fill({str(folder)!r}, *{args})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, root)))}
+    code = f"from tests.training.test_reference_cache import fill; fill({str(folder)!r}, *{args})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -403,7 +402,7 @@ def test_opens_200k_pairs_in_bounded_memory(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- keys
 
-PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "code": "v1"}
+PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "version": 1}
 
 
 def test_key_follows_each_part():
@@ -417,7 +416,7 @@ def test_key_follows_each_part():
 
 def test_key_is_stable():
     """Across processes and releases: a new value here throws away every user's cache."""
-    assert reference_key(**PARTS) == "fcd3658c959b9973"
+    assert reference_key(**PARTS) == "de85da435c036e5a"
 
 
 @pytest.mark.parametrize("name", ["seed", "beta", "learning_rate", "loss", "ld_alpha"])

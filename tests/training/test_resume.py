@@ -12,11 +12,11 @@ import time
 
 import pytest
 import torch
-from small import PROGRAM, ROOT, environment
-from test_launch import assert_same
 
 from smolpost.pipeline import manifest
 from smolpost.training.checkpoints import WHOLE, last_whole
+from tests.small import PROGRAM, ROOT, environment
+from tests.training.test_launch import assert_same
 
 PLACES = [(backend, ranks) for backend in ("ddp", "fsdp2", "zero2", "zero3") for ranks in (1, 2)]
 STEPS = {"sft": 6, "apo": 2}  # after which the first try is killed

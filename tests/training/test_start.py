@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.start import check_start
 
 SIZES = dict(
