@@ -212,7 +212,8 @@ class Hashes:
     """
 
     def __init__(self, file: Path):
-        self.file, self._known, self._is_new = file, self._saved(), False
+        self.file = file
+        self._known, self._is_new = self._saved(), False
 
     def __call__(self, file: Path) -> str:
         """SHA-256 of the file's content, in hex."""
