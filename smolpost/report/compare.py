@@ -33,8 +33,8 @@ def evaluations(folder: Path) -> dict[str, dict]:
 
 def sweeps(folder: Path) -> list[dict]:
     """Reports of the sweep stages of a finished run."""
-    folders = [folder / Path(s["folder"]).name for s in read_stages(folder).values() if s["kind"] == "sweep"]
-    return [json.loads((folder / SWEEP).read_text(encoding="utf-8")) for folder in folders]
+    files = [folder / Path(stage["folder"]).name / SWEEP for stage in read_stages(folder).values()]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
 def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:
