@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smolpost.export.folder import ExportSource
 from smolpost.inference.generation import stored_stop_token_ids
+from smolpost.model.layers_smollm3 import head_size
 from smolpost.model.loading import load_model
-from smolpost.model.modeling_smollm3 import head_size
 
 FILE = "model.onnx"
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
