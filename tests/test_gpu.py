@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.model.attention import CPUFlash, find_segments, segment_attention, varlen_attention, varlen_fits
+from smolpost.model.attention_kernels import CPUFlash, segment_attention, varlen_attention, varlen_fits
+from smolpost.model.attention_segments import find_segments
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
 

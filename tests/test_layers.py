@@ -21,7 +21,7 @@ NEIGHBOURS = {
     ("files", "errors"), ("hub", "errors"), ("hub", "files"), ("registry", "errors"), ("schema", "registry"),
     ("disks", "errors"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
-    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The doctor's checks of rows, template and tokenizer; they need no model.
 
-A check takes a Case and returns (passed, detail); it raises NotChecked where it has nothing to say.
+A check takes a Case and returns (passed, detail); it raises NotChecked if it does not apply.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def rows_are_valid(case: Case) -> tuple[bool, str]:
 
 
 def template_round_trip(case: Case) -> tuple[bool, str]:
-    """Decoded ids are the rendered text, and the text of the first turns begins that of more."""
+    """Decoded ids equal the rendered text, and a conversation's text begins with the text of its first turns."""
     unknown, texts, turns, faults = case.tokenizer.unk_token_id, 0, 0, []
     for row, sides in zip(case.need("sample", "rows"), case.ids, strict=True):
         for messages, ids in zip(conversations(row), sides, strict=False):
@@ -44,13 +44,13 @@ def template_round_trip(case: Case) -> tuple[bool, str]:
                 turns += 1
                 before = case.render(row, messages[:i])
                 if not text.startswith(before):
-                    faults.append(f"{row.where}: messages[:{i}] alone render otherwise: {difference(before, text)}")
+                    faults.append(f"{row.where}: messages[:{i}] alone render differently: {difference(before, text)}")
     detail = f"{texts} texts and {turns} shorter histories of them, {len(faults)} differ"
     return not faults, detail + (f"; {faults[0]}" if faults else "")
 
 
 def users_write_no_control_tokens(case: Case) -> tuple[bool, str]:
-    """A user who writes the tokenizer's control tokens writes text."""
+    """Control tokens that a user writes stay text."""
     added = case.tokenizer.added_tokens_decoder
     control = {i: token.content for i, token in added.items() if token.special or i == case.tokenizer.eos_token_id}
 
@@ -134,7 +134,7 @@ def vocabulary_hash(tokenizer) -> str:
 
 
 def same_generation_prompt(case: Case) -> tuple[bool, str]:
-    """What inference puts before a reply is what training put there, in both modes."""
+    """Inference and training put the same text before a reply, in both modes."""
     ask, faults, turns = {"role": "user", "content": "One or two?"}, [], 0
     for thinking, reply in ((True, "<think>\nOne.\n</think>\nOne."), (False, "One.")):
         kwargs = (case.probe["template_kwargs"] or {}) | {"enable_thinking": thinking}
@@ -163,7 +163,7 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
 
 
 def begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool:
-    """Whether the tokens of a prompt, as inference makes them, begin those that training makes of prompt and reply."""
+    """Whether the training tokens of prompt and reply begin with the inference tokens of the prompt."""
     ids = case.tokenizer.encode(prompt, add_special_tokens=False)
     try:
         return encode(case.tokenizer, messages, **options).input_ids[: len(ids)] == ids

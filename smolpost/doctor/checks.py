@@ -1,7 +1,7 @@
-"""Whether a training stage would learn what it is meant to: a few of its rows, its template and its start checkpoint,
-taken through the code that trains and compared with what the messages say.
+"""Checks whether a training stage would learn what it should.
 
-A failing check stops no other one.
+A few of its rows, its template and its start checkpoint go through the training code, and the result is compared with
+the messages. A failing check does not stop the others.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "mask": (
         DOCUMENTS,
         check_batches.mask_is_policy,
-        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
+        "put {{% generation %}} around the reply and its stop token only; stages.{stage}.template",
     ),
     "shared prompt": (PAIRS, check_batches.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
     "pair mask": (
@@ -107,8 +107,8 @@ class Check:
 
     Attributes:
         status: pass | fail | skip.
-        detail: With the numbers; of a skipped check, the reason.
-        remedy: What to do about a fail, else "".
+        detail: The finding, with numbers; for a skipped check, the reason.
+        remedy: What to do after a fail, else "".
     """
 
     name: str
@@ -127,8 +127,7 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     Returns:
         The checks in their order.
     Raises:
-        UserError: The stage trains nothing, its start or its data are not there or cannot be trained, or rows is below
-            1.
+        UserError: The stage does not train, its start or data are missing or cannot be trained, or rows is below 1.
     """
     config = stage.config
     if stage.prepared is None:
@@ -153,7 +152,7 @@ def one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
         passed, detail = examine(case)
     except NotChecked as reason:
         return Check(name, "skip", str(reason))
-    except Exception as error:  # what breaks a check is a finding, and the others go on
+    except Exception as error:  # an exception is a finding; the other checks continue
         passed, detail = False, one_line(error)
     if passed:
         return Check(name, "pass", detail)
@@ -161,7 +160,7 @@ def one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
 
 
 def exit_code(found: list[Check]) -> int:
-    """0, or 1 where a check failed."""
+    """1 if a check failed, else 0."""
     return int(any(check.status == "fail" for check in found))
 
 

@@ -1,7 +1,7 @@
-"""What training promises, tried out on a few prepared rows with the stage's own model.
+"""Tests the promises of training on a few prepared rows, with the stage's own model.
 
-A packed row is its documents one by one, one large forward pass is many small ones, a pair is its two sequences, and a
-policy that is its own reference has the loss that theory says. The model is left as it was, but for its gradients.
+A packed row equals its documents one by one, one large forward pass equals many small ones, a pair equals its two
+sequences, and a policy that equals its reference has the loss that theory predicts. Only the model's gradients change.
 """
 
 import contextlib
@@ -71,9 +71,9 @@ def joined(packs: list[dict]) -> dict:
 
 
 def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
-    """The shortest documents with a trained token, together at most max_tokens; at least two where there are two.
+    """The shortest documents with a trained token, together at most max_tokens; at least two, if there are two.
 
-    Those two are cut where they are longer: to the tokens that end with the last trained one.
+    Longer ones of these two are cut to the tokens that end with the last trained one.
     """
     chosen, room = [], max_tokens
     trained = (d for d in documents(packs) if (d["fates"][1:] == Fate.TRAINED).any())
@@ -87,7 +87,7 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
 
 
 def tail(document: dict, length: int) -> dict:
-    """The document's last `length` tokens up to its last trained one."""
+    """The last `length` tokens of the document, up to its last trained one."""
     stop = int((document["fates"] == Fate.TRAINED).nonzero()[0][-1]) + 1
     start = max(0, stop - length)
     cut = {name: v[start:stop] if name in TOKEN_COLUMNS else v for name, v in document.items()}
@@ -114,7 +114,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
 
 
 def take_step(model: PreTrainedModel, loss: float) -> Step:
-    """The gradients that lie at the model's parameters, taken away from there."""
+    """The gradients of the model's parameters, which are then cleared."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return Step(loss, gradients)
@@ -140,7 +140,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def packed_equals_unpacked(model: PreTrainedModel, chosen: list[dict], environment: Environment) -> Finding:
-    """The documents in one packed row against each in a row of its own, which is told of no packing.
+    """Compare the documents in one packed row with each in its own row, without any packing.
 
     Args:
         model: On the environment's device.

@@ -22,13 +22,12 @@ from smolpost.export.session import CHUNK, GreedyEngine, Session, TorchSession
 from smolpost.inference.engine import Engine
 from smolpost.inference.local import LocalEngine
 from smolpost.model.loading import load_model
+from smolpost.schema import RELEASE_DAY
 
 # The last tokens of a prompt are fed one by one, as a reply's are: a broken cache shows.
 DECODED = 8
 # Below it, equal recall on both sides proves nothing: it may be chance.
 TELLING_RECALL = 0.5
-# At any length, so that a reader sees the same header as in training whatever the day.
-TODAY = "2025-07-08"
 NAME = "export"  # of the task, in its messages
 
 
@@ -68,7 +67,7 @@ def ask(
     Raises:
         UserError: A length cannot hold a prompt.
     """
-    context = Context(today=TODAY, seed=seed, rows=lambda name: [])
+    context = Context(today=RELEASE_DAY, seed=seed, rows=lambda name: [])
     text = recall_row(np.random.default_rng(0), length=200, pairs=8, queries=8)["messages"][1]["content"]
     by_characters = len(tokenizer.encode(text, add_special_tokens=False)) == len(text)
     asked = {}

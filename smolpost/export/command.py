@@ -16,6 +16,7 @@ from smolpost.export import check, folder, to_gguf, to_mlx, to_onnx, to_vllm
 from smolpost.export.folder import ExportSource
 from smolpost.export.session import Session
 from smolpost.model.loading import load_model
+from smolpost.schema import RELEASE_DAY
 
 LENGTHS = (256, 1024)
 NUM_PROMPTS = 8
@@ -137,7 +138,7 @@ def _prompt(source: ExportSource) -> str:
     messages = [{"role": "user", "content": "Where is key 42? It's under\n\n  the mat, isn't it?"}]
     if not source.tokenizer.chat_template:
         return messages[0]["content"]
-    return source.tokenizer.decode(encode_prompt(source.tokenizer, messages, today=check.TODAY))
+    return source.tokenizer.decode(encode_prompt(source.tokenizer, messages, today=RELEASE_DAY))
 
 
 def export_command(

@@ -10,6 +10,7 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.inference.engine import Reply
 from smolpost.inference.generation import generate, inference, padding_token_id, reply_text, stop_token_ids
+from smolpost.model.positions import learned_positions
 from smolpost.objectives.head import decoder_of, head_of
 from smolpost.objectives.logprobs import token_scores
 
@@ -46,6 +47,7 @@ class LocalEngine:
         num_samples: int = 1,
         seed: int = 0,
     ) -> list[list[Reply]]:
+        self._check_length(max(map(len, prompts)) + max_new_tokens, "prompt and reply")
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         replies = generate(
             self.model,
@@ -64,6 +66,7 @@ class LocalEngine:
 
     def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         longest = max(len(ids) for ids, _ in sequences)
+        self._check_length(longest, "row")
         padding = padding_token_id(self.tokenizer)
         input_ids = [ids + [padding] * (longest - len(ids)) for ids, _ in sequences]
         input_ids = torch.tensor(input_ids, device=self.model.device)  # [B, L]
@@ -83,3 +86,15 @@ class LocalEngine:
             )
         logps = iter(scores.logps.tolist())
         return [[next(logps) for _ in places] for _, places in sequences]
+
+    def _check_length(self, num_tokens: int, what: str) -> None:
+        """
+        Raises:
+            UserError: There are more tokens than the model has position embeddings.
+        """
+        most = learned_positions(self.model.config)
+        if most is not None and num_tokens > most:
+            raise UserError(
+                f"the longest {what} has {num_tokens} tokens, but {type(self.model).__name__} has a learned embedding "
+                f"for each of its {most} positions; shorten what is asked, or leave the task out"
+            )

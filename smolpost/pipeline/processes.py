@@ -36,6 +36,7 @@ IMPORTS = (  # what commands would import for seconds
     "smolpost.merging.linear",
     "smolpost.synthesis.pairs",
     "smolpost.report.pareto",
+    "torch.utils.tensorboard",
 )
 
 

@@ -70,7 +70,7 @@ def lora_config(lora: LoRA) -> LoraConfig:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
-    """Freeze the model and train adapters beside its linear layers; at the start they change nothing.
+    """Freeze the model and add trainable adapters to its linear layers; untrained, they change nothing.
 
     Args:
         lora: Its targets are checked.

@@ -19,7 +19,7 @@ SCHEDULERS = {
 def training_arguments(
     stage: Training, seed: int, num_rows: int, out: Path, environment: Environment
 ) -> TrainingArguments:
-    """The settings for `StageTrainer`, which plans its batches itself: to transformers, a step is one batch of one row.
+    """The settings for `StageTrainer`, which plans its own batches; transformers sees a step as one batch of one row.
 
     Args:
         num_rows: Prepared rows, from which the number of steps follows.

@@ -49,7 +49,7 @@ class PairTrainer(StageTrainer):
             scored=Scored(batch["positions"], batch["targets"]),
         )
         tokens, sides, side_lengths = batch["side_tokens"], batch["sides"], batch["side_lengths"]
-        # Log-ratios are summed token by token: the difference of two sums of thousands of nats would be rounded away.
+        # Log-ratios are summed token by token: a difference of two sums of thousands of nats would lose its digits.
         ratios = summed_logps(
             (scores.logps - batch["ref_logps"])[tokens], sides, len(side_lengths), ld_alpha=stage.ld_alpha
         ).view(-1, 2)

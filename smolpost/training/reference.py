@@ -62,7 +62,7 @@ def fill(
     pack_tokens: int,
     environment: Environment,
 ) -> int:
-    """Work out what this rank has to add to the cache; the reference is loaded only where something is missing.
+    """Compute this rank's missing part of the cache; the reference is loaded only if something is missing.
 
     Every rank holds the whole reference for this, as nothing else is in memory yet; chunk i belongs to rank i modulo
     the ranks, so they need not talk to one another.

@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from smolpost.errors import UserError
 from smolpost.files import digest, remove_parts, sha256, write_bytes
 
-# Scored tokens of a chunk, about: a few MB per file, and little to do again after a kill.
+# Scored tokens of a chunk, about: a few MB per file, so a kill loses little work.
 CHUNK_TOKENS = 2**20
 
 
@@ -65,19 +65,19 @@ class ReferenceCache:
         return range(int(self._chunks[chunk]), int(self._chunks[chunk + 1]))
 
     def missing(self) -> list[int]:
-        """The chunks still to be written, rising.
+        """The missing chunks, ascending.
 
         Every chunk that is there is verified; a damaged one is deleted, with one printed line that says why. Ranks
         may call this at the same time; those whose forward passes need one another should all follow one rank's list.
         """
-        # Listing the folder, unlike asking for names one by one, makes a network disk forget what it lacked before.
+        # Listing the folder, instead of asking for single names, refreshes what a network disk has cached.
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         missing = [c for c in range(self.num_chunks) if self._file(c).name not in present or not self._verified(c)]
         self._sweep(whole=set(range(self.num_chunks)).difference(missing))
         return missing
 
     def write(self, chunk: int, logps: Sequence[np.ndarray] | np.ndarray) -> None:
-        """Store a chunk in one step: other processes see what was there before, then the whole of it.
+        """Store a chunk atomically: other processes see either the old state or the complete chunk.
 
         Args:
             logps: For each pair of `pairs_of(chunk)` its [counts[pair]] log-probabilities, nats; or all of them in
@@ -92,7 +92,7 @@ class ReferenceCache:
         try:
             write_bytes(file, content)
         except FileNotFoundError:
-            if not file.exists():  # else another run has finished this chunk and swept our part away
+            if not file.exists():  # otherwise another run has finished this chunk and removed our part
                 raise
 
     def open(self) -> None:
@@ -110,7 +110,7 @@ class ReferenceCache:
         self._opened = [self._mapped(chunk) for chunk in range(self.num_chunks)]
 
     def read(self, pair: int) -> np.ndarray:
-        """[counts[pair]] fp32 log-probabilities of the pair's scored tokens, in the order they were written in.
+        """[counts[pair]] fp32 log-probabilities of the pair's scored tokens, in the order in which they were written.
 
         Raises:
             RuntimeError: The cache has not been opened.
@@ -170,7 +170,7 @@ class ReferenceCache:
             damage = self._damage(chunk)
             if not damage:
                 return True
-            # Another rank may have judged faster and already written the chunk anew.
+            # Another rank may have found the damage first and already written the chunk again.
             now = file.stat()
             if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
                 return self._verified(chunk)
@@ -196,7 +196,7 @@ class ReferenceCache:
                 return f"its {name} is {label.get(name)} where {expected} belongs"
         if values is None:
             return f"it holds {shown} where {wanted} belongs"
-        # Damage is an accident, so CRC-32 will do: it misses one in four billion and runs twice as fast as SHA-256.
+        # Damage is accidental, so CRC-32 is enough: it misses one case in four billion and is twice as fast as SHA-256.
         if label.get("crc32") != f"{zlib.crc32(values):08x}":
             return "its values do not have the checksum they were written with"
         if not np.isfinite(values).all():
@@ -206,7 +206,7 @@ class ReferenceCache:
     def _mapped(self, chunk: int) -> np.ndarray:
         """[values of the chunk] of a verified file, in pages the kernel can take back."""
         number, file = self._num_values(chunk), self._file(chunk)
-        if not number:  # nothing can be mapped
+        if not number:  # an empty file cannot be mapped
             return np.zeros(0, dtype="<f4")
         # The only tensor of a safetensors file ends where the file ends.
         return np.memmap(file, dtype="<f4", mode="r", offset=file.stat().st_size - 4 * number, shape=(number,))
@@ -218,7 +218,7 @@ class ReferenceCache:
 
 
 def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
-    """The name of all that decides the reference's log-probabilities, and of nothing else: 16 hex digits.
+    """16 hex digits: a hash of exactly what determines the reference's log-probabilities.
 
     Args:
         rows: Fingerprint of the pairs' token ids and of which of them are scored.

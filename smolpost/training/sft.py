@@ -27,7 +27,7 @@ class PackTrainer(StageTrainer):
     def pass_loss(self, model, batch, counts, totals):
         labels, weights = batch["labels"][0], batch["token_weights"]
         positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
-        # The coefficients are known before the forward, so the head makes its gradients in the same sweep.
+        # The coefficients are known before the forward pass, so the head computes its gradients in the same pass.
         coefficients = (weights[positions + 1] * counts / totals[0].clamp(min=TINY)).float()
         scores = model(
             **{key: batch[key] for key in ("input_ids", "position_ids", "document_lengths")},

@@ -75,7 +75,7 @@ def train(
     attn_implementation: str,
     environment: Environment,
 ) -> dict:
-    """Train to the end, from the last whole checkpoint in `out` where there is one.
+    """Train to the end, from the last complete checkpoint in `out` if there is one.
 
     Args:
         name: The stage, for messages.
@@ -102,7 +102,7 @@ def train(
     if environment.rank == 0 and (line := change(name, stops)):
         print(line, flush=True)
     load_start = functools.partial(load, start, stage, attn_implementation, renamed)
-    # Before the arguments, under which ZeRO-3 would shard the reference, and before the policy takes memory.
+    # Before the arguments, which make ZeRO-3 shard the reference, and before the policy takes memory.
     reference, report = method.reference(stage, rows, start, load_start, references, environment)
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = training_arguments(stage, seed, len(rows), out, environment)
@@ -157,7 +157,7 @@ def load(
         config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.rope_theta}
     if stage.max_position_embeddings is not None:
         config.max_position_embeddings = stage.max_position_embeddings
-    # fp32 master weights whatever the compute precision: at APO's learning rate bf16 weights would not move.
+    # fp32 master weights at every compute precision: bf16 weights would not change at APO's learning rate.
     return load_model(
         start, config=config, renamed=renamed, dtype=torch.float32, attn_implementation=attn_implementation
     )
@@ -166,7 +166,7 @@ def load(
 def check_space(
     name: str, stage: Training, model: PreTrainedModel, num_rows: int, out: Path, environment: Environment
 ) -> None:
-    """Refuse to start what the disk cannot hold: resumable checkpoints, snapshots and the final weights.
+    """Refuse a training whose checkpoints, snapshots and final weights do not fit on the disk.
 
     One checkpoint more than save_total_limit lies there while the oldest makes room. What an earlier try has left in
     `out` is part of what is needed.
@@ -207,10 +207,10 @@ def save(
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(model, PeftModel):
-            unset_hf_deepspeed_config()  # this rank alone loads: nothing to shard
+            unset_hf_deepspeed_config()  # only this rank loads: nothing to shard
             model = merged(load_start(), model, state, f"stages.{name}.lora")
             state = model.state_dict()
-        # Gathering may copy a tied weight; on disk it stands once.
+        # Gathering may copy a tied weight; it is stored once.
         state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
         stops.give(model, tokenizer)
         model.config.dtype, training_dtype = dtype, model.config.dtype

@@ -20,6 +20,7 @@ from smolpost.doctor import stage_sample as doctor_case
 from smolpost.doctor.checks import Check, diagnose, exit_code, report
 from smolpost.errors import UserError
 from smolpost.model import attention
+from smolpost.model.attention_segments import Segment
 from smolpost.objectives.losses import ApoZero
 from smolpost.training import sft
 from tests.doctor.clinic import ASK, NO_THINK, conversations, failed, pairs
@@ -203,7 +204,7 @@ def test_control_tokens_that_users_may_write_are_found(clinic, monkeypatch):
 def blind(num_tokens, document_lengths=None, pair_lengths=None):
     """find_segments that takes each pair for one document, and all documents for one."""
     ends = [*accumulate(map(sum, pair_lengths))] if pair_lengths else [num_tokens]
-    return tuple(attention.Segment(range(a, b), range(0)) for a, b in pairwise([0, *ends]))
+    return tuple(Segment(range(a, b), range(0)) for a, b in pairwise([0, *ends]))
 
 
 def test_an_attention_that_leaks_across_documents_is_found(clinic, monkeypatch):

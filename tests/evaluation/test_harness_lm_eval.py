@@ -255,7 +255,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path, rigged, monkeypat
         (
             ["sums"],
             {"headline": {"sums": "acc"}},
-            "harness.headline.sums=acc is not a metric of this task; it has exact",
+            "harness.headline.sums=acc is not a metric of this task; it has",
         ),
         (["sums"], {"headline": {"other": "acc"}}, "harness.headline.other is not among the tasks sums"),
         (["sums"], {"modes": ["loud"]}, r"harness.modes=\['loud'\] may hold only think and no_think"),

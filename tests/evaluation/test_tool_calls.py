@@ -210,7 +210,7 @@ JAVA = {"name": "f", "parameters": {"properties": {"m": {"type": "HashMap"}}}}
         (
             [question(1), question(1)],
             ANSWERS,
-            r"questions.jsonl:2: id='simple_1' is not a text, or an earlier row has it",
+            r"questions.jsonl:2: id='simple_1' is not a text, or an earlier",
         ),
         ([question(1, id=3)], ANSWERS, "questions.jsonl:1: id=3 is not a text"),
         ([question(1, id="name_1")], ANSWERS, "id='name_1' begins with the name of a metric"),
@@ -227,7 +227,7 @@ JAVA = {"name": "f", "parameters": {"properties": {"m": {"type": "HashMap"}}}}
         (
             [question(1)],
             [{"id": "simple_1", "ground_truth": [{"f": {"x": [1]}}]}],
-            "calls 'f', which is not one of the",
+            "calls 'f', which is not one of",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from smolpost.data.tasks import recall_row
 from smolpost.evaluation.task import Item, Sample
 from smolpost.export.check import LengthCheck
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
+from smolpost.schema import RELEASE_DAY
 
 THETA = 50_000.0
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024, "rope_theta": THETA}
@@ -65,7 +66,7 @@ class Letters:
         for i in range(self.num_prompts):
             row = recall_row(np.random.default_rng(i), length=self.length - 20, pairs=4, queries=4)
             *messages, answer = row["messages"]
-            ids = encode_prompt(tokenizer, messages, template_kwargs=row["chat_template_kwargs"], today="2025-07-08")
+            ids = encode_prompt(tokenizer, messages, template_kwargs=row["chat_template_kwargs"], today=RELEASE_DAY)
             items.append(Item(str(i), ids, max_new_tokens=8, about=answer["content"]))
         return items
 

@@ -10,6 +10,7 @@ from smolpost.evaluation.task import Sample
 from smolpost.evaluation.tasks.recall import Recall
 from smolpost.evaluation.tasks.ruler import Ruler
 from smolpost.export.check import LengthCheck, Limits, ask, compare, logit_difference, refuse_failed
+from smolpost.export.command import _prompt
 from smolpost.export.folder import ExportSource
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
 from smolpost.inference.local import LocalEngine
@@ -148,6 +149,14 @@ def test_recall_that_shows_nothing_is_said(source):
     report = compare(model, TorchSession(model), source.tokenizer, known(letters(64), (0.1, 0.1)))
     assert report["failures"] == []
     assert "recall shows nothing here" in report["notes"][0]
+
+
+def test_prompts_have_the_date_of_training(source):
+    """Another header than the one it was trained with would measure another thing."""
+    tokenizer = merging_tokenizer()
+    [item] = ask(tokenizer, [1500], num_prompts=1, seed=0)[1500].items
+    for text in (tokenizer.decode(item.ids), _prompt(source)):
+        assert "Today Date: 08 July 2025\n" in text
 
 
 def test_recall_is_asked_in_the_alphabet_the_tokenizer_has(source, tmp_path):

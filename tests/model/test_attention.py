@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import SmolLM3Config as StockConfig
 from transformers import SmolLM3ForCausalLM as StockModel
 
-from smolpost.model import attention
-from smolpost.model.attention import find_segments, lengths_from_positions, packed_attention, packed_mask
+from smolpost.model import attention_kernels as kernels
+from smolpost.model.attention import packed_attention, packed_mask
+from smolpost.model.attention_segments import find_segments, lengths_from_positions
 from tests.model.packed_rows import (
     PAIRS,
     VOCAB,
@@ -31,13 +32,13 @@ from tests.model.packed_rows import (
 
 pair_lists = st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=1, max_size=4).filter(lambda x: sum(map(sum, x)))
 # All segments in calls of their own, or those of one length in one.
-shorts = st.sampled_from([0, attention.SHORT])
+shorts = st.sampled_from([0, kernels.SHORT])
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), shorts, st.booleans())
 def test_packed_documents_equal_masked_sdpa(lengths, short, given_lengths):
-    with mock.patch.object(attention, "SHORT", short):
+    with mock.patch.object(kernels, "SHORT", short):
         ours = step(build("packed"), lengths, **({"document_lengths": lengths} if given_lengths else {}))
     assert_equal(ours, step(build("sdpa"), lengths))
 
@@ -54,7 +55,7 @@ def test_packed_documents_equal_documents_alone():
 @settings(max_examples=20, deadline=None)
 @given(pair_lists, st.sampled_from([1, 2, 4]), shorts)
 def test_packed_pairs_equal_two_sequences_each(pairs, key_heads, short):
-    with mock.patch.object(attention, "SHORT", short):
+    with mock.patch.object(kernels, "SHORT", short):
         packed = pair_step(build("packed", num_key_value_heads=key_heads), pairs, packed=True)
     assert_equal(packed, pair_step(build("sdpa", num_key_value_heads=key_heads), pairs, packed=False))
 
@@ -92,7 +93,7 @@ def test_segments_by_hand():
     assert lengths_from_positions(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
     assert lengths_from_positions(torch.tensor([[0, 1, 2]])) is None
     # Numbers of segments: 0 and 3 share a call.
-    assert attention.batches([2, 9, 3, 2], short=4) == [[0, 3], [1], [2]]
+    assert kernels.batches([2, 9, 3, 2], short=4) == [[0, 3], [1], [2]]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +119,11 @@ def test_work_is_the_segments_and_memory_the_row(layout, products):
 def test_backends_agree(pairs, key_heads, short):
     row = inputs(sum(map(sum, pairs)), key_heads=key_heads)
     segments = find_segments(row[0].shape[2], pair_lengths=pairs)
-    with mock.patch.object(attention, "SHORT", short):
-        cpu = run(attention.CPUFlash.apply, row, segments, 0.5)
-    assert_equal(cpu, run(attention.segment_attention, row, segments, 0.5))
-    with mock.patch.object(attention, "varlen_attn", reference_varlen_attn):
-        assert_equal(run(attention.varlen_attention, row, segments, 0.5), cpu)
+    with mock.patch.object(kernels, "SHORT", short):
+        cpu = run(kernels.CPUFlash.apply, row, segments, 0.5)
+    assert_equal(cpu, run(kernels.segment_attention, row, segments, 0.5))
+    with mock.patch.object(kernels, "varlen_attn", reference_varlen_attn):
+        assert_equal(run(kernels.varlen_attention, row, segments, 0.5), cpu)
 
 
 def test_documents_take_their_keys_as_they_are_on_cuda():
@@ -131,11 +132,11 @@ def test_documents_take_their_keys_as_they_are_on_cuda():
         return reference_varlen_attn(q, k, v, *args, **kwargs)
 
     row, segments = inputs(9), find_segments(9, [4, 5])
-    with mock.patch.object(attention, "varlen_attn", checked):
-        attention.varlen_attention(*row, segments, 0.5)
+    with mock.patch.object(kernels, "varlen_attn", checked):
+        kernels.varlen_attention(*row, segments, 0.5)
     # Layers share the indices.
     cpu = torch.device("cpu")
-    assert attention.varlen_index(segments, cpu) is attention.varlen_index(find_segments(9, [4, 5]), cpu)
+    assert kernels.varlen_index(segments, cpu) is kernels.varlen_index(find_segments(9, [4, 5]), cpu)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_documents_take_their_keys_as_they_are_on_cuda():
 )
 def test_what_flash_attention_is_asked_for(monkeypatch, size, dtype, capability, fits):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: reference_varlen_attn)
-    assert attention.varlen_fits(torch.empty(1, 2, 3, size, dtype=dtype)) == fits
+    monkeypatch.setattr(kernels, "varlen_kernel", lambda: reference_varlen_attn)
+    assert kernels.varlen_fits(torch.empty(1, 2, 3, size, dtype=dtype)) == fits
 
 
 def test_flash_attn_stands_in_where_torch_takes_no_window(monkeypatch):
@@ -162,15 +163,15 @@ def test_flash_attn_stands_in_where_torch_takes_no_window(monkeypatch):
 
     row = inputs(sum(map(sum, PAIRS)))
     segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
-    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, is_causal=False: None)  # as in torch 2.10
+    monkeypatch.setattr(kernels, "varlen_attn", lambda q, k, v, is_causal=False: None)  # as in torch 2.10
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
+    monkeypatch.setattr(kernels, "varlen_kernel", kernels.varlen_kernel.__wrapped__)
     for window in (None, 4):
-        found = run(attention.varlen_attention, row, segments, 0.5, window)
-        assert_equal(found, run(attention.segment_attention, row, segments, 0.5, window))
+        found = run(kernels.varlen_attention, row, segments, 0.5, window)
+        assert_equal(found, run(kernels.segment_attention, row, segments, 0.5, window))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.warns(UserWarning, match="document by document, which is slower: .* install torch>=2.11 or flash-attn"):
-        assert attention.varlen_kernel() is None
+        assert kernels.varlen_kernel() is None
 
 
 def test_fewer_key_heads_need_no_permission_before_torch_2_13(monkeypatch):
@@ -178,10 +179,10 @@ def test_fewer_key_heads_need_no_permission_before_torch_2_13(monkeypatch):
         return reference_varlen_attn(*args, scale=scale, window_size=window_size)
 
     row, segments = inputs(9), find_segments(9, [4, 5])
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "varlen_kernel", attention.varlen_kernel.__wrapped__)
-    found = run(attention.varlen_attention, row, segments, 0.5)
-    assert_equal(found, run(attention.segment_attention, row, segments, 0.5))
+    monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(kernels, "varlen_kernel", kernels.varlen_kernel.__wrapped__)
+    found = run(kernels.varlen_attention, row, segments, 0.5)
+    assert_equal(found, run(kernels.segment_attention, row, segments, 0.5))
 
 
 def test_dropout_and_unequal_head_sizes_take_public_sdpa():
@@ -190,7 +191,7 @@ def test_dropout_and_unequal_head_sizes_take_public_sdpa():
     torch.manual_seed(4)
     found, _ = packed_attention(None, query, key, value, None, dropout=0.5, document_lengths=[7, 5])
     torch.manual_seed(4)
-    torch.testing.assert_close(found, attention.segment_attention(query, key, value, segments, None, dropout=0.5))
+    torch.testing.assert_close(found, kernels.segment_attention(query, key, value, segments, None, dropout=0.5))
     assert (found == 0).any()
     wide = torch.cat((value, 2 * value), dim=3)
     found, _ = packed_attention(None, query, key, wide, None, document_lengths=[7, 5])
@@ -201,13 +202,13 @@ def test_dropout_and_unequal_head_sizes_take_public_sdpa():
 def test_strides_do_not_matter():
     row = inputs(sum(map(sum, PAIRS)))
     segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
-    expected = run(attention.CPUFlash.apply, row, segments, None)
+    expected = run(kernels.CPUFlash.apply, row, segments, None)
     odd = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in row]
     assert odd[0].stride(3) != 1
-    assert_equal(run(attention.CPUFlash.apply, odd, segments, None), expected)
+    assert_equal(run(kernels.CPUFlash.apply, odd, segments, None), expected)
     # sum() hands back a gradient without strides.
-    found = torch.autograd.grad(attention.CPUFlash.apply(*row, segments, None).sum(), row)
-    output = attention.segment_attention(*row, segments, None)
+    found = torch.autograd.grad(kernels.CPUFlash.apply(*row, segments, None).sum(), row)
+    output = kernels.segment_attention(*row, segments, None)
     for ours, theirs in zip(found, torch.autograd.grad(output.sum(), row), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -217,9 +218,9 @@ def test_bf16_is_close_to_fp32(size):
     pairs = [(200, 150, 120), (40, 300, 80)]
     row = inputs(sum(map(sum, pairs)), size=size)
     segments = find_segments(row[0].shape[2], pair_lengths=pairs)
-    exact = run(attention.CPUFlash.apply, row, segments, None)
+    exact = run(kernels.CPUFlash.apply, row, segments, None)
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in row]
-    ours, public = (run(f, half, segments, None) for f in (attention.CPUFlash.apply, attention.segment_attention))
+    ours, public = (run(f, half, segments, None) for f in (kernels.CPUFlash.apply, kernels.segment_attention))
     for name, tensor in exact.items():
         assert ours[name].dtype == torch.bfloat16
         errors = [((found[name].float() - tensor).norm() / tensor.norm()).item() for found in (ours, public)]

@@ -18,6 +18,7 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.rows import Row
 from smolpost.doctor.checks import diagnose
+from smolpost.errors import UserError
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
 from smolpost.evaluation.tasks.perplexity import Perplexity, PerplexityTask
@@ -165,7 +166,7 @@ def assert_first_step(report: dict, loss: torch.Tensor, model: PreTrainedModel) 
     """Loss and gradient norm of the first step."""
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
-    assert report["log"][0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert report["log"][0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert report["log"][0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
@@ -290,6 +291,20 @@ def test_batched_replies_equal_single_ones(family, tokenizer):
     assert together == [engine.generate([prompt], max_new_tokens=20)[0] for prompt in prompts]
 
 
+def test_what_is_longer_than_learned_positions_is_refused(family, tokenizer):
+    """The other architectures go beyond: what they make of it is measured."""
+    engine = LocalEngine(load_model(family.start, attn_implementation="packed"), tokenizer)
+    ids = [5] * 513
+    if "gpt2" not in str(family.start):
+        assert len(engine.logps([(ids, [512])])[0]) == 1
+        return
+    learned = "but GPT2LMHeadModel has a learned embedding for each of its 512 positions; shorten what is asked"
+    with pytest.raises(UserError, match=f"the longest row has 513 tokens, {learned}"):
+        engine.logps([(ids, [512])])
+    with pytest.raises(UserError, match=f"the longest prompt and reply has 515 tokens, {learned}"):
+        engine.generate([ids[:510]], max_new_tokens=5)
+
+
 def test_a_merge_is_the_mean_of_two_checkpoints(family, sft):
     out = family.folder / "merged"
     merge([("start", family.start, 0.25), ("sft", sft[1], 0.75)], "sft", out, "float32")
@@ -310,7 +325,11 @@ def test_a_merge_is_the_mean_of_two_checkpoints(family, sft):
 def test_doctor_passes(family, kind, tmp_path):
     small = Small(tmp_path)
     small.write_data()
-    words = [f"model.checkpoint={family.start}", f"stages.{kind}.init_from=checkpoint", "stages.sft.max_seq_len=500"]
+    words = [
+        f"model.checkpoint={family.start}",
+        f"stages.{kind}.init_from=checkpoint",
+        f"stages.{kind}.max_seq_len=500",
+    ]
     lineage = Lineage(recipe.load([*small.words, *words]))
     checks = {check.name: check for check in diagnose(lineage, lineage.stages[kind], rows=4)}
     assert {check.status for check in checks.values()} == {"pass"}, checks

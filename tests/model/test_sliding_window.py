@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from smolpost.inference.generation import generate
-from smolpost.model import attention
-from smolpost.model.attention import find_segments, packed_attention, packed_mask
+from smolpost.model import attention_kernels as kernels
+from smolpost.model.attention import packed_attention, packed_mask
+from smolpost.model.attention_segments import find_segments, tiles
 from tests.model.packed_rows import (
     VOCAB,
     Work,
@@ -91,19 +92,17 @@ def windows_and_pairs(draw):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    windows_and_pairs(), st.sampled_from([1, 2, 4]), st.sampled_from([0, attention.SHORT]), st.sampled_from([3, 128])
-)
+@given(windows_and_pairs(), st.sampled_from([1, 2, 4]), st.sampled_from([0, kernels.SHORT]), st.sampled_from([3, 128]))
 def test_every_backend_equals_the_definition(window_and_pairs, key_heads, short, band):
     window, pairs = window_and_pairs
     row = inputs(sum(map(sum, pairs)), key_heads=key_heads)
     segments = find_segments(row[0].shape[2], pair_lengths=pairs)
     expected = run(masked_attention, row, segments, 0.5, window)
-    with mock.patch.multiple(attention, SHORT=short, BAND=band):
-        assert_equal(run(attention.CPUFlash.apply, row, segments, 0.5, window), expected)
-    assert_equal(run(attention.segment_attention, row, segments, 0.5, window), expected)
-    with mock.patch.object(attention, "varlen_attn", reference_varlen_attn):
-        assert_equal(run(attention.varlen_attention, row, segments, 0.5, window), expected)
+    with mock.patch.multiple(kernels, SHORT=short, BAND=band):
+        assert_equal(run(kernels.CPUFlash.apply, row, segments, 0.5, window), expected)
+    assert_equal(run(kernels.segment_attention, row, segments, 0.5, window), expected)
+    with mock.patch.object(kernels, "varlen_attn", reference_varlen_attn):
+        assert_equal(run(kernels.varlen_attention, row, segments, 0.5, window), expected)
 
 
 def visible(window, **layout) -> list[list[int]]:
@@ -125,7 +124,7 @@ def test_who_sees_whom_by_hand():
 
 def test_tiles_by_hand():
     segments = find_segments(14, pair_lengths=[(4, 3, 7)])
-    assert attention.tiles(segments, 3) == (
+    assert tiles(segments, 3) == (
         (range(0, 3), range(0)),
         (range(3, 6), range(1, 3)),
         (range(6, 7), range(4, 6)),
@@ -133,7 +132,7 @@ def test_tiles_by_hand():
         (range(10, 13), range(8, 10)),
         (range(13, 14), range(11, 13)),
     )
-    assert attention.tiles(segments, None) is segments
+    assert tiles(segments, None) is segments
 
 
 @pytest.mark.parametrize("length", [1024, 4096])
@@ -240,9 +239,9 @@ def test_bf16_is_close_to_fp32():
     pairs, window = [(200, 150, 120), (40, 300, 80)], 50
     row = inputs(sum(map(sum, pairs)), size=64)
     segments = find_segments(row[0].shape[2], pair_lengths=pairs)
-    exact = run(attention.CPUFlash.apply, row, segments, None, window)
+    exact = run(kernels.CPUFlash.apply, row, segments, None, window)
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in row]
-    found = run(attention.CPUFlash.apply, half, segments, None, window)
+    found = run(kernels.CPUFlash.apply, half, segments, None, window)
     for name, tensor in exact.items():
         assert (found[name].float() - tensor).norm() <= 2**-7 * tensor.norm()
 

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GPTJConfig,
     GptOssConfig,
     Llama4TextConfig,
@@ -31,8 +32,10 @@ def saved(config, folder):
     return folder
 
 
-def check(folder, attention="packed", stage=SFTStage):
-    return check_start("x", stage(init_from="checkpoint", data="y"), folder, attention)
+def check(folder, attention="packed", stage=SFTStage, **settings):
+    return check_start(
+        "x", stage(init_from="checkpoint", data="y", **{"max_seq_len": 64} | settings), folder, attention
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,10 @@ def check(folder, attention="packed", stage=SFTStage):
         (
             GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
             "GptOssForCausalLM has attention that SDPA cannot compute, e.g. with a softcap or sinks",
+        ),
+        (
+            Gemma3TextConfig(**SIZES, use_bidirectional_attention=True),
+            r"Gemma3ForCausalLM attends to later tokens \(use_bidirectional_attention in its config.json\)",
         ),
         (
             Llama4TextConfig(**SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=4),
@@ -69,3 +76,37 @@ def test_sliding_windows_start(tmp_path, config):
     assert config.sliding_window
     for stage in (SFTStage, APOStage):
         assert check(saved(config, tmp_path), stage=stage) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"max_seq_len": 65},
+            "stages.x.max_seq_len=65, but GPT2LMHeadModel has a learned embedding for each of its 64 positions; "
+            "set it to 64 or less",
+        ),
+        (
+            {"max_position_embeddings": 128},
+            "stages.x.max_position_embeddings=128, but GPT2LMHeadModel has a learned embedding for each of its 64 "
+            "positions; set it to null",
+        ),
+        ({"rope_theta": 5e6}, "stages.x.rope_theta=5e+06, but GPT2LMHeadModel has no RoPE; set it to null"),
+    ],
+)
+def test_learned_positions_cannot_be_stretched(tmp_path, settings, message):
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    folder = saved(config, tmp_path)
+    assert check(folder) == {}
+    with pytest.raises(UserError) as refused:
+        check(folder, **settings)
+    assert str(refused.value) == message
+
+
+def test_a_rope_base_for_each_kind_of_layer_is_not_one(tmp_path):
+    with pytest.raises(UserError) as refused:
+        check(saved(Gemma3TextConfig(**SIZES), tmp_path), rope_theta=5e6)
+    assert str(refused.value) == (
+        "stages.x.rope_theta=5e+06, but Gemma3ForCausalLM has a RoPE base for each kind of layer; set it to null; "
+        "change its rope_parameters in config.json instead"
+    )

@@ -147,9 +147,7 @@ class ToolCalls(Measurement):
             if missing := [column for column in columns if column not in row]:
                 raise UserError(f"{where}: has no {missing[0]} but the columns {', '.join(row)}; expected Berkeley's")
             if not isinstance(row["id"], str) or row["id"] in seen:
-                raise UserError(
-                    f"{where}: id={row['id']!r:.80} is not a text, or an earlier row has it; give each row its own"
-                )
+                raise UserError(f"{where}: id={row['id']!r:.80} is not a text, or an earlier row's; give each its own")
             if category(row["id"]) in SHARES:
                 raise UserError(f"{where}: id={row['id']!r:.80} begins with the name of a metric; rename it")
             seen.add(row["id"])
