@@ -234,7 +234,7 @@ class Hashes:
 
     def _saved(self) -> dict[str, list]:
         """Path -> [*_identity, SHA-256]."""
-        return _read_object(self.file).get("sha256", {})
+        return read_json(self.file).get("sha256", {})
 
 
 def _identity(file: Path) -> list[int]:
@@ -279,7 +279,7 @@ def verify(folder: Path) -> None:
         UserError: A file is missing or another one.
     """
     recorded = _recorded(folder)
-    stamps = _read_object(folder / STAMPS)
+    stamps = read_json(folder / STAMPS)
     unknown = []
     for name, entry in recorded.items():
         file = folder / name
@@ -300,13 +300,13 @@ def verify(folder: Path) -> None:
 def _recorded(folder: Path) -> dict[str, dict]:
     """The hashed files of a finished stage, an adopted checkpoint or a merge."""
     for name in (MANIFEST, "merge_manifest.json"):
-        files = _read_object(folder / name).get("files", {})
+        files = read_json(folder / name).get("files", {})
         if hashed := {path: entry for path, entry in files.items() if entry["sha256"]}:
             return hashed
     return {}
 
 
-def _read_object(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     """A JSON object; {} where the file is not there or holds something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
