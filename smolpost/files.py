@@ -204,33 +204,45 @@ class Hashes:
 
         hashes = Hashes(run_folder / "hashes.json")
         hashes(file)
-        hashes.save()
 
     Args:
-        file: Where the hashes are kept; need not be there. Several processes may use one: each save is whole and keeps
-            what the others have saved.
+        file: Where the hashes are kept; need not be there. Several processes may use one: a content that two of them
+            ask for is read by the first and found by the second.
     """
 
     def __init__(self, file: Path):
         self.file = file
-        self._known, self._is_new = self._saved(), False
+        self._known = self._saved()
 
     def __call__(self, file: Path) -> str:
         """SHA-256 of the file's content, in hex."""
         place, identity = os.path.abspath(file), _identity(file)
         *known, found = self._known.get(place, [None])
-        if known != identity:
-            now, found = time.time_ns(), sha256(file)
-            if _identity(file) == identity and now - max(identity[-2:]) > CLOCK_GRAIN:
-                self._known[place], self._is_new = [*identity, found], True
+        if known == identity:
+            return found
+        with self._alone():  # the ranks of a training all come here at once: one reads, the others find what it kept
+            self._known |= self._saved()
+            *known, found = self._known.get(place, [None])
+            if known != identity:
+                now, found = time.time_ns(), sha256(file)
+                if _identity(file) == identity and now - max(identity[-2:]) > CLOCK_GRAIN:
+                    self._known[place] = [*identity, found]
+                    with contextlib.suppress(OSError):  # a disk that cannot be written: it is read the next time, too
+                        write_json(self.file, {"sha256": self._known})
         return found
 
-    def save(self) -> None:
-        """Keep what is new. On a disk that cannot be written it is not kept, and those files are read again."""
-        if self._is_new:
-            with contextlib.suppress(OSError):
-                write_json(self.file, {"sha256": self._saved() | self._known})
-            self._is_new = False
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time, where the disk can be written."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            held = open(self.file.with_name(f".{self.file.name}.lock"), "a")  # noqa: SIM115
+        except OSError:
+            yield
+            return
+        with held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
 
     def _saved(self) -> dict[str, list]:
         """Path -> [*_identity, SHA-256]."""

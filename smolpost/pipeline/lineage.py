@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 from smolpost import disks, schema
+from smolpost.data.paths import is_hub_id
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.files import MANIFEST, Hashes, digest, verify
+from smolpost.hub import Commits, Kind
 from smolpost.pipeline import manifest
 from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
@@ -19,6 +21,7 @@ from smolpost.screen import command_line
 from smolpost.stages.base import CHECKPOINT, Planned, keyed
 
 HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
+COMMITS = "hub.json"  # in the pipeline's folder: names on the Hub as commits
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,19 @@ class Lineage:
     Attributes:
         stages: Name -> the located stage; what nobody asks for is not looked at, nor is its data.
 
+    Args:
+        looks_up: Names on the Hub become commits, which are looked up when they are not known yet. Without it a name
+            that is not known stays as it is, so keys that hang on it are others than those of a run.
     Raises (when a stage is asked for):
-        UserError: A data file does not exist, or a local base checkpoint has no manifest.
+        UserError: A data file does not exist, a local base checkpoint has no manifest, or the Hub has no such name.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, *, looks_up: bool = True):
         self.recipe, self.overrides, self.environment = request.recipe, request.overrides, request.environment
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages = Stages(self, plan(request))
         self._fingerprints: dict[str, str] = {}
+        self._commits, self._looks_up = Commits(self.root / COMMITS), looks_up
         self._hashes = Hashes(self.root / HASHES)
 
     # ------------------------------------------------------------ the parts of keys
@@ -138,10 +145,10 @@ class Lineage:
         return self.stages[source.stage].key if parts is None else digest(parts)
 
     def _fingerprint(self, source: schema.Source) -> str:
+        source = self._pinned(source)
         identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
         if identity not in self._fingerprints:
             self._fingerprints[identity] = fingerprint(source, self._hashes)
-            self._hashes.save()
         return self._fingerprints[identity]
 
     def _checkpoint_key(self, name: str) -> str:
@@ -149,7 +156,7 @@ class Lineage:
             return self.stages[name].key
         checkpoint = self.recipe.model.checkpoint
         if not Path(checkpoint).is_dir():
-            return f"{checkpoint}@{self.recipe.model.revision or 'main'}"
+            return f"{checkpoint}@{self.checkpoint_revision() or 'main'}"
         found = manifest.read(Path(checkpoint))
         if found is None:
             raise UserError(
@@ -192,15 +199,46 @@ class Lineage:
         )
 
     def filled(self, name: str) -> schema.Mixture:
-        """The mixture with the paths of stage outputs filled in."""
+        """The mixture with the paths of stage outputs and the commits of Hub datasets filled in."""
         mixture = self.recipe.data[name]
         sources = {}
         for key, source in mixture.sources.items():
             if source.stage is not None:
                 path = str(self.stages[source.stage].folder / source.path)
                 source = dataclasses.replace(source, path=path, stage=None)
+            else:
+                source = self._pinned(source)
             sources[key] = source
         return dataclasses.replace(mixture, sources=sources)
+
+    def _pinned(self, source: schema.Source) -> schema.Source:
+        """A Hub dataset at the commit that this pipeline uses; other sources as they are."""
+        if not is_hub_id(source):
+            return source
+        return dataclasses.replace(source, revision=self._commit("dataset", source.path, source.revision))
+
+    def checkpoint_revision(self) -> str | None:
+        """The commit of `model.checkpoint` that this pipeline uses; None for a folder."""
+        checkpoint = self.recipe.model.checkpoint
+        if Path(checkpoint).is_dir():
+            return None
+        return self._commit("model", checkpoint, self.recipe.model.revision)
+
+    def _commit(self, kind: Kind, name: str, revision: str | None) -> str | None:
+        if self._looks_up:
+            return self._commits.resolve(kind, name, revision)
+        return self._commits.known(kind, name, revision) or revision
+
+    def hub_names(self, stage: Located) -> list[str]:
+        """A line for each name on the Hub that the stage reads, with its commit where that is known."""
+        lines = []
+        if CHECKPOINT in stage.weights and not Path(self.recipe.model.checkpoint).is_dir():
+            lines.append(self._commits.shown("model", self.recipe.model.checkpoint, self.recipe.model.revision))
+        for _, name in stage.config.mixtures():
+            for source in self.recipe.data[name].sources.values():
+                if source.stage is None and is_hub_id(source):
+                    lines.append(self._commits.shown("dataset", source.path, source.revision))
+        return list(dict.fromkeys(lines))
 
     def _checkpoint(self, name: str) -> str:
         return self.recipe.model.checkpoint if name == CHECKPOINT else str(self.stages[name].folder)
