@@ -53,7 +53,7 @@ class Case:
 
         self.lineage, self.stage, self.config = lineage, stage, stage.config
         self.num_rows, self.folder = num_rows, folder
-        self.start = input_folders(stage, lineage.recipe)[self.config.init_from]
+        self.start = input_folders(lineage, stage)[self.config.init_from]
         self.tokenizer = AutoTokenizer.from_pretrained(self.start)
         self.stored_template = self.tokenizer.chat_template
         self.template = load_template(self.config.template)
