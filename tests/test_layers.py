@@ -71,3 +71,23 @@ def test_jobs_are_thin(folder):
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)), file
         assert len(file.read_text().splitlines()) <= 80, file
         assert file.name != "__init__.py"
+
+
+KINDS = {"tasks", "init", "sft", "apo", "pairs", "merge", "mergekit", "sweep", "greedy"}
+
+
+@pytest.mark.parametrize("place", ["pipeline", "recipe", "cli.py", "train.py", "launch.py", "schema.py", "doctor"])
+def test_no_stage_kind_is_named_outside_its_file(place):
+    """What runs, plans and checks stages asks them; it knows none by name, class or module."""
+    files = [LIBRARY / place] if place.endswith(".py") else sorted((LIBRARY / place).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare) and any(getattr(part, "attr", "") == "kind" for part in ast.walk(node)):
+                compared = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                assert not compared & KINDS, (file, node.lineno)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smolpost.stages"):
+                assert node.module in ("smolpost.stages", "smolpost.stages.base"), (file, node.lineno)
+            if isinstance(node, ast.Name | ast.Attribute):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                assert not name.endswith("Stage") or name == "Stage", (file, node.lineno)

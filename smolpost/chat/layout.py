@@ -103,7 +103,7 @@ def lay_out(
     check_encodable(text, conversation)
     spans, unknown = generation_spans(conversation, text, marked, vocabulary.stops), {}
     if by_prefixes or not one_each(spans, conversation):
-        check_number(conversation)
+        _check_number(conversation)
         spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
     turns = [i for i in policy.turns(flagged) if i >= first]
     trains_all = "all" in policy.roles
@@ -138,7 +138,7 @@ def lay_out(
     return Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, lost, trains_all)
 
 
-def check_number(conversation: Conversation) -> None:
+def _check_number(conversation: Conversation) -> None:
     """Refuse a conversation whose replies would take too long to find, with two renderings for each.
 
     Raises:

@@ -37,7 +37,7 @@ NOTES = {
 def fault_of(row: Row, lost: tuple[Loss, ...]) -> str | None:
     """Why the row cannot train as it is rendered."""
     for loss in lost:
-        if loss.kind in REFUSED and note_of(row, loss) is None:
+        if loss.kind in REFUSED and _note_of(row, loss) is None:
             said = REFUSED[loss.kind].format(repr(" ".join(loss.what.split())[:40]))
             return f"{row.where}: messages[{loss.message}]: the chat template {said}"
     return None
@@ -50,7 +50,7 @@ def notes_of(row: Row, encoded: Encoded | EncodedPair, unasked: bool) -> tuple[s
     Returns:
         Of NOTES.
     """
-    noted = dict.fromkeys(filter(None, (note_of(row, loss) for loss in encoded.lost)))
+    noted = dict.fromkeys(filter(None, (_note_of(row, loss) for loss in encoded.lost)))
     if unasked and not encoded.thinks and stated_mode(row) is None:
         noted["mode"] = None
     return tuple(noted)
@@ -61,7 +61,7 @@ def thinks_unasked(tokenizer, stage: Rows) -> bool:
     return stage.train_reasoning and shown.thinks_unasked(tokenizer, stage.today)
 
 
-def note_of(row: Row, loss: Loss) -> str | None:
+def _note_of(row: Row, loss: Loss) -> str | None:
     """The note for a loss; None if the loss refuses the row."""
     if loss.kind in ("reasoning", "earlier reasoning") and stated_mode(row) is False:
         return "no-think reasoning"

@@ -40,7 +40,7 @@ def show(
     Raises:
         UserError: As `Prepared.find` and `Prepared.pack`.
     """
-    sft = prepared.kind == "sft"
+    sft = prepared.layout == "documents"
     dropped, total, what = [], len(prepared), "packs" if sft else "pairs"
     if pack is not None:
         items, total = _whole(prepared, [pack]), 1
@@ -52,7 +52,7 @@ def show(
         places = list(prepared.locate(rows))
         total, what = len(places), "documents" if sft else "pairs"
         items = [prepared.pack(p.pack).documents[p.document] if sft else prepared.pair(p.pack) for p in places[:limit]]
-    _print(console, Text(f"{prepared.folder}  {prepared.kind}  key {prepared.manifest.get('key', 'none')}"))
+    _print(console, Text(f"{prepared.folder}  {prepared.layout}  key {prepared.manifest.get('key', 'none')}"))
     console.print(format_report(prepared.report))
     _legend(console, items)
     for item in items:
@@ -68,7 +68,7 @@ def show(
 
 
 def _whole(prepared: Prepared, numbers) -> list[PackedDocument] | list[PreparedPair]:
-    if prepared.kind == "apo":
+    if prepared.layout == "pairs":
         return [prepared.pair(number) for number in numbers]
     return [document for number in numbers for document in prepared.pack(number).documents]
 

@@ -317,7 +317,7 @@ def test_a_kill_between_the_last_two_steps_changes_nothing(tokenizer, models, un
 CHILD = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 from tests.synthesis.tiny_checkpoints import make_models, make_rows, make_tokenizer
 from smolpost.stages.pairs import PairsStage
 from smolpost.synthesis import pairs
