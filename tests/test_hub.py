@@ -6,10 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.hub import Commits
-from smolpost.pipeline.lineage import Lineage
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
@@ -144,26 +142,3 @@ def test_what_is_known_needs_no_hub(hub, file, monkeypatch):
     Commits(file).resolve("model", "org/name")
     offline_mode(monkeypatch, hub)
     assert Commits(file).resolve("model", "org/name") == FIRST
-
-
-def test_a_pipeline_stays_at_the_commits_that_it_has_looked_up(hub, tmp_path):
-    def lineage(run_dir, **options):
-        words = ["pipeline=gsm8k", f"data_root={tmp_path}", f"run_dir={tmp_path / run_dir}", "evaluation=none"]
-        words += [
-            "model.checkpoint=org/name",
-            "stages.base.init_from=checkpoint",
-            "data.mid.sources.gsm8k.path=org/name",
-        ]
-        return Lineage(recipe.load(words), **options)
-
-    def move():
-        hub.commits = dict.fromkeys(hub.commits, SECOND)
-
-    assert lineage("a", looks_up=False).stages["base"].key != lineage("a").stages["base"].key
-    first = lineage("a").stages["base"]
-    move()
-    again = lineage("a")
-    assert again.stages["base"].key == first.key == lineage("a", looks_up=False).stages["base"].key
-    assert again.hub_names(first) == ["org/name@main = 1111111"]  # of the model and of the dataset
-    assert again.checkpoint_revision() == again.filled("mid").sources["gsm8k"].revision == FIRST
-    assert lineage("b").stages["base"].key != first.key and lineage("b").checkpoint_revision() == SECOND

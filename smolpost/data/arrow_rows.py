@@ -7,6 +7,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from smolpost.data.paths import is_hub_id, one_line, readable
 from smolpost.data.rows import Row, check_size, parse_json
 from smolpost.data.source_slice import SourceSlice, cut_rows
 from smolpost.errors import UserError
+from smolpost.hub import COMMIT
 from smolpost.schema import Source
 
 BATCH_BYTES = 16 * 2**20  # of Arrow data turned into rows at a time
@@ -176,6 +178,7 @@ def _opened_dataset(source: Source, path: str, again: bool = False):
         try:
             if is_hub_id(source):
                 dataset = datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision)
+                check_commit(dataset, path, source.revision)
             else:
                 dataset = datasets.load_from_disk(path)
         except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
@@ -188,3 +191,18 @@ def _opened_dataset(source: Source, path: str, again: bool = False):
         _datasets.clear()
         _datasets[key] = dataset
     return _datasets[key]
+
+
+def check_commit(dataset, path: str, commit: str | None) -> None:
+    """Refuse rows of another commit: without a network `datasets` takes the latest that its cache holds.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    folders = {part for file in dataset.cache_files for part in Path(file["filename"]).parts}
+    cached = {part for part in folders if COMMIT.fullmatch(part)}
+    if commit and COMMIT.fullmatch(commit) and cached and commit not in cached:
+        raise UserError(
+            f"{path}: the cache of this machine holds commit {min(cached)}, and this pipeline uses {commit}; run this "
+            "once where there is a network, or set the source's revision to the commit that is here"
+        )

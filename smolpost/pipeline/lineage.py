@@ -20,8 +20,8 @@ from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
 from smolpost.stages.base import CHECKPOINT, Planned, keyed
 
+HUB = "hub.json"  # in the pipeline's folder: commits of its names on the Hub
 HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
-COMMITS = "hub.json"  # in the pipeline's folder: names on the Hub as commits
 
 
 @dataclass(frozen=True)
@@ -84,23 +84,24 @@ class Stages(Mapping[str, Located]):
 class Lineage:
     """Keys and folders of the stages of one request. It is the `stages.base.Keys` of stage kinds.
 
+    Args:
+        look_up: Ask the Hub for commits that the pipeline does not know yet, as every command does that makes or
+            measures something. Without it the names stand for them, and those stages get other keys later.
     Attributes:
+        commits: Of the pipeline's names on the Hub.
         stages: Name -> the located stage; what nobody asks for is not looked at, nor is its data.
 
-    Args:
-        looks_up: Names on the Hub become commits, which are looked up when they are not known yet. Without it a name
-            that is not known stays as it is, so keys that hang on it are others than those of a run.
     Raises (when a stage is asked for):
-        UserError: A data file does not exist, a local base checkpoint has no manifest, or the Hub has no such name.
+        UserError: A data file does not exist, or a local base checkpoint has no manifest.
     """
 
-    def __init__(self, request: Request, *, looks_up: bool = True):
+    def __init__(self, request: Request, *, look_up: bool = False):
         self.recipe, self.overrides, self.environment = request.recipe, request.overrides, request.environment
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages = Stages(self, plan(request))
         self._fingerprints: dict[str, str] = {}
-        self._commits, self._looks_up = Commits(self.root / COMMITS), looks_up
         self._hashes = Hashes(self.root / HASHES)
+        self.commits, self._look_up = Commits(self.root / HUB), look_up
 
     # ------------------------------------------------------------ the parts of keys
 
@@ -131,6 +132,7 @@ class Lineage:
 
     def source(self, source: schema.Source, without: tuple[str, ...] = ()) -> list:
         """A source's rows by their content, and its settings."""
+        source = self._at_commit(source)
         rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
         return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
@@ -145,7 +147,6 @@ class Lineage:
         return self.stages[source.stage].key if parts is None else digest(parts)
 
     def _fingerprint(self, source: schema.Source) -> str:
-        source = self._pinned(source)
         identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
         if identity not in self._fingerprints:
             self._fingerprints[identity] = fingerprint(source, self._hashes)
@@ -156,7 +157,7 @@ class Lineage:
             return self.stages[name].key
         checkpoint = self.recipe.model.checkpoint
         if not Path(checkpoint).is_dir():
-            return f"{checkpoint}@{self.checkpoint_revision() or 'main'}"
+            return f"{checkpoint}@{self.checkpoint_revision}"
         found = manifest.read(Path(checkpoint))
         if found is None:
             raise UserError(
@@ -199,7 +200,7 @@ class Lineage:
         )
 
     def filled(self, name: str) -> schema.Mixture:
-        """The mixture with the paths of stage outputs and the commits of Hub datasets filled in."""
+        """The mixture with the paths of stage outputs filled in."""
         mixture = self.recipe.data[name]
         sources = {}
         for key, source in mixture.sources.items():
@@ -207,38 +208,34 @@ class Lineage:
                 path = str(self.stages[source.stage].folder / source.path)
                 source = dataclasses.replace(source, path=path, stage=None)
             else:
-                source = self._pinned(source)
+                source = self._at_commit(source)
             sources[key] = source
         return dataclasses.replace(mixture, sources=sources)
 
-    def _pinned(self, source: schema.Source) -> schema.Source:
-        """A Hub dataset at the commit that this pipeline uses; other sources as they are."""
-        if not is_hub_id(source):
-            return source
-        return dataclasses.replace(source, revision=self._commit("dataset", source.path, source.revision))
-
+    @cached_property
     def checkpoint_revision(self) -> str | None:
-        """The commit of `model.checkpoint` that this pipeline uses; None for a folder."""
-        checkpoint = self.recipe.model.checkpoint
-        if Path(checkpoint).is_dir():
-            return None
-        return self._commit("model", checkpoint, self.recipe.model.revision)
+        """The commit of a model.checkpoint on the Hub; None for a folder."""
+        model = self.recipe.model
+        return None if Path(model.checkpoint).is_dir() else self._revision("model", model.checkpoint, model.revision)
 
-    def _commit(self, kind: Kind, name: str, revision: str | None) -> str | None:
-        if self._looks_up:
-            return self._commits.resolve(kind, name, revision)
-        return self._commits.known(kind, name, revision) or revision
+    def _at_commit(self, source: schema.Source) -> schema.Source:
+        if source.stage is not None or not is_hub_id(source):
+            return source
+        return dataclasses.replace(source, revision=self._revision("dataset", source.path, source.revision))
 
-    def hub_names(self, stage: Located) -> list[str]:
-        """A line for each name on the Hub that the stage reads, with its commit where that is known."""
-        lines = []
-        if CHECKPOINT in stage.weights and not Path(self.recipe.model.checkpoint).is_dir():
-            lines.append(self._commits.shown("model", self.recipe.model.checkpoint, self.recipe.model.revision))
-        for _, name in stage.config.mixtures():
-            for source in self.recipe.data[name].sources.values():
-                if source.stage is None and is_hub_id(source):
-                    lines.append(self._commits.shown("dataset", source.path, source.revision))
-        return list(dict.fromkeys(lines))
+    def _revision(self, kind: Kind, name: str, revision: str | None) -> str:
+        if self._look_up:
+            return self.commits.resolve(kind, name, revision)
+        return self.commits.known(kind, name, revision) or revision or "main"
+
+    def hub_names(self) -> list[str]:
+        """ "ID@REVISION = COMMIT" of each dataset on the Hub and of a model.checkpoint there."""
+        sources = [source for mixture in self.recipe.data.values() for source in mixture.sources.values()]
+        names = [("dataset", s.path, s.revision) for s in sources if s.stage is None and is_hub_id(s)]
+        model = self.recipe.model
+        if model.checkpoint and not Path(model.checkpoint).is_dir():
+            names.append(("model", model.checkpoint, model.revision))
+        return [self.commits.shown(*name) for name in dict.fromkeys(names)]
 
     def _checkpoint(self, name: str) -> str:
         return self.recipe.model.checkpoint if name == CHECKPOINT else str(self.stages[name].folder)

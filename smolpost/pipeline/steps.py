@@ -98,7 +98,7 @@ def input_folders(lineage: Lineage, stage: Located) -> dict[str, Path]:
     from smolpost.model.loading import local_folder
 
     return {
-        name: local_folder(place, lineage.checkpoint_revision() if name == CHECKPOINT else None)
+        name: local_folder(place, lineage.checkpoint_revision if name == CHECKPOINT else None)
         for name, (place, _) in stage.inputs.items()
     }
 
@@ -273,7 +273,7 @@ def model_folder(lineage: Lineage, stage: str) -> Path:
 
     lineage.require(stage)
     if stage == CHECKPOINT:
-        return local_folder(lineage.recipe.model.checkpoint, lineage.checkpoint_revision())
+        return local_folder(lineage.recipe.model.checkpoint, lineage.checkpoint_revision)
     return lineage.stages[stage].folder
 
 
