@@ -20,7 +20,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("files", "errors"), ("registry", "errors"), ("schema", "registry"), ("disks", "errors"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
-    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 
