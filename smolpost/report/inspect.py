@@ -56,7 +56,7 @@ class PreparedRow:
 
 
 @dataclass(frozen=True)
-class Segment:
+class TokenSequence:
     """A document of a pack, or a part of a pair.
 
     Attributes:
@@ -96,7 +96,7 @@ class PackedDocument:
     index: int
     start: int
     row: PreparedRow
-    tokens: Segment
+    tokens: TokenSequence
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class PreparedPair:
 
     index: int
     row: PreparedRow
-    prompt: Segment
-    chosen: Segment
-    rejected: Segment
+    prompt: TokenSequence
+    chosen: TokenSequence
+    rejected: TokenSequence
 
     @property
-    def parts(self) -> tuple[Segment, Segment, Segment]:
+    def parts(self) -> tuple[TokenSequence, TokenSequence, TokenSequence]:
         return self.prompt, self.chosen, self.rejected
 
 
@@ -198,7 +198,11 @@ class Prepared:
         starts = np.cumsum(lengths) - lengths
         documents = [
             PackedDocument(
-                index, i, start, self.row(row), Segment("document", 0, *(a[start : start + n] for a in (ids, fates)))
+                index,
+                i,
+                start,
+                self.row(row),
+                TokenSequence("document", 0, *(a[start : start + n] for a in (ids, fates))),
             )
             for i, (start, n, row) in enumerate(zip(starts.tolist(), lengths.tolist(), rows.tolist(), strict=True))
         ]
@@ -215,7 +219,7 @@ class Prepared:
             ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
             if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
                 raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
-            parts.append(Segment(name, first, ids, fates))
+            parts.append(TokenSequence(name, first, ids, fates))
             first = len(parts[0].ids)
         return PreparedPair(index, self.row(int(columns["rows"][0])), *parts)
 

@@ -15,7 +15,7 @@ from smolpost.data.report import caption, short
 from smolpost.errors import UserError
 from smolpost.files import write_bytes
 from smolpost.report.fate_names import LEDGER, NAMES
-from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, Segment
+from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, TokenSequence
 
 MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
 HEAD_BYTES = 1000  # of a page, within which the mark stands
@@ -136,7 +136,7 @@ class _Page:
         self._unit_of[pair.index, 0] = units
         return units
 
-    def _unit(self, tokens: Segment, row: PreparedRow, **place: int) -> int:
+    def _unit(self, tokens: TokenSequence, row: PreparedRow, **place: int) -> int:
         pairs = zip(tokens.ids.tolist(), self.prepared.texts(tokens.ids), strict=True)
         unit = {
             "name": tokens.name,

@@ -15,7 +15,7 @@ from rich.text import Text
 from smolpost.chat.fates import Fate
 from smolpost.data.report import format_report
 from smolpost.report.fate_names import NAMES
-from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, Segment
+from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, TokenSequence
 
 LINE_BREAK, TAB, SPACE = "↵", "⇥", "␣"
 LIGHT = {Fate.TRAINED, Fate.SYSTEM, Fate.USER, Fate.TOOL, Fate.REPLY, Fate.REASONING}  # carry black text at 4.5:1
@@ -109,7 +109,7 @@ def _show_pair(prepared: Prepared, console: Console, pair: PreparedPair) -> None
         _show_tokens(prepared, console, part)
 
 
-def _show_tokens(prepared: Prepared, console: Console, tokens: Segment) -> None:
+def _show_tokens(prepared: Prepared, console: Console, tokens: TokenSequence) -> None:
     """One paragraph per stretch of a fate: its first position, its word, its text."""
     texts = prepared.texts(tokens.ids)
     positions = tokens.positions
