@@ -212,7 +212,7 @@ def describe(request: Request, console: Console) -> None:
     Raises:
         UserError: The recipe or its data cannot be used.
     """
-    lineage = Lineage(request, looks_up=False)
+    lineage = Lineage(request)
     plans = select(lineage.stages.planned.values(), request.stage)
     console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
     for line in request.replaced:
@@ -222,7 +222,7 @@ def describe(request: Request, console: Console) -> None:
     for number, stage in enumerate((lineage.stages[plan.name] for plan in plans), 1):
         word, reason = status(stage)
         heading(f"{number}. {stage.name} ({stage.config.kind}): {word}{f', {reason}' if reason else ''}", console)
-        for line in [*_settings(stage, lineage.recipe), *(f"Hub: {name}" for name in lineage.hub_names(stage))]:
+        for line in _settings(stage, lineage.recipe):
             console.print(f"  {line}", soft_wrap=True)
         for command in stage.commands:
             console.print(f"  $ {command_line(command)}", soft_wrap=True, style="bold")
