@@ -1,8 +1,10 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -13,7 +15,7 @@ from smolpost import disks, schema, signals
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.task import Context, EvaluationTask
-from smolpost.files import write_json
+from smolpost.files import MANIFEST, write_json
 from smolpost.pipeline import estimate, manifest, processes
 from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
@@ -149,8 +151,7 @@ def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Conso
 
     file = lineage.root / "results.json"
     before = _earlier_results(file)
-    looked_at = [lineage.stages[name] for name in lineage.stages if name in names or name in before]
-    finished = [stage for stage in looked_at if stage.finished()]
+    finished = [stage for stage in _with_folders(lineage, names) if stage.finished()]
     stages = {stage.name: _result(stage, before.get(stage.name, {})) for stage in finished}
     models = [str(stage.folder) for stage in finished if stage.config.MAKES_MODEL]
     final = models[-1] if models else None
@@ -165,6 +166,16 @@ def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Conso
     parts = [f"{len(names)} {plural('stage', len(names))} in {duration(seconds)}", f"results: {file}"]
     console.print("; ".join([*parts, f"final model: {final}"] if final else parts), soft_wrap=True)
     return 0
+
+
+def _with_folders(lineage: Lineage, names: list[str]) -> Iterator[Located]:
+    """The named stages, and those that earlier runs have left a folder of, in their order."""
+    for name in lineage.stages:
+        if name in names:
+            yield lineage.stages[name]
+        elif any(lineage.root.glob(f"{name}-*/{MANIFEST}")):
+            with contextlib.suppress(UserError):  # its data is gone, so no folder is known to be its own
+                yield lineage.stages[name]
 
 
 def _earlier_results(file: Path) -> dict[str, dict]:
