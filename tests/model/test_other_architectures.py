@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from packed_rows import assert_equal, document_positions, gradients
 from safetensors.torch import load_file
-from small import Small, sum_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smolpost import recipe
@@ -37,7 +35,9 @@ from smolpost.stages.preference import APOStage
 from smolpost.stages.sft import SFTStage
 from smolpost.training.environment import Environment
 from smolpost.training.train import train
+from tests.model.packed_rows import assert_equal, document_positions, gradients
 from tests.prepared import prepared
+from tests.small import Small, sum_rows
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
 SIZES = dict(

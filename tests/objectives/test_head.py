@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from head_problems import CLOSE, MODELS, SMALL, build, full_logits
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import (
@@ -16,6 +15,7 @@ from transformers import (
 
 from smolpost.objectives.head import head_of
 from smolpost.objectives.logprobs import token_scores
+from tests.objectives.head_problems import CLOSE, MODELS, SMALL, build, full_logits
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from head_problems import CLOSE, gradients, plain, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -13,6 +12,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from smolpost.objectives import logprobs, tiling
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
+from tests.objectives.head_problems import CLOSE, gradients, plain, problem
 
 anywhere = settings(deadline=None, max_examples=60)  # a busy CPU is no failure
 

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-from head_problems import CLOSE, build, gradients, plain, problem
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 
 from smolpost.objectives.head import Head, head_of
 from smolpost.objectives.logprobs import token_scores
+from tests.objectives.head_problems import CLOSE, build, gradients, plain, problem
 
 
 class Status:

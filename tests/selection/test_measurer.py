@@ -1,7 +1,6 @@
 """What a search over weights measures its points with: prompts made once, scores as the evaluation's own."""
 
 import pytest
-from char_model import char_model, char_tokenizer
 
 from smolpost.evaluation.run import run_task
 from smolpost.evaluation.task import Context
@@ -9,6 +8,7 @@ from smolpost.evaluation.tasks.recall import RecallTask
 from smolpost.inference.local import LocalEngine
 from smolpost.schema import RELEASE_DAY
 from smolpost.selection.live import measurer
+from tests.char_model import char_model, char_tokenizer
 
 
 @pytest.fixture(scope="module")
