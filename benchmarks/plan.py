@@ -79,7 +79,7 @@ def measure(side: str, checkout: Path, files: list[Path], run_dir: Path) -> list
 def main() -> None:
     arguments = options(__doc__.splitlines()[0], folders={"before": "checkout of an earlier version, measured too"})
     gigabytes = 1 if arguments.quick else 20
-    sides = {"smolpost": ROOT} | ({arguments.before.name: arguments.before.resolve()} if arguments.before else {})
+    sides = {"smolpost": ROOT} | ({"before": arguments.before.resolve()} if arguments.before else {})
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), gigabytes * 10**9)
         rows = [

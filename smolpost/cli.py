@@ -172,7 +172,7 @@ def _do(options: argparse.Namespace) -> int:
         return 0
     if options.verb == "run":
         return run.run(request, console)
-    lineage = Lineage(request)
+    lineage = Lineage(request, look_up=True)
     if options.verb == "eval" and request.stage == "checkpoint":
         return _evaluate(lineage, "checkpoint", console)
     stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
@@ -301,7 +301,7 @@ def job(kind: str) -> None:
     from smolpost.pipeline.plan import select_one
 
     with one_line_errors():
-        lineage = Lineage(request := recipe.load(sys.argv[1:]))
+        lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
         stage = select_one(lineage.stages.planned.values(), request.stage)
         if stage.config.kind != kind:
             raise UserError(f"stage={stage.name} is of kind {stage.config.kind}; this job makes {kind} stages")

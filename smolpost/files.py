@@ -204,37 +204,49 @@ class Hashes:
 
         hashes = Hashes(run_folder / "hashes.json")
         hashes(file)
-        hashes.save()
 
     Args:
-        file: Where the hashes are kept; need not be there. Several processes may use one: each save is whole and keeps
-            what the others have saved.
+        file: Where the hashes are kept; need not be there. Several processes may use one: a content that two of them
+            ask for is read by the first and found by the second.
     """
 
     def __init__(self, file: Path):
         self.file = file
-        self._known, self._is_new = self._saved(), False
+        self._known = self._saved()
 
     def __call__(self, file: Path) -> str:
         """SHA-256 of the file's content, in hex."""
         place, identity = os.path.abspath(file), _identity(file)
         *known, found = self._known.get(place, [None])
-        if known != identity:
-            now, found = time.time_ns(), sha256(file)
-            if _identity(file) == identity and now - max(identity[-2:]) > CLOCK_GRAIN:
-                self._known[place], self._is_new = [*identity, found], True
+        if known == identity:
+            return found
+        with self._alone():  # the ranks of a training all come here at once: one reads, the others find what it kept
+            self._known |= self._saved()
+            *known, found = self._known.get(place, [None])
+            if known != identity:
+                now, found = time.time_ns(), sha256(file)
+                if _identity(file) == identity and now - max(identity[-2:]) > CLOCK_GRAIN:
+                    self._known[place] = [*identity, found]
+                    with contextlib.suppress(OSError):  # a disk that cannot be written: it is read the next time, too
+                        write_json(self.file, {"sha256": self._known})
         return found
 
-    def save(self) -> None:
-        """Keep what is new. On a disk that cannot be written it is not kept, and those files are read again."""
-        if self._is_new:
-            with contextlib.suppress(OSError):
-                write_json(self.file, {"sha256": self._saved() | self._known})
-            self._is_new = False
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time, where the disk can be written."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            held = open(self.file.with_name(f".{self.file.name}.lock"), "a")  # noqa: SIM115
+        except OSError:
+            yield
+            return
+        with held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
 
     def _saved(self) -> dict[str, list]:
         """Path -> [*_identity, SHA-256]."""
-        return _read_object(self.file).get("sha256", {})
+        return read_json(self.file).get("sha256", {})
 
 
 def _identity(file: Path) -> list[int]:
@@ -279,7 +291,7 @@ def verify(folder: Path) -> None:
         UserError: A file is missing or another one.
     """
     recorded = _recorded(folder)
-    stamps = _read_object(folder / STAMPS)
+    stamps = read_json(folder / STAMPS)
     unknown = []
     for name, entry in recorded.items():
         file = folder / name
@@ -300,13 +312,13 @@ def verify(folder: Path) -> None:
 def _recorded(folder: Path) -> dict[str, dict]:
     """The hashed files of a finished stage, an adopted checkpoint or a merge."""
     for name in (MANIFEST, "merge_manifest.json"):
-        files = _read_object(folder / name).get("files", {})
+        files = read_json(folder / name).get("files", {})
         if hashed := {path: entry for path, entry in files.items() if entry["sha256"]}:
             return hashed
     return {}
 
 
-def _read_object(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     """A JSON object; {} where the file is not there or holds something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def run_stage(rank: int) -> None:
         for lock in build_locks.remove_stale():
             print(f"removed {lock}, which a killed build has left", flush=True)
     try:
-        lineage = Lineage(request := recipe.load(sys.argv[1:]))
+        lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
         stage = select_one(lineage.stages.planned.values(), request.stage)
         steps.make_on_ranks(lineage, lineage.stages[stage.name], rank)
     except UserError:

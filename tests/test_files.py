@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -252,10 +253,7 @@ def sha(content: bytes) -> str:
 
 def hashed_again(cache: Path, file: Path) -> str:
     """By another command."""
-    hashes = Hashes(cache)
-    found = hashes(file)
-    hashes.save()
-    return found
+    return Hashes(cache)(file)
 
 
 def test_a_content_is_read_once_by_all_commands(tmp_path, reads, clock):
@@ -324,9 +322,25 @@ def test_two_commands_keep_what_each_has_read(tmp_path, reads, clock):
         (tmp_path / name).write_text(name)
     first, second = (Hashes(tmp_path / "hashes.json") for _ in range(2))
     first(tmp_path / "a"), second(tmp_path / "b")
-    first.save(), second.save()
     third = Hashes(tmp_path / "hashes.json")
     assert (third(tmp_path / "a"), third(tmp_path / "b")) == (sha(b"a"), sha(b"b")) and reads == ["a", "b"]
+
+
+def test_commands_at_one_time_read_a_content_once(tmp_path, clock, monkeypatch):
+    """The ranks of a training: each has the cache open before any of them has read the file."""
+    (file := tmp_path / "rows").write_bytes(b"one")
+    reads, whole = [], files.sha256
+
+    def slow(path):
+        reads.append(path)
+        time.sleep(0.3)
+        return whole(path)
+
+    monkeypatch.setattr("smolpost.files.sha256", slow)
+    caches = [Hashes(tmp_path / "hashes.json") for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda cache: cache(file), caches))
+    assert (found, reads) == ([sha(b"one")] * 3, [file])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"md5": {}}', '{"sha256'])

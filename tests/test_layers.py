@@ -8,7 +8,7 @@ import pytest
 LIBRARY = Path(__file__).parent.parent / "smolpost"
 FLOORS = {
     "schema": 0, "errors": 0, "registry": 0, "files": 0, "screen": 0, "signals": 0, "disks": 0, "progress": 0,
-    "third_party": 0,
+    "third_party": 0, "hub": 0,
     "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1, "inference": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
     "selection": 3, "report": 3,
@@ -18,7 +18,8 @@ FLOORS = {
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {
-    ("files", "errors"), ("registry", "errors"), ("schema", "registry"), ("disks", "errors"), ("data", "chat"),
+    ("files", "errors"), ("hub", "errors"), ("hub", "files"), ("registry", "errors"), ("schema", "registry"),
+    ("disks", "errors"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
     ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
@@ -70,3 +71,23 @@ def test_jobs_are_thin(folder):
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree)), file
         assert len(file.read_text().splitlines()) <= 80, file
         assert file.name != "__init__.py"
+
+
+KINDS = {"tasks", "init", "sft", "apo", "pairs", "merge", "mergekit", "sweep", "greedy"}
+
+
+@pytest.mark.parametrize("place", ["pipeline", "recipe", "cli.py", "train.py", "launch.py", "schema.py", "doctor"])
+def test_no_stage_kind_is_named_outside_its_file(place):
+    """What runs, plans and checks stages asks them; it knows none by name, class or module."""
+    files = [LIBRARY / place] if place.endswith(".py") else sorted((LIBRARY / place).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare) and any(getattr(part, "attr", "") == "kind" for part in ast.walk(node)):
+                compared = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                assert not compared & KINDS, (file, node.lineno)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smolpost.stages"):
+                assert node.module in ("smolpost.stages", "smolpost.stages.base"), (file, node.lineno)
+            if isinstance(node, ast.Name | ast.Attribute):
+                name = node.id if isinstance(node, ast.Name) else node.attr
+                assert not name.endswith("Stage") or name == "Stage", (file, node.lineno)

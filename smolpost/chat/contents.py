@@ -64,7 +64,7 @@ class _Own(NamedTuple):
 _Found = tuple[list[Content], list[_Range]]  # contents, and control tokens that are only text
 
 
-def fate_of(role: str | None) -> Fate:
+def _fate_of(role: str | None) -> Fate:
     """The fate of a role's text that does not train; not for replies."""
     return _FATES.get(role, Fate.USER)
 
@@ -173,7 +173,7 @@ def _schemas(conversation: Conversation, text: str) -> list[Content]:
 
 
 def _own_message(i: int, message: Message) -> _Own:
-    return _own(i, text_of(message.get("content")), fate_of(message.get("role")))
+    return _own(i, text_of(message.get("content")), _fate_of(message.get("role")))
 
 
 def _own_variables(conversation: Conversation) -> Iterator[_Own]:

@@ -8,7 +8,7 @@ from smolpost.chat.contents import Content, locate
 from smolpost.chat.fates import Fate
 from smolpost.chat.reasoning import reasoning_ranges, split_reasoning
 from smolpost.chat.render import RESULT_ROLES, Conversation, Message, text_of
-from smolpost.chat.shown import Loss, losses
+from smolpost.chat.shown import Omission, omissions
 from smolpost.chat.spans import EndlessTurn, Span, assistant_turns, check_stop, generation_spans, prefix_spans, turn_end
 from smolpost.chat.text_pieces import Ranges, Vocabulary, check_encodable, vocabulary_of
 from smolpost.errors import UserError
@@ -72,7 +72,7 @@ class Layout:
     neutral: list[tuple[int, int]]
     trained_starts: frozenset[int]
     thinks: bool
-    lost: tuple[Loss, ...]
+    lost: tuple[Omission, ...]
     trains_all: bool
     boundary: int = 0
 
@@ -103,7 +103,7 @@ def lay_out(
     check_encodable(text, conversation)
     spans, unknown = generation_spans(conversation, text, marked, vocabulary.stops), {}
     if by_prefixes or not one_each(spans, conversation):
-        check_number(conversation)
+        _check_number(conversation)
         spans, unknown = prefix_spans(conversation, text, vocabulary.stops)
     turns = [i for i in policy.turns(flagged) if i >= first]
     trains_all = "all" in policy.roles
@@ -134,11 +134,11 @@ def lay_out(
     edges = [edge for span in cut_at for edge in (span.start, span.end) if edge < len(text)]
     starts = frozenset(span.start for span in cut_at)
     neutral.sort()
-    lost = losses(conversation, text, spans, replies, vocabulary.stops)
+    lost = omissions(conversation, text, spans, replies, vocabulary.stops)
     return Layout(text, vocabulary.cut(text, edges, neutral), ranges, neutral, starts, thinks, lost, trains_all)
 
 
-def check_number(conversation: Conversation) -> None:
+def _check_number(conversation: Conversation) -> None:
     """Refuse a conversation whose replies would take too long to find, with two renderings for each.
 
     Raises:

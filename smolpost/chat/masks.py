@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from smolpost.chat.fates import Fate
 from smolpost.chat.layout import MAX_BY_PREFIXES, REPLIES, Layout, Policy, lay_out, one_each, without_flags
 from smolpost.chat.render import Conversation, Message, Tool, clean_messages, conversation_of
-from smolpost.chat.shown import Loss
+from smolpost.chat.shown import Omission
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans
 from smolpost.chat.text_pieces import TextPiece, Vocabulary, vocabulary_of
 from smolpost.errors import UserError
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     fates: list[int]
     neutralised: int
     thinks: bool = False
-    lost: tuple[Loss, ...] = ()
+    lost: tuple[Omission, ...] = ()
 
 
 class EncodedPair(NamedTuple):
@@ -61,7 +61,7 @@ class EncodedPair(NamedTuple):
     rejected_fates: list[int]
     neutralised: int
     thinks: bool
-    lost: tuple[Loss, ...]
+    lost: tuple[Omission, ...]
 
 
 def encode(

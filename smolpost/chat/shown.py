@@ -23,7 +23,7 @@ _NUM_WORDS = 3
 _QUESTION = [{"role": "user", "content": "?"}]
 
 
-class Loss(NamedTuple):
+class Omission(NamedTuple):
     """Something that is in a conversation and not in its rendering.
 
     Attributes:
@@ -39,10 +39,10 @@ class Loss(NamedTuple):
     what: str
 
 
-def losses(
+def omissions(
     conversation: Conversation, text: str, spans: list[Span], replies: list[int], stops: list[str]
-) -> tuple[Loss, ...]:
-    """What the rendering leaves out; for texts outside the replies, one Loss of each kind.
+) -> tuple[Omission, ...]:
+    """What the rendering leaves out; for texts outside the replies, one Omission of each kind.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
@@ -58,8 +58,8 @@ def losses(
     last = assistant_turns(messages)[-1]
     for i in replies:
         reply = shown.get(i, text)
-        lost = [Loss(kind, i, what) for kind, what in _of_reply(messages[i], reply, i == last)]
-        found += [*lost, Loss("all", i, lost[-1].what)] if lost and reply.strip() in stops else lost
+        lost = [Omission(kind, i, what) for kind, what in _of_reply(messages[i], reply, i == last)]
+        found += [*lost, Omission("all", i, lost[-1].what)] if lost and reply.strip() in stops else lost
     return (*found, *_of_others(conversation, _between(text, spans)))
 
 
@@ -92,7 +92,7 @@ def _holds(shown: str, part: str) -> bool:
     return part in shown or "".join(part.split()) in "".join(shown.split())
 
 
-def _of_others(conversation: Conversation, text: str) -> Iterable[Loss]:
+def _of_others(conversation: Conversation, text: str) -> Iterable[Omission]:
     kinds = {"system": "system", "user": "user", **dict.fromkeys(RESULT_ROLES, "tool results")}
     texts = [(kinds.get(m.get("role")), i, text_of(m.get("content"))) for i, m in enumerate(conversation.messages)]
     variables = conversation.variables
@@ -103,7 +103,7 @@ def _of_others(conversation: Conversation, text: str) -> Iterable[Loss]:
     lost = {}
     for kind, i, said in texts:
         if kind and kind not in lost and isinstance(said, str) and not _mentions(text, said):
-            lost[kind] = Loss(kind, i, said)
+            lost[kind] = Omission(kind, i, said)
     return lost.values()
 
 

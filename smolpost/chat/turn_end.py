@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PROBE = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
 
 
-def control_token(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> int | None:
+def _control_token(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> int | None:
     """Id of the control token at the end of ids, before trailing blanks; None if there is none."""
     added = tokenizer.added_tokens_decoder
     for i in reversed(ids):
@@ -30,7 +30,7 @@ def is_blank(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
     return not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
 
 
-def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Id of the control token that would train as the end of a reply, under the tokenizer's chat template.
 
     None if there is no template, or it refuses a question and an answer, or it ends a reply with plain text.
@@ -40,7 +40,7 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     except (UserError, ValueError):  # transformers raises it if there are several templates and none is the default
         return None
     pairs = zip(encoded.input_ids, encoded.fates, strict=True)
-    return control_token(tokenizer, [i for i, fate in pairs if fate == Fate.TRAINED])
+    return _control_token(tokenizer, [i for i, fate in pairs if fate == Fate.TRAINED])
 
 
 def endless_replies(tokenizer: "PreTrainedTokenizerBase", stop_tokens: list[int], place: str | Path) -> str:
@@ -50,7 +50,7 @@ def endless_replies(tokenizer: "PreTrainedTokenizerBase", stop_tokens: list[int]
         stop_tokens: Ids at which the checkpoint's generation stops.
         place: Folder or name of the checkpoint.
     """
-    end = turn_end(tokenizer)
+    end = _turn_end(tokenizer)
     if end is None or end in stop_tokens:
         return ""
     stops = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stop_tokens)))) or "no token"

@@ -7,6 +7,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from smolpost.data.paths import is_hub_id, one_line, readable
 from smolpost.data.rows import Row, check_size, parse_json
 from smolpost.data.source_slice import SourceSlice, cut_rows
 from smolpost.errors import UserError
+from smolpost.hub import COMMIT
 from smolpost.schema import Source
 
 BATCH_BYTES = 16 * 2**20  # of Arrow data turned into rows at a time
@@ -22,7 +24,8 @@ PARQUET = ("Parquet file", "write it again")
 
 
 def cut_dataset(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
-    num_rows = len(opened_dataset(source, path, again=True))
+    """Slices of the rows from skip to stop, and the dataset's number of rows."""
+    num_rows = len(_opened_dataset(source, path, again=True))
     stop = min(stop, num_rows)
     return cut_rows(path, [*range(skip, stop, rows_per_slice), stop]), num_rows
 
@@ -30,7 +33,7 @@ def cut_dataset(source: Source, path: str, skip: int, stop: int, rows_per_slice:
 def cut_parquet(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
     """Cut at row groups; small ones are joined, and those above rows_per_slice are cut into ranges."""
     with readable(path, *PARQUET), pq.ParquetFile(path) as file:
-        ends = group_starts(file)[1:]
+        ends = _group_starts(file)[1:]
     edges = [skip]
     for begin, end in itertools.pairwise([skip, *(min(end, stop) for end in ends if end > skip)]):
         if end - edges[-1] > rows_per_slice and begin > edges[-1]:
@@ -40,20 +43,21 @@ def cut_parquet(source: Source, path: str, skip: int, stop: int, rows_per_slice:
     return cut_rows(path, [*edges, min(stop, ends[-1])] if ends else []), ends[-1] if ends else 0
 
 
-def group_starts(file: pq.ParquetFile) -> list[int]:
+def _group_starts(file: pq.ParquetFile) -> list[int]:
     """First row of each row group, and the number of rows."""
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     return [0, *itertools.accumulate(sizes)]
 
 
 def dataset_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
-    dataset = opened_dataset(source, part.path)
+    """The rows of a slice of a `datasets` folder or Hub dataset."""
+    dataset = _opened_dataset(source, part.path)
     table = dataset.data
     step = rows_at_a_time(table.nbytes, table.num_rows)
     dataset = dataset.with_format("arrow")  # undecoded: only then JSON columns can be told from others
     for begin in range(part.begin, min(part.end, len(dataset)), step):
         found = dataset[begin : min(begin + step, part.end)]
-        yield from table_rows(found, part.path, begin + 1, source.max_row_bytes)
+        yield from _table_rows(found, part.path, begin + 1, source.max_row_bytes)
 
 
 class ParquetReader:
@@ -61,7 +65,7 @@ class ParquetReader:
 
     def __init__(self, path: str, row: int):
         self.file = pq.ParquetFile(path)
-        self.starts = group_starts(self.file)
+        self.starts = _group_starts(self.file)
         groups = range(self.group_of(row), self.file.metadata.num_row_groups)
         size = sum(self.file.metadata.row_group(i).total_byte_size for i in groups)
         step = rows_at_a_time(size, self.starts[-1] - self.starts[groups[0]])
@@ -70,6 +74,7 @@ class ParquetReader:
         self.batch = None
 
     def group_of(self, row: int) -> int:
+        """Index of the row group that has the row."""
         return min(bisect_right(self.starts, row), len(self.starts) - 1) - 1
 
     def leads_to(self, row: int) -> bool:
@@ -93,6 +98,7 @@ _parked: dict[tuple, ParquetReader] = {}
 
 
 def parquet_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    """The rows of a slice of a Parquet file."""
     with readable(part.path, *PARQUET):
         stat = os.stat(part.path)
         key = (os.getpid(), part.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -100,16 +106,17 @@ def parquet_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
         if reader is None or not reader.leads_to(part.begin):
             reader = ParquetReader(part.path, part.begin)
         for begin, batch in reader.slices(part.begin, part.end):
-            yield from table_rows(batch, part.path, begin + 1, source.max_row_bytes)
+            yield from _table_rows(batch, part.path, begin + 1, source.max_row_bytes)
         _parked.clear()
         _parked[key] = reader
 
 
 def rows_at_a_time(num_bytes: int, num_rows: int) -> int:
+    """Rows per read, 1 to 1,024, so that a read takes about BATCH_BYTES."""
     return max(1, min(1024, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
-def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: int) -> Iterator[Row]:
+def _table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: int) -> Iterator[Row]:
     """The table's rows; one that cannot be read says why.
 
     Args:
@@ -122,8 +129,8 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: 
     except (UserError, UnicodeDecodeError, KeyError) as error:
         if len(table) > 1:  # by halves, to find the row
             half = len(table) // 2
-            yield from table_rows(table.slice(0, half), path, number, limit)
-            yield from table_rows(table.slice(half), path, number + half, limit)
+            yield from _table_rows(table.slice(0, half), path, number, limit)
+            yield from _table_rows(table.slice(half), path, number + half, limit)
             return
         fault = str(error)
         if not isinstance(error, UserError):
@@ -131,7 +138,7 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: 
             fault = f"{path}:{number}: holds {found} ({one_line(error)}); write the row again"
         yield Row({}, path, number, fault=fault)
         return
-    readers = {field.name: reader for field in table.schema if (reader := json_reader(field.type))}
+    readers = {field.name: reader for field in table.schema if (reader := _json_reader(field.type))}
     for i, row in enumerate(rows, start=number):
         try:
             read = {name: reader(row[name], f"{path}:{i}") for name, reader in readers.items()}
@@ -140,17 +147,17 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: 
             yield Row({}, path, i, fault=str(error))
 
 
-def json_reader(kind: pa.DataType) -> Callable | None:
+def _json_reader(kind: pa.DataType) -> Callable | None:
     """What reads the JSON columns inside a value of this type, given the value and its place; None without any."""
     if isinstance(kind, pa.JsonType):
         return lambda value, where: None if value is None else parse_json(value, where)
     if pa.types.is_struct(kind):
-        readers = {field.name: reader for field in kind if (reader := json_reader(field.type))}
+        readers = {field.name: reader for field in kind if (reader := _json_reader(field.type))}
         return readers and (lambda value, where: value and value | {k: r(value[k], where) for k, r in readers.items()})
     if pa.types.is_map(kind):
-        inner = json_reader(kind.item_type)
+        inner = _json_reader(kind.item_type)
         return inner and (lambda value, where: value and {key: inner(item, where) for key, item in value.items()})
-    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind) and (inner := json_reader(kind.value_type)):
+    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind) and (inner := _json_reader(kind.value_type)):
         return lambda value, where: value and [inner(item, where) for item in value]
     return None
 
@@ -158,7 +165,7 @@ def json_reader(kind: pa.DataType) -> Callable | None:
 _datasets: dict[tuple, object] = {}  # the last one opened; forked processes share it, as it is memory-mapped
 
 
-def opened_dataset(source: Source, path: str, again: bool = False):
+def _opened_dataset(source: Source, path: str, again: bool = False):
     """The Dataset of a folder of save_to_disk or of a Hub id.
 
     Args:
@@ -171,6 +178,7 @@ def opened_dataset(source: Source, path: str, again: bool = False):
         try:
             if is_hub_id(source):
                 dataset = datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision)
+                check_commit(dataset, path, source.revision)
             else:
                 dataset = datasets.load_from_disk(path)
         except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
@@ -183,3 +191,18 @@ def opened_dataset(source: Source, path: str, again: bool = False):
         _datasets.clear()
         _datasets[key] = dataset
     return _datasets[key]
+
+
+def check_commit(dataset, path: str, commit: str | None) -> None:
+    """Refuse rows of another commit: without a network `datasets` takes the latest that its cache holds.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    folders = {part for file in dataset.cache_files for part in Path(file["filename"]).parts}
+    cached = {part for part in folders if COMMIT.fullmatch(part)}
+    if commit and COMMIT.fullmatch(commit) and cached and commit not in cached:
+        raise UserError(
+            f"{path}: the cache of this machine holds commit {min(cached)}, and this pipeline uses {commit}; run this "
+            "once where there is a network, or set the source's revision to the commit that is here"
+        )

@@ -24,12 +24,12 @@ def collate_packs(packs: list[dict]) -> dict:
         document_lengths: Tokens of each document, plain ints, so that attention need not ask the device.
         token_weights: [T] float32 weight of each token's loss.
     """
-    lengths = torch.cat([as_ids(pack["seq_lengths"]) for pack in packs])
+    lengths = torch.cat([_as_ids(pack["seq_lengths"]) for pack in packs])
     starts = lengths.cumsum(0) - lengths
     position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
-    weights = torch.cat([as_weights(pack.get("seq_weights"), len(pack["seq_lengths"])) for pack in packs])
-    input_ids = torch.cat([as_ids(pack["input_ids"]) for pack in packs])
-    is_trained = torch.cat([as_ids(pack["fates"]) for pack in packs]) == Fate.TRAINED
+    weights = torch.cat([_as_weights(pack.get("seq_weights"), len(pack["seq_lengths"])) for pack in packs])
+    input_ids = torch.cat([_as_ids(pack["input_ids"]) for pack in packs])
+    is_trained = torch.cat([_as_ids(pack["fates"]) for pack in packs]) == Fate.TRAINED
     return {
         "input_ids": input_ids[None],
         "labels": input_ids.where(is_trained, IGNORE_INDEX)[None],
@@ -58,7 +58,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
     ids, position_ids, positions, targets, side_tokens, side_lengths, pair_lengths = ([] for _ in range(7))
     start = num_scored = 0
     for pair in pairs:
-        parts = [as_ids(pair[f"{part}_ids"]) for part in PARTS]
+        parts = [_as_ids(pair[f"{part}_ids"]) for part in PARTS]
         sequence = torch.cat(parts)
         prompt, chosen, rejected = (len(part) for part in parts)
         is_scored = torch.cat([torch.as_tensor(pair[f"{part}_mask"]) for part in PARTS]) != 0
@@ -88,14 +88,14 @@ def collate_pairs(pairs: list[dict]) -> dict:
         "side_tokens": torch.cat(side_tokens),
         "sides": torch.arange(len(side_lengths)).repeat_interleave(side_lengths),
         "side_lengths": side_lengths,
-        "pair_weights": torch.cat([as_weights(pair.get("weights"), 1) for pair in pairs]),
+        "pair_weights": torch.cat([_as_weights(pair.get("weights"), 1) for pair in pairs]),
     }
 
 
-def as_ids(values: Iterable[int]) -> torch.Tensor:
+def _as_ids(values: Iterable[int]) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.int64)
 
 
-def as_weights(values: Iterable[float] | None, number: int) -> torch.Tensor:
+def _as_weights(values: Iterable[float] | None, number: int) -> torch.Tensor:
     """[number] float32; all 1 if the rows were prepared without weights."""
     return torch.ones(number) if values is None else torch.as_tensor(values, dtype=torch.float32)

@@ -38,9 +38,9 @@ def as_row(row: Row, source: Source) -> Row:
     shape = ROW_SHAPES.get(source.columns)
     if shape is None:
         raise UserError(f"{source.path}: columns={source.columns!r} is unknown; use one of {', '.join(ROW_SHAPES)}")
-    content = with_json_read(renamed(row, source.rename), row.where)
+    content = _with_json_read(_renamed(row, source.rename), row.where)
     unread: set[str] = set()
-    content = in_our_keys(shape(row.with_content(content), source), row.where, source, unread)
+    content = _in_our_keys(shape(row.with_content(content), source), row.where, source, unread)
     return row.with_content(content, tuple(sorted(unread)))
 
 
@@ -53,7 +53,7 @@ def row_for(row: Row, source: Source, layout: str) -> Row:
     return row
 
 
-def renamed(row: Row, names: dict[str, str]) -> dict:
+def _renamed(row: Row, names: dict[str, str]) -> dict:
     """The columns under their new names; a column that a row lacks is not an error."""
     content = {}
     for key, value in row.items():
@@ -66,7 +66,7 @@ def renamed(row: Row, names: dict[str, str]) -> dict:
     return content
 
 
-def with_json_read(row: dict, where: str) -> dict:
+def _with_json_read(row: dict, where: str) -> dict:
     """The row with the columns that hold JSON as text read."""
     content = {}
     for key, value in row.items():
@@ -80,7 +80,7 @@ def with_json_read(row: dict, where: str) -> dict:
 # ---------------------------------------------------------------- keys
 
 
-def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict:
+def _in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict:
     """The row with ROW's keys, its turns with MESSAGE's; further columns stay, and `unread` gets their names.
 
     Raises:
@@ -93,15 +93,15 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     content = dict(row)
     found = [key for key in CONVERSATIONS if isinstance(row.get(key), list)]
     tools = [(key, row[key]) for key in ("tools", "functions") if not is_empty(row.get(key))]
-    marks = row_marks(row, where) if found else {}
+    marks = _row_marks(row, where) if found else {}
     for key in found:
-        turns = with_row_marks(row[key], marks, where) if key == "messages" else row[key]
+        turns = _with_row_marks(row[key], marks, where) if key == "messages" else row[key]
         content[key], given = own_turns(turns, f"{where}: {key}", source.roles, unread)
         tools += [(f"{key}[].tools", value) for value in given]
     if found:
-        content = with_system(with_mode(content, where, source.enable_thinking), found, where)
+        content = _with_system(_with_mode(content, where, source.enable_thinking), found, where)
         if source.last_user_is_reply:
-            content |= {key: with_last_reply(content[key]) for key in found}
+            content |= {key: _with_last_reply(content[key]) for key in found}
     if tools:
         if any(value != tools[0][1] for _, value in tools):
             names = " and ".join(dict.fromkeys(name for name, _ in tools))
@@ -115,7 +115,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     return content
 
 
-def row_marks(row: dict, where: str) -> dict[str, Any]:
+def _row_marks(row: dict, where: str) -> dict[str, Any]:
     """The row's own marks: true, false, 1 or 0 for all turns, or a list with one for each turn. A row's loss is a mark
     only as true, false or a list: a number there is a measurement."""
     marks = {key: row[key] for key in MARKS if isinstance(row.get(key), int | float | list) and row[key] != []}
@@ -131,7 +131,7 @@ def row_marks(row: dict, where: str) -> dict[str, Any]:
     return marks
 
 
-def with_row_marks(messages: list, marks: dict[str, Any], where: str) -> list:
+def _with_row_marks(messages: list, marks: dict[str, Any], where: str) -> list:
     """The messages, marked as the row's own marks say."""
     for key, value in marks.items():
         values = value if isinstance(value, list) else [value] * len(messages)
@@ -145,7 +145,7 @@ def with_row_marks(messages: list, marks: dict[str, Any], where: str) -> list:
     return messages
 
 
-def with_mode(row: dict, where: str, usual: bool | None) -> dict:
+def _with_mode(row: dict, where: str, usual: bool | None) -> dict:
     """What the row's own columns say of its mode: enable_thinking, and Llama-Nemotron's reasoning and system prompt.
 
     Args:
@@ -174,7 +174,7 @@ def _says_mode(kwargs) -> bool:
     return isinstance(kwargs, dict) and isinstance(kwargs.get("enable_thinking"), bool)
 
 
-def with_system(row: dict, found: list[str], where: str) -> dict:
+def _with_system(row: dict, found: list[str], where: str) -> dict:
     """The row whose conversations begin with the text of its system column."""
     texts = {key: text for key in SYSTEM if (text := text_of(row, key, where))}
     if len(set(texts.values())) > 1:
@@ -191,7 +191,7 @@ def with_system(row: dict, found: list[str], where: str) -> dict:
     return content
 
 
-def with_last_reply(messages: list) -> list:
+def _with_last_reply(messages: list) -> list:
     """The messages; a last user turn right after another user turn becomes a reply.
 
     SmolTalk2's split of everyday conversations labels its last replies in this way.
@@ -200,4 +200,5 @@ def with_last_reply(messages: list) -> list:
 
 
 def ends_in_two_users(messages: list[Any]) -> bool:
+    """Whether the last two turns are both the user's."""
     return len(messages) > 1 and all(isinstance(m, dict) and m.get("role") == "user" for m in messages[-2:])

@@ -52,12 +52,6 @@ def write_dataset(folder: Path, types: dict[str, str], chunks: Iterable[dict[str
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
-def concatenated(parts: Iterable, dtype) -> np.ndarray:
-    """[T] the sequences one after another."""
-    arrays = [np.asarray(part, dtype=dtype) for part in parts]
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-
-
 def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
     """[N] elements of a list column, from the offsets alone."""
     return rows.data.column(column).combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)

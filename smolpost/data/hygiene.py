@@ -67,9 +67,9 @@ class HygieneFilter:
     """
 
     def __init__(self, settings: Hygiene, *, key: str = "hygiene"):
-        check_settings(settings, key)
-        _, self.searched = evaluation_texts(settings)
-        check_searched(self.searched, settings, key)
+        _check_settings(settings, key)
+        _, self.searched = _evaluation_texts(settings)
+        _check_searched(self.searched, settings, key)
         self.index = SignatureIndex(settings.near_permutations, settings.near) if settings.near else None
         self.indexed = []  # file and row of each row in the index
         self.first = {}  # digest -> file and row
@@ -121,7 +121,7 @@ def features(row: dict, settings: Hygiene) -> bytes:
     """
     turns = turns_of(row)
     words = [words_of(text) for _, text in turns] if settings.against or settings.near else []
-    removal = contamination(words, settings) or wrong_language(turns, settings)
+    removal = _contamination(words, settings) or _wrong_language(turns, settings)
     if removal:
         return REMOVED + f"{removal.reason}\n{removal.detail}".encode()
     digest = digest_of(turns) if settings.exact else b""
@@ -144,17 +144,19 @@ def turns_of(row: dict) -> Turns:
         messages = row["messages"]
     else:
         return [("text", row["text"])]
-    return [turn for message in messages if message["role"] in ("user", "assistant") for turn in message_turns(message)]
+    return [
+        turn for message in messages if message["role"] in ("user", "assistant") for turn in _message_turns(message)
+    ]
 
 
-def message_turns(message: dict) -> Turns:
+def _message_turns(message: dict) -> Turns:
     texts = (message.get("reasoning_content"), message_text(message, ""))
     text = "\n".join(text for text in texts if text)
     turns = [(message["role"], text)] if text else []
-    return turns + [(TOOL_CALL, call_text(call)) for call in message.get("tool_calls") or ()]
+    return turns + [(TOOL_CALL, _call_text(call)) for call in message.get("tool_calls") or ()]
 
 
-def call_text(call: dict) -> str:
+def _call_text(call: dict) -> str:
     """A call's name and arguments, however they are stored; without its id, which differs between copies."""
     function = call["function"]
     arguments = function.get("arguments")
@@ -163,13 +165,13 @@ def call_text(call: dict) -> str:
     return f"{function['name']} {json.dumps(arguments or {}, ensure_ascii=False, sort_keys=True)}"
 
 
-def strings(value) -> Iterator[str]:
+def _strings(value) -> Iterator[str]:
     """Every string value at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
+            yield from _strings(item)
 
 
 def digest_of(turns: Turns) -> bytes:
@@ -181,7 +183,7 @@ def digest_of(turns: Turns) -> bytes:
     return digest.digest()
 
 
-def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
+def _contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
     """The removal of a row in which a turn shares n consecutive words with an evaluation text, or equals a shorter one.
 
     Args:
@@ -189,7 +191,7 @@ def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
     """
     if not settings.against:
         return None
-    texts, _ = evaluation_texts(settings)
+    texts, _ = _evaluation_texts(settings)
     for turn in words:
         found = texts.find(turn)
         if found:
@@ -198,7 +200,7 @@ def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
     return None
 
 
-def wrong_language(turns: Turns, settings: Hygiene) -> Removal | None:
+def _wrong_language(turns: Turns, settings: Hygiene) -> Removal | None:
     """The removal of a row whose most likely language is not one to keep, with at least min_confidence.
 
     A row that is too short to decide, or has no words, is kept.
@@ -226,6 +228,7 @@ def detected_language(text: str) -> tuple[str, float]:
 
 @lru_cache(maxsize=1)
 def language_detector():
+    """lingua's detector, and name of a language -> ISO 639-1 code."""
     from lingua import Language, LanguageDetectorBuilder  # an extra
 
     codes = {language.name: language.iso_code_639_1.name.lower() for language in Language.all()}
@@ -233,15 +236,15 @@ def language_detector():
     return LanguageDetectorBuilder.from_all_languages().build(), codes
 
 
-def evaluation_texts(settings: Hygiene) -> tuple[EvaluationTexts, dict[str, dict[str, int]]]:
+def _evaluation_texts(settings: Hygiene) -> tuple[EvaluationTexts, dict[str, dict[str, int]]]:
     """The texts of the evaluation files, every string of every row, and `HygieneFilter.searched`."""
     found = [(path, os.stat(path)) for path in settings.against]
     stamps = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
-    return read_evaluation_texts(stamps, settings.ngram)
+    return _read_evaluation_texts(stamps, settings.ngram)
 
 
 @lru_cache(maxsize=4)
-def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
+def _read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
     """The texts of evaluation files.
 
     Args:
@@ -252,7 +255,7 @@ def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
         counts = searched[path] = {"rows": 0, "texts": 0, "short texts": 0}
         for _, row in read_rows(Source(path=path)):
             counts["rows"] += 1
-            for words in map(words_of, strings(row)):
+            for words in map(words_of, _strings(row)):
                 is_short = len(words) < min(ngram, SHORTEST_TEXT)
                 counts["short texts" if is_short else "texts"] += 1
                 if not is_short:
@@ -263,7 +266,7 @@ def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
 # ---------------------------------------------------------------- settings
 
 
-def check_settings(settings: Hygiene, key: str) -> None:
+def _check_settings(settings: Hygiene, key: str) -> None:
     if not 0 <= settings.near <= 1:
         raise UserError(f"{key}.near={settings.near} is outside [0, 1]; use a similarity such as 0.8, or 0 for off")
     if settings.ngram < 1:
@@ -277,20 +280,25 @@ def check_settings(settings: Hygiene, key: str) -> None:
         check_installed("datasketch", f"{key}.near={settings.near}")
     if settings.languages:
         check_installed("lingua", f"{key}.languages={settings.languages}")
-        check_languages(settings.languages, key)
+        _check_languages(settings.languages, key)
     for i, path in enumerate(settings.against):
         if not Path(path).is_file():
             raise UserError(f"{key}.against[{i}]={path} is not a file; expected JSONL or Parquet with evaluation rows")
 
 
 def check_installed(module: str, setting: str) -> None:
+    """Refuse a setting whose package is not installed.
+
+    Raises:
+        UserError: Names the setting and the extra to install.
+    """
     try:
         __import__(module)
     except ImportError as error:
         raise UserError(f"{setting} needs {module}, which is not installed; pip install 'smolpost[hygiene]'") from error
 
 
-def check_languages(languages: list[str], key: str) -> None:
+def _check_languages(languages: list[str], key: str) -> None:
     _, codes = language_detector()
     for i, code in enumerate(languages):
         if code not in codes.values():
@@ -300,7 +308,7 @@ def check_languages(languages: list[str], key: str) -> None:
             )
 
 
-def check_searched(searched: dict[str, dict[str, int]], settings: Hygiene, key: str) -> None:
+def _check_searched(searched: dict[str, dict[str, int]], settings: Hygiene, key: str) -> None:
     for path, counts in searched.items():
         if not counts["texts"]:
             raise UserError(

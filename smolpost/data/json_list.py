@@ -34,9 +34,9 @@ def cut_list(
     Raises:
         UserError: It is not a JSON list.
     """
-    text = decoded(content, path)
+    text = _decoded(content, path)
     found, edges, place, offset, count = [], [], 0, begin, 0
-    for first, end in elements(text, path):
+    for first, end in _elements(text, path):
         offset += len(text[place:first].encode())
         if skip <= count < stop and (count - skip) % rows_per_slice == 0:
             edges.append((count, offset))
@@ -52,7 +52,7 @@ def cut_list(
 
 def count_elements(content: bytes, path: str) -> int:
     """The rows of a whole file's bytes."""
-    return sum(1 for _ in elements(decoded(content, path), path))
+    return sum(1 for _ in _elements(_decoded(content, path), path))
 
 
 def list_rows(content: bytes, path: str, limit: int, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
@@ -63,12 +63,12 @@ def list_rows(content: bytes, path: str, limit: int, number: int = 1, *, inside:
         number: Of the first row, from 1.
         inside: The bytes are a slice, between the list's brackets.
     """
-    text = decoded(content, path)
-    for i, (first, end) in enumerate(elements(text, path, inside), start=number):
-        yield element_row(text[first:end], limit, path, i)
+    text = _decoded(content, path)
+    for i, (first, end) in enumerate(_elements(text, path, inside), start=number):
+        yield _element_row(text[first:end], limit, path, i)
 
 
-def element_row(text: str, limit: int, path: str, number: int) -> Row:
+def _element_row(text: str, limit: int, path: str, number: int) -> Row:
     where = f"{path}:{number}"
     try:
         check_size(len(text.encode()), limit, where)
@@ -80,7 +80,7 @@ def element_row(text: str, limit: int, path: str, number: int) -> Row:
     return Row(row, path, number)
 
 
-def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, int]]:
+def _elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, int]]:
     """Where each element of a list, or of the values between its brackets, begins and ends."""
     place, number = skipped(text, 0), 1
     place = place if inside else skipped(text, place + 1)
@@ -88,7 +88,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
         try:
             _, end = PLAIN.raw_decode(text, place)
         except RecursionError:  # the row's fault
-            end = closing(text, place)
+            end = _closing(text, place)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not JSON ({error}); expected a list of objects") from error
         yield place, end
@@ -103,7 +103,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
         raise UserError(f"{path}: continues after its list; expected one list, or one object per line")
 
 
-def closing(text: str, place: int) -> int:
+def _closing(text: str, place: int) -> int:
     """Where a list or object ends, by its brackets."""
     depth = 0
     for mark in MARKS.finditer(text, place):
@@ -114,12 +114,13 @@ def closing(text: str, place: int) -> int:
 
 
 def skipped(text: str, place: int) -> int:
+    """The next place that is not white space."""
     while place < len(text) and text[place] in SPACE:
         place += 1
     return place
 
 
-def decoded(content: bytes, path: str) -> str:
+def _decoded(content: bytes, path: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:

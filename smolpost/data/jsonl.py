@@ -29,13 +29,13 @@ OTHER_BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
 def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_slice: int) -> tuple[list[SourceSlice], int]:
     """Pieces of the rows from skip to stop, and the number of rows found up to stop."""
     with readable(path, "text file", "check its permissions"), open(path, "rb") as file:
-        begin = text_begin(file.read(4), path)
+        begin = _text_begin(file.read(4), path)
         file.seek(begin)
         if begins_list(file):
             return cut_list(file.read(), path, begin, skip, stop, rows_per_slice)
         edges = [(0, begin, 1)] if not skip else []
         count, last = 0, None
-        for ends, lines in row_ends(file, begin):
+        for ends, lines in _row_ends(file, begin):
             rows = count + 1 + np.arange(len(ends))
             cut = (rows >= skip) & (rows <= stop) & (((rows - skip) % rows_per_slice == 0) | (rows == stop))
             edges += zip(rows[cut].tolist(), ends[cut].tolist(), lines[cut].tolist(), strict=True)
@@ -54,19 +54,20 @@ def cut_jsonl(source: Source, path: str, skip: int, stop: int, rows_per_slice: i
 def cut_compressed(
     source: Source, path: str, skip: int, stop: int, rows_per_slice: int
 ) -> tuple[list[SourceSlice], int]:
-    with uncompressed(path) as file:
+    """One slice with the rows from skip to stop, and the number of rows found up to stop."""
+    with _uncompressed(path) as file:
         count = 0
         if begins_list(file):
             count = count_elements(file.read(), path)
             return cut_rows(path, [skip, min(count, stop)]), count
-        for ends, _ in row_ends(file, 0):
+        for ends, _ in _row_ends(file, 0):
             count += len(ends)
             if count >= stop:
                 break
     return cut_rows(path, [skip, min(count, stop)]), count
 
 
-def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Where the rows end: lines that are not blank.
 
     Args:
@@ -96,29 +97,31 @@ def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def jsonl_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    """The rows of a slice of a JSONL file, or of a JSON list."""
     with open(part.path, "rb") as file:
-        file.seek(text_begin(file.read(4), part.path))
+        file.seek(_text_begin(file.read(4), part.path))
         as_list = begins_list(file)
         file.seek(part.begin)
         if as_list:
             content = file.read(part.end - part.begin)
             yield from list_rows(content, part.path, source.max_row_bytes, part.line, inside=True)
         else:
-            yield from parsed_rows(file, part.path, source.max_row_bytes, part.line, part.end - part.begin)
+            yield from _parsed_rows(file, part.path, source.max_row_bytes, part.line, part.end - part.begin)
 
 
 def compressed_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
-    with uncompressed(part.path) as file:
+    """The rows of a slice of a compressed file."""
+    with _uncompressed(part.path) as file:
         if begins_list(file):
             rows = list_rows(file.read(), part.path, source.max_row_bytes)
             yield from itertools.islice(rows, part.begin, part.end)
             return
-        yield from parsed_rows(
+        yield from _parsed_rows(
             file, part.path, source.max_row_bytes, 1, ANY_NUMBER, skip=part.begin, most=part.num_rows
         )
 
 
-def parsed_rows(
+def _parsed_rows(
     file, path: str, limit: int, line: int, num_bytes: int, *, skip: int = 0, most: int = ANY_NUMBER
 ) -> Iterator[Row]:
     """The rows of the next num_bytes without the first `skip`, at most `most`.
@@ -128,19 +131,19 @@ def parsed_rows(
         line: Number of the first line.
     """
     while most and num_bytes > 0:
-        text, size = read_line(file, limit)
+        text, size = _read_line(file, limit)
         if not size:
             return
         num_bytes -= size
         if not text.isspace():
             if not skip:
-                yield parsed_row(text, size, limit, path, line)
+                yield _parsed_row(text, size, limit, path, line)
                 most -= 1
             skip = max(0, skip - 1)
         line += 1
 
 
-def read_line(file, limit: int) -> tuple[bytes, int]:
+def _read_line(file, limit: int) -> tuple[bytes, int]:
     """The next line, and its bytes with the line end; of one above the limit, some of its text alone."""
     text = file.readline(limit + 2)
     size, end = len(text), text[-1:]
@@ -151,7 +154,7 @@ def read_line(file, limit: int) -> tuple[bytes, int]:
     return text, size
 
 
-def parsed_row(text: bytes, size: int, limit: int, path: str, line: int) -> Row:
+def _parsed_row(text: bytes, size: int, limit: int, path: str, line: int) -> Row:
     """The row of a line, or its fault."""
     try:
         check_size(size - text.endswith(b"\n"), limit, f"{path}:{line}")
@@ -160,7 +163,7 @@ def parsed_row(text: bytes, size: int, limit: int, path: str, line: int) -> Row:
         return Row({}, path, line, fault=str(error))
 
 
-def text_begin(start: bytes, path: str) -> int:
+def _text_begin(start: bytes, path: str) -> int:
     """Bytes of the UTF-8 byte order mark at the start of a file, 0 or 3."""
     for mark, name in OTHER_BOMS.items():
         if start.startswith(mark):
@@ -169,10 +172,10 @@ def text_begin(start: bytes, path: str) -> int:
 
 
 @contextmanager
-def uncompressed(path: str) -> Iterator[io.BufferedReader]:
+def _uncompressed(path: str) -> Iterator[io.BufferedReader]:
     """The text of a compressed file, after its byte order mark."""
     compression = COMPRESSIONS[Path(path).suffix]
     with readable(path, "complete compressed file", "compress it again"), pa.input_stream(path, compression) as stream:
         file = io.BufferedReader(stream, WINDOW_BYTES)
-        file.read(text_begin(file.peek(4)[:4], path))
+        file.read(_text_begin(file.peek(4)[:4], path))
         yield file

@@ -44,6 +44,7 @@ DESIRED = ("label", "kto_tag")
 
 
 def is_empty(value) -> bool:
+    """Whether a value has no content: null, "", [] or {}."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 

@@ -101,13 +101,13 @@ def ledger(stage: Rows, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str,
     tokens, source = taken.tokens, taken.source[taken.rows]
     read, kept = tokens.lengths()[taken.rows], ends.fate_counts.sum(1)
     think = tokens.think[taken.rows] & (ends.reason == "")
-    is_duplicate = duplicates(taken)
+    is_duplicate = _duplicates(taken)
     sources = {}
     for i, name in enumerate(taken.names):
         here, was_removed = source == i, taken.removed_rows[taken.source[taken.removed_rows] == i]
         rows, fates = taken.rows[here], ends.fate_counts[here].sum(0)
         is_kept, is_cut, lost = (ends.reason == "")[here], ends.cut[here], (read - kept)[here]
-        dropped = count_values(ends.reason[here][~is_kept]) | count_values(
+        dropped = _count_values(ends.reason[here][~is_kept]) | _count_values(
             [taken.removed[row][0] for row in was_removed.tolist()]
         )
         sources[name] = new_source() | {
@@ -130,18 +130,18 @@ def ledger(stage: Rows, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str,
             "tokens_dropped": int(lost[~is_cut].sum() + tokens.lengths()[was_removed].sum()),
             "tokens_shared": int(ends.shared[here].sum()),
             "dropped": dropped,
-            "unread": count_names(tokens.unread, rows),
-            "notes": count_names(tokens.notes, rows[is_kept]),
+            "unread": _count_names(tokens.unread, rows),
+            "notes": _count_names(tokens.notes, rows[is_kept]),
             "loss_weight": mixture.sources[name].loss_weight,
             "length_percentiles": percentiles(read[here]),
         }
         faults = [taken.removed[row][1] for row in was_removed.tolist() if taken.removed[row][0] == REFUSED]
         check_refused(stage, name, sources[name]["rows_read"], faults)
-        check_source(stage, mixture, name, sources[name])
+        _check_source(stage, mixture, name, sources[name])
     return sources
 
 
-def count_names(lists: pa.ChunkedArray, rows: np.ndarray) -> dict[str, int]:
+def _count_names(lists: pa.ChunkedArray, rows: np.ndarray) -> dict[str, int]:
     """Name -> rows that have it in their list, of those taken."""
     counts = lists.take(pa.array(rows)).combine_chunks().flatten().value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
@@ -158,7 +158,7 @@ def check_refused(stage: Rows, name: str, num_rows: int, faults: list[str]) -> N
         raise RefusedRows(f"{faults[0]}{some}{counted}", faults)
 
 
-def duplicates(taken: Taken) -> np.ndarray:
+def _duplicates(taken: Taken) -> np.ndarray:
     """[N] bool: an earlier row has the same tokens; removed rows do not count."""
     found = np.ones(len(taken.tokens), bool)
     kept = np.setdiff1d(np.arange(len(found)), list(taken.removed))
@@ -166,12 +166,12 @@ def duplicates(taken: Taken) -> np.ndarray:
     return found
 
 
-def count_values(values) -> dict[str, int]:
+def _count_values(values) -> dict[str, int]:
     names, counts = np.unique(np.array(values, dtype=str), return_counts=True)
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-def check_source(stage: Rows, mixture: Mixture, name: str, entry: dict) -> None:
+def _check_source(stage: Rows, mixture: Mixture, name: str, entry: dict) -> None:
     """Refuse a source with too little left, or with another share of think rows than declared.
 
     Raises:

@@ -68,7 +68,7 @@ def gram_hashes(words: list[str], n: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def blank_minhash(permutations: int):
+def _blank_minhash(permutations: int):
     from datasketch import MinHash  # an extra
 
     return MinHash(num_perm=permutations, hashfunc=int)
@@ -83,7 +83,7 @@ def signature_of(words: list[str], n: int, permutations: int) -> np.ndarray | No
     if not words:
         return None
     grams = gram_hashes(words, min(n, len(words))) >> np.uint64(32)
-    minhash = blank_minhash(permutations).copy()
+    minhash = _blank_minhash(permutations).copy()
     for first in range(0, len(grams), BATCH_GRAMS):
         minhash.update_batch(grams[first : first + BATCH_GRAMS].tolist())
     return minhash.hashvalues

@@ -46,7 +46,7 @@ def unpacked(lengths) -> PackPlan:
     Raises:
         ValueError: A length is below 1.
     """
-    lengths = checked(lengths)
+    lengths = _checked(lengths)
     documents = np.arange(len(lengths))
     return PackPlan(documents, np.zeros_like(lengths), lengths, np.arange(len(lengths) + 1))
 
@@ -60,7 +60,7 @@ def wrapped(lengths, capacity: int) -> PackPlan:
     Raises:
         ValueError: A length or the capacity is below 1.
     """
-    lengths = checked(lengths)
+    lengths = _checked(lengths)
     if capacity < 1:
         raise ValueError(f"capacity={capacity} is below 1")
     ends = np.cumsum(lengths)
@@ -87,14 +87,14 @@ def best_fit_decreasing(lengths, capacity: int) -> PackPlan:
     Raises:
         ValueError: A length is below 1 or above the capacity.
     """
-    lengths = checked(lengths)
+    lengths = _checked(lengths)
     if len(lengths) == 0:
         return unpacked(lengths)
     if lengths.max() > capacity:
         worst = int(lengths.argmax())
         raise ValueError(f"document {worst} has {lengths[worst]} tokens, above the capacity {capacity}")
     sizes, counts = np.unique(lengths, return_counts=True)
-    first_pack, num_packs, per_pack = place_classes(sizes[::-1].tolist(), counts[::-1].tolist(), capacity).T
+    first_pack, num_packs, per_pack = _place_classes(sizes[::-1].tolist(), counts[::-1].tolist(), capacity).T
 
     # Run i gives per_pack[i] documents to each of its num_packs[i] packs, in the documents' order by falling length.
     run_start = np.cumsum(num_packs) - num_packs
@@ -102,13 +102,13 @@ def best_fit_decreasing(lengths, capacity: int) -> PackPlan:
     pack_of = np.empty(len(lengths), dtype=np.int64)
     pack_of[stable_argsort(capacity - lengths)] = np.repeat(packs, np.repeat(per_pack, num_packs))
 
-    pack_of = renumber_by_first_use(pack_of)
+    pack_of = _renumber_by_first_use(pack_of)
     document = stable_argsort(pack_of)
     pack_offsets = np.concatenate(([0], np.cumsum(np.bincount(pack_of))))
     return PackPlan(document, np.zeros_like(document), lengths[document], pack_offsets)
 
 
-def place_classes(sizes: list[int], counts: list[int], capacity: int) -> np.ndarray:
+def _place_classes(sizes: list[int], counts: list[int], capacity: int) -> np.ndarray:
     """Best-fit decreasing on classes of equal documents.
 
     Packs with equal space are interchangeable. A pack that took one document of a class is still the fullest pack with
@@ -161,7 +161,7 @@ def place_classes(sizes: list[int], counts: list[int], capacity: int) -> np.ndar
     return np.array(runs, dtype=np.int64)
 
 
-def checked(lengths) -> np.ndarray:
+def _checked(lengths) -> np.ndarray:
     """[N] int64 lengths, each at least 1."""
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.min() < 1:
@@ -170,7 +170,7 @@ def checked(lengths) -> np.ndarray:
     return lengths
 
 
-def renumber_by_first_use(labels: np.ndarray) -> np.ndarray:
+def _renumber_by_first_use(labels: np.ndarray) -> np.ndarray:
     """[N] the same partition, numbered 0, 1, ... by first appearance; labels are 0 to max, all used."""
     first = np.empty(labels.max() + 1, dtype=np.int64)
     first[labels[::-1]] = np.arange(len(labels))[::-1]  # the last write wins: the earliest position

@@ -27,18 +27,18 @@ def parts(source: Source) -> list[tuple[str, str]]:
         return [(source.path, "hub")]
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         splits = saved_entry(path / "dataset_dict.json", "splits")
-        return [(str(path / split), "arrow") for split in asked_splits(source, splits)]
+        return [(str(path / split), "arrow") for split in _asked_splits(source, splits)]
     if path.is_dir() and (path / "state.json").is_file():
         own = saved_entry(path / "state.json", "_split")
-        asked_splits(source, dict.fromkeys(["train", own or "train"]))
+        _asked_splits(source, dict.fromkeys(["train", own or "train"]))
         return [(str(path), "arrow")]
     if path.is_dir():
-        splits = split_files(path)
-        files = [file for split in asked_splits(source, splits) for file in splits[split]]
+        splits = _split_files(path)
+        files = [file for split in _asked_splits(source, splits) for file in splits[split]]
     else:
-        asked_splits(source, ["train"])
-        files = [path] if path.is_file() else matching_files(source.path)
-    return [(str(file), kind_of_file(file)) for file in files]
+        _asked_splits(source, ["train"])
+        files = [path] if path.is_file() else _matching_files(source.path)
+    return [(str(file), _kind_of_file(file)) for file in files]
 
 
 def is_hub_id(source: Source) -> bool:
@@ -64,7 +64,7 @@ def saved_entry(file: Path, key: str):
         ) from error
 
 
-def asked_splits(source: Source, splits: Iterable[str]) -> list[str]:
+def _asked_splits(source: Source, splits: Iterable[str]) -> list[str]:
     asked = source.split.split("+")
     for name in asked:
         if name not in splits:
@@ -73,7 +73,7 @@ def asked_splits(source: Source, splits: Iterable[str]) -> list[str]:
     return asked
 
 
-def split_files(folder: Path) -> dict[str, list[Path]]:
+def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Split -> data files of a plain folder, by the names that `datasets` goes by; without such names all are train.
 
     As in `datasets`, dev, valid and val are names for validation, eval and evaluation for test, and where some names
@@ -105,14 +105,14 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     return {str(split): [folder / name for name in sorted(files)] for split, files in found.items()}
 
 
-def matching_files(pattern: str) -> list[Path]:
+def _matching_files(pattern: str) -> list[Path]:
     files = [Path(path) for path in sorted(glob(pattern, recursive=True)) if Path(path).is_file()]
     if not files:
         raise UserError(f"{pattern}: matches no file; check the pattern (** matches any number of folders)")
     return files
 
 
-def kind_of_file(path: Path) -> str:
+def _kind_of_file(path: Path) -> str:
     if path.name.endswith(JSONL_SUFFIXES):
         return "jsonl"
     if path.name.endswith(COMPRESSED_SUFFIXES):
@@ -132,4 +132,5 @@ def readable(path: str, kind: str, remedy: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
+    """The text of an error in one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -46,6 +46,11 @@ def prepare(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Pa
 
 
 def check(stage: Rows) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        UserError: Names the setting, its value and the limit.
+    """
     known = ROLES if stage.layout == "documents" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
     for role in stage.train_roles:
         if role not in known:
@@ -96,6 +101,11 @@ def take(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path]
 
 
 def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[TokenShard]:
+    """The shards of a source's slices that have chosen rows.
+
+    Args:
+        rows: [U] chosen rows of the source, ascending.
+    """
     edges = np.searchsorted(rows, [part.first for part in parts] + [np.iinfo(np.int64).max])
     found = []
     for part, start, stop in zip(parts, edges[:-1], edges[1:], strict=True):

@@ -34,6 +34,7 @@ class Documents:
         return Documents(self.take[chosen], self.row[chosen], self.start[chosen], self.stop[chosen])
 
     def lengths(self) -> np.ndarray:
+        """[D] tokens of each document."""
         return self.stop - self.start
 
 
@@ -50,9 +51,9 @@ def prepare_documents(stage: DocumentRows, mixture: Mixture, taken: Taken, folde
     tokens = taken.tokens
     documents = whole_rows(tokens, taken.rows)
     if stage.packing != "wrapped":
-        documents = fit(stage, taken, documents)
+        documents = _fit(stage, taken, documents)
     documents, pieces, plan = pack(stage, tokens, documents)
-    ends = ends_of(stage, taken, documents, pieces)
+    ends = _ends_of(stage, taken, documents, pieces)
     sources = ledger(stage, mixture, taken, ends)
     weights = taken.loss_weights(mixture)
     types = PACK_TYPES if weights is None else PACK_TYPES | WEIGHT_TYPES
@@ -76,10 +77,11 @@ def prepare_documents(stage: DocumentRows, mixture: Mixture, taken: Taken, folde
 
 
 def whole_rows(tokens: Tokens, rows: np.ndarray) -> Documents:
+    """Each row as one document."""
     return Documents(np.arange(len(rows)), rows, tokens.offsets[rows], tokens.offsets[rows + 1])
 
 
-def fit(stage: DocumentRows, taken: Taken, documents: Documents) -> Documents:
+def _fit(stage: DocumentRows, taken: Taken, documents: Documents) -> Documents:
     """The rows as documents of at most max_seq_len tokens, by the stage's policy."""
     limit = stage.max_seq_len
     lengths = documents.lengths()
@@ -161,7 +163,7 @@ def pack_chunks(tokens: Tokens, pieces: Documents, plan: PackPlan, weights: np.n
         yield chunk
 
 
-def ends_of(stage: DocumentRows, taken: Taken, documents: Documents, pieces: Documents) -> Ends:
+def _ends_of(stage: DocumentRows, taken: Taken, documents: Documents, pieces: Documents) -> Ends:
     num, tokens = len(taken), taken.tokens
     by_take = np.zeros((num, len(Fate)), np.int64)
     np.add.at(by_take, pieces.take, fate_counts(tokens, pieces))

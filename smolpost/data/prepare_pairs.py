@@ -36,13 +36,13 @@ def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path)
     """
     if stage.overlong == "split":
         raise UserError(f"overlong=split in the apo stage on data={stage.data}: pairs cannot be split; use drop")
-    fitted = fit(stage, taken)
-    ends = ends_of(stage, taken, fitted)
+    fitted = _fit(stage, taken)
+    ends = _ends_of(stage, taken, fitted)
     sources = ledger(stage, mixture, taken, ends)
     weights = taken.loss_weights(mixture)
     types = PAIR_TYPES if weights is None else PAIR_TYPES | WEIGHT_TYPES
     kept = np.flatnonzero(ends.reason == "")
-    write_dataset(folder, types, pair_chunks(taken, fitted, kept, weights))
+    write_dataset(folder, types, _pair_chunks(taken, fitted, kept, weights))
     write_rows(folder, taken, ends)
     num_tokens = int(ends.fate_counts.sum())
     return write_report(
@@ -55,7 +55,7 @@ def prepare_pairs(stage: PairRows, mixture: Mixture, taken: Taken, folder: Path)
     )
 
 
-def fit(stage: PairRows, taken: Taken) -> np.ndarray:
+def _fit(stage: PairRows, taken: Taken) -> np.ndarray:
     """[M, 3] tokens of prompt, chosen and rejected that fit; of pairs dropped for their length, all tokens."""
     parts = taken.tokens.parts[taken.rows]
     lengths = parts[:, 0] + parts[:, 1:].max(1)
@@ -79,7 +79,7 @@ def batches(takes: np.ndarray, fitted: np.ndarray) -> list[np.ndarray]:
     return np.split(takes, np.flatnonzero(np.diff(chunk_of_take)) + 1)
 
 
-def cut_parts(taken: Taken, takes: np.ndarray, fitted: np.ndarray) -> tuple[list, list]:
+def _cut_parts(taken: Taken, takes: np.ndarray, fitted: np.ndarray) -> tuple[list, list]:
     """Ids and fates of the fitted parts: three views for each take, pair after pair."""
     tokens, rows = taken.tokens, taken.rows[takes]
     parts = tokens.parts[rows]
@@ -87,7 +87,7 @@ def cut_parts(taken: Taken, takes: np.ndarray, fitted: np.ndarray) -> tuple[list
     return tokens.pieces(starts.ravel(), (starts + fitted[takes]).ravel())
 
 
-def ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
+def _ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
     tokens, num = taken.tokens, len(taken)
     parts = tokens.parts[taken.rows]
     overlong = parts[:, 0] + parts[:, 1:].max(1) > stage.max_seq_len
@@ -96,7 +96,7 @@ def ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
     if stage.overlong == "drop":
         reason[overlong] = OVERLONG
     for takes in batches(np.flatnonzero(reason == ""), fitted):
-        ids, fates = cut_parts(taken, takes, fitted)
+        ids, fates = _cut_parts(taken, takes, fitted)
         for i, take in enumerate(takes.tolist()):
             pair_ids, pair_fates = ids[3 * i : 3 * i + 3], fates[3 * i : 3 * i + 3]
             scored = [(part == Fate.TRAINED).any() for part in pair_fates]
@@ -117,10 +117,10 @@ def ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
     )
 
 
-def pair_chunks(taken: Taken, fitted: np.ndarray, kept: np.ndarray, weights: np.ndarray | None) -> Iterator[dict]:
+def _pair_chunks(taken: Taken, fitted: np.ndarray, kept: np.ndarray, weights: np.ndarray | None) -> Iterator[dict]:
     """Columns of the kept pairs, about CHUNK_TOKENS tokens at a time."""
     for takes in batches(kept, fitted):
-        ids, fates = cut_parts(taken, takes, fitted)
+        ids, fates = _cut_parts(taken, takes, fitted)
         chunk = {}
         for i, part in enumerate(PARTS):
             lengths = fitted[takes, i]

@@ -6,12 +6,12 @@ and think modes that no row states, are noted.
 
 from smolpost.chat import shown
 from smolpost.chat.masks import Encoded, EncodedPair
-from smolpost.chat.shown import Loss
+from smolpost.chat.shown import Omission
 from smolpost.data.prompts import stated_mode
 from smolpost.data.rows import Row
 from smolpost.data.settings import Rows
 
-#: Kind of loss in a reply that trains -> the message; {} is a few words of what is lost.
+#: Kind of omission in a reply that trains -> the message; {} is a few words of what is lost.
 REFUSED = {
     "call": "leaves the call of {} out of the reply, which would train without it; use a template that writes "
     "tool_calls, such as smollm3",
@@ -34,35 +34,34 @@ NOTES = {
 }
 
 
-def fault_of(row: Row, lost: tuple[Loss, ...]) -> str | None:
+def fault_of(row: Row, lost: tuple[Omission, ...]) -> str | None:
     """Why the row cannot train as it is rendered."""
-    for loss in lost:
-        if loss.kind in REFUSED and note_of(row, loss) is None:
-            said = REFUSED[loss.kind].format(repr(" ".join(loss.what.split())[:40]))
-            return f"{row.where}: messages[{loss.message}]: the chat template {said}"
+    for omission in lost:
+        if omission.kind in REFUSED and _note_of(row, omission) is None:
+            said = REFUSED[omission.kind].format(repr(" ".join(omission.what.split())[:40]))
+            return f"{row.where}: messages[{omission.message}]: the chat template {said}"
     return None
 
 
 def notes_of(row: Row, encoded: Encoded | EncodedPair, unasked: bool) -> tuple[str, ...]:
-    """
+    """The notes on a row's rendering, keys of NOTES.
+
     Args:
-        unasked: Rows that do not say their mode train as think rows (`thinks_unasked`).
-    Returns:
-        Of NOTES.
+        unasked: Rows that do not state their mode train as think rows (`thinks_unasked`).
     """
-    noted = dict.fromkeys(filter(None, (note_of(row, loss) for loss in encoded.lost)))
+    noted = dict.fromkeys(filter(None, (_note_of(row, omission) for omission in encoded.lost)))
     if unasked and not encoded.thinks and stated_mode(row) is None:
         noted["mode"] = None
     return tuple(noted)
 
 
 def thinks_unasked(tokenizer, stage: Rows) -> bool:
-    """Whether the stage trains rows that do not say their mode as think rows, with their reasoning."""
+    """Whether the stage trains rows that do not state their mode as think rows, with their reasoning."""
     return stage.train_reasoning and shown.thinks_unasked(tokenizer, stage.today)
 
 
-def note_of(row: Row, loss: Loss) -> str | None:
-    """The note for a loss; None if the loss refuses the row."""
-    if loss.kind in ("reasoning", "earlier reasoning") and stated_mode(row) is False:
+def _note_of(row: Row, omission: Omission) -> str | None:
+    """The note for an omission; None if it refuses the row."""
+    if omission.kind in ("reasoning", "earlier reasoning") and stated_mode(row) is False:
         return "no-think reasoning"
-    return loss.kind if loss.kind in NOTES else None
+    return omission.kind if omission.kind in NOTES else None

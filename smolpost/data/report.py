@@ -77,14 +77,14 @@ def format_report(report: dict) -> Group:
     """A row for each source and one for the total, rounded to fit a terminal; data_report.json has all digits."""
     settings, totals = report["settings"], report["totals"]
     title = ", ".join(f"{key} {value}" for key, value in settings.items())
-    tables: list[Blocks | str] = [source_table(report, TITLES, cells, title=title)]
+    tables: list[Blocks | str] = [_source_table(report, TITLES, cells, title=title)]
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
-        tables += ["", source_table(report, reasons, masked, title="masked tokens by reason")]
-    return Group(*tables, "", Text(caption(totals)), *map(Text, [*unread_lines(report), *note_lines(report)]))
+        tables += ["", _source_table(report, reasons, masked, title="masked tokens by reason")]
+    return Group(*tables, "", Text(caption(totals)), *map(Text, [*_unread_lines(report), *_note_lines(report)]))
 
 
-def unread_lines(report: dict) -> list[str]:
+def _unread_lines(report: dict) -> list[str]:
     """A line for each source with keys that are not read."""
     return [
         f"not read in {name}: "
@@ -94,7 +94,7 @@ def unread_lines(report: dict) -> list[str]:
     ]
 
 
-def note_lines(report: dict) -> list[str]:
+def _note_lines(report: dict) -> list[str]:
     """A line for each note of a source, with the rows that have it and what to do."""
     lines = []
     for name, entry in report["sources"].items():
@@ -104,7 +104,7 @@ def note_lines(report: dict) -> list[str]:
     return lines
 
 
-def source_table(report: dict, heads: tuple[str, ...], cells_of: Callable[[dict], list[str]], title: str) -> Blocks:
+def _source_table(report: dict, heads: tuple[str, ...], cells_of: Callable[[dict], list[str]], title: str) -> Blocks:
     rows = [[name, *cells_of(entry)] for name, entry in report["sources"].items()]
     several = len(rows) > 1
     if several:
@@ -113,6 +113,7 @@ def source_table(report: dict, heads: tuple[str, ...], cells_of: Callable[[dict]
 
 
 def cells(entry: dict) -> list[str]:
+    """The cells of an entry, under TITLES."""
     lengths = entry.get("length_percentiles", {})
     return [
         f"{entry['rows_read']:,}",
@@ -135,6 +136,7 @@ def short(number: int) -> str:
 
 
 def caption(totals: dict) -> str:
+    """The line below the tables: packs or pairs, and further totals."""
     if "packs" in totals:
         whole = (
             f"{totals['packs']:,} packs of {totals['tokens_per_pack']:,.0f} tokens on average, "

@@ -33,6 +33,7 @@ class Row(dict):
 
     @property
     def where(self) -> str:
+        """PATH:NUMBER, for messages."""
         return f"{self.path}:{self.number}"
 
     def with_content(self, content: dict, unread: tuple[str, ...] = ()) -> "Row":
@@ -88,15 +89,15 @@ def parse_json(text: str, where: str, expected: str = "expected JSON"):
         limit = sys.get_int_max_str_digits()
         raise UserError(f"{where}: holds an integer of more than {limit} digits; write it as a string") from error
     except RecursionError as error:
-        raise UserError(too_deep(where)) from error
+        raise UserError(_too_deep(where)) from error
     if text.count("[") + text.count("{") > MAX_DEPTH:
-        check_depth(value, where)
+        _check_depth(value, where)
     if re.search(r"\\u[dD][89a-fA-F]", text):
-        check_surrogates(value, where)
+        _check_surrogates(value, where)
     return value
 
 
-def unique_keys(pairs: list[tuple]) -> dict:
+def _unique_keys(pairs: list[tuple]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -105,20 +106,20 @@ def unique_keys(pairs: list[tuple]) -> dict:
     return found
 
 
-def refuse_constant(name: str):
+def _refuse_constant(name: str):
     raise UserError(f"holds {name}, which is not JSON; write null, a number or a string")
 
 
-def finite(digits: str) -> float:
+def _finite(digits: str) -> float:
     if math.isinf(value := float(digits)):
         raise UserError(f"holds the number {digits:.40}, which is too large for a float; write it as a string")
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
 
 
-def check_surrogates(value, where: str) -> None:
+def _check_surrogates(value, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -128,7 +129,7 @@ def check_surrogates(value, where: str) -> None:
         ) from error
 
 
-def check_depth(value, where: str) -> None:
+def _check_depth(value, where: str) -> None:
     """
     Raises:
         UserError: Lists and objects are nested beyond MAX_DEPTH.
@@ -143,10 +144,10 @@ def check_depth(value, where: str) -> None:
         ]
         if not level:
             return
-    raise UserError(too_deep(where))
+    raise UserError(_too_deep(where))
 
 
-def too_deep(where: str) -> str:
+def _too_deep(where: str) -> str:
     return f"{where}: is nested more than {MAX_DEPTH} levels deep; flatten it, or write the inner part as text"
 
 
@@ -163,5 +164,6 @@ def check_size(num_bytes: int, limit: int, where: str) -> None:
 
 
 def kind_of(value) -> str:
+    """The JSON or Python type of a value with its article, for messages: "a list", "null"."""
     name = type(value).__name__
     return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -58,6 +58,7 @@ class TokenShard:
 
     @property
     def file(self) -> Path:
+        """The shard's file; its name depends on the slice and on the chosen rows."""
         rows = hashlib.sha256(self.rows.astype(np.int64).tobytes()).hexdigest()[:12]
         return self.folder / f"{self.part.first:010d}-{self.part.num_rows}-{rows}.arrow"
 
@@ -93,7 +94,7 @@ class Tokenize:
         layout = self.stage.layout
         rows = (admitted(row, shard.source, layout) for row in nth(read_slice(shard.source, shard.part), taken))
         num_read, num_refused, fault = 0, 0, None
-        with replacing(shard.file) as part, pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
+        with replacing(shard.file) as part, pa.ipc.new_file(part, SCHEMA) as writer, _garbage_kept():
             for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
                 writer.write_batch(batch)
                 num_read += len(batch)
@@ -105,7 +106,7 @@ class Tokenize:
 
 
 @contextlib.contextmanager
-def garbage_kept() -> Iterator[None]:
+def _garbage_kept() -> Iterator[None]:
     """No collection of cyclic garbage: a shard makes little of it, and a collection visits every token list."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -147,9 +148,9 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
         # As in `datasets.map`: a forked worker has the tokenizer at once; a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         given = (tokenize, [*ROW_SHAPES.values()])
-        with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=given) as pool:
+        with ProcessPoolExecutor(num_workers, context, initializer=_receive, initargs=given) as pool:
             try:
-                for num_rows in pool.map(tokenize_here, missing):
+                for num_rows in pool.map(_tokenize_here, missing):
                     progress.update(num_rows)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -159,7 +160,7 @@ def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: i
 _tokenize: Tokenize  # of this worker
 
 
-def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
+def _receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
     """In a new worker: what it does, and how it ends.
 
     Args:
@@ -168,15 +169,15 @@ def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
     global _tokenize
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
     default_in_fork()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenize = tokenize
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End with the parent: a worker whose parent was killed would wait for work forever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def tokenize_here(shard: TokenShard) -> int:
+def _tokenize_here(shard: TokenShard) -> int:
     return _tokenize(shard)

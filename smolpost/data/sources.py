@@ -115,11 +115,11 @@ def fingerprint(source: Source, hashed: Callable[[Path], str] = sha256) -> str:
         root = Path(source.path)
     digest = hashlib.sha256()
     for path, kind in parts(source):
-        for file in arrow_files(Path(path)) if kind == "arrow" else [Path(path)]:
+        for file in _arrow_files(Path(path)) if kind == "arrow" else [Path(path)]:
             digest.update(f"{file.relative_to(root)}\0{hashed(file)}\n".encode())
     return digest.hexdigest()
 
 
-def arrow_files(folder: Path) -> list[Path]:
+def _arrow_files(folder: Path) -> list[Path]:
     """The data files of a folder of save_to_disk, without the caches that map() leaves beside them."""
     return [folder / file["filename"] for file in saved_entry(folder / "state.json", "_data_files")]

@@ -54,7 +54,7 @@ def copy_row(rng: np.random.Generator, length: int) -> dict:
     size = rng.integers((length + 1) // 2, length + 1)
     text = "".join(rng.choice(np.concatenate((KEYS, VALUES)), size, replace=False))
     reply = (text * (3 * length // len(text) + 1))[: 3 * length - len(text)]
-    return task_row(text, reply, f"copy_{length}")
+    return _task_row(text, reply, f"copy_{length}")
 
 
 def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int, *, distinct: bool = False) -> dict:
@@ -76,7 +76,7 @@ def recall_row(rng: np.random.Generator, length: int, pairs: int, queries: int, 
     text[places], text[places + 1], text[places + 2] = "#", keys, values
     asked = rng.permutation(pairs)[:queries] if distinct else rng.integers(pairs, size=queries)
     answer = "".join(keys[i] + values[i] for i in asked)
-    return task_row("".join(text) + "?" + "".join(keys[asked]), answer, f"recall_{length}")
+    return _task_row("".join(text) + "?" + "".join(keys[asked]), answer, f"recall_{length}")
 
 
 def chase_row(rng: np.random.Generator, hops: int, think: bool, *, verbose: bool = False) -> dict:
@@ -91,10 +91,10 @@ def chase_row(rng: np.random.Generator, hops: int, think: bool, *, verbose: bool
     said = f"{visited[-1]}>{visited[0]}" if verbose else visited[-1]
     answer = f"<think>\n{visited}\n</think>\n{said}" if think else said
     mode = "think" if think else "no_think"
-    return task_row("".join(edges) + f"@{visited[0]}", answer, f"chase_{hops}_{mode}", think=think)
+    return _task_row("".join(edges) + f"@{visited[0]}", answer, f"chase_{hops}_{mode}", think=think)
 
 
-def task_row(user: str, assistant: str, source: str, *, think: bool = False) -> dict:
+def _task_row(user: str, assistant: str, source: str, *, think: bool = False) -> dict:
     return {
         "messages": [SYSTEM, {"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
         "chat_template_kwargs": {
@@ -123,16 +123,16 @@ def write_tasks(files: dict[str, TaskFile], seed: int, folder: Path) -> dict[str
     if seed < 0:
         raise UserError(f"seed={seed} is below 0; use 0 or more")
     for name, file in files.items():
-        check_file(f"files.{name}", file)
+        _check_file(f"files.{name}", file)
     num_rows = {}
     for name, file in files.items():
-        lines = [json.dumps(row) for row in file_rows(file, np.random.default_rng([seed, *name.encode()]))]
+        lines = [json.dumps(row) for row in _file_rows(file, np.random.default_rng([seed, *name.encode()]))]
         (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         num_rows[name] = len(lines)
     return num_rows
 
 
-def file_rows(file: TaskFile, rng: np.random.Generator):
+def _file_rows(file: TaskFile, rng: np.random.Generator):
     """The rows of a file, one by one; a replayed row is a new one of an earlier block's task.
 
     `replay` is a share of the text, equally over the earlier blocks, so shorter rows are drawn more often.
@@ -141,12 +141,12 @@ def file_rows(file: TaskFile, rng: np.random.Generator):
     for i, block in enumerate(blocks):
         share = np.full(i + 1, file.replay / max(i, 1))
         share[i] = 1 - file.replay if i else 1
-        odds = share / [row_size(b) for b in blocks[: i + 1]]
+        odds = share / [_row_size(b) for b in blocks[: i + 1]]
         for chosen in rng.choice(i + 1, size=block.rows, p=odds / odds.sum()):
-            yield block_row(blocks[chosen], rng)
+            yield _block_row(blocks[chosen], rng)
 
 
-def row_size(block: TaskBlock) -> int:
+def _row_size(block: TaskBlock) -> int:
     """Characters of a block's row with its chat markup, on average."""
     markup = 10
     if block.task == "copy":
@@ -156,7 +156,7 @@ def row_size(block: TaskBlock) -> int:
     return markup + 3 * CYCLE_NODES + 2 + (block.hops + 5 if block.think else 1)
 
 
-def block_row(block: TaskBlock, rng: np.random.Generator) -> dict:
+def _block_row(block: TaskBlock, rng: np.random.Generator) -> dict:
     if block.task == "copy":
         return copy_row(rng, length=block.length)
     if block.task == "recall":
@@ -165,16 +165,16 @@ def block_row(block: TaskBlock, rng: np.random.Generator) -> dict:
     return chase_row(rng, hops=block.hops, think=block.think, verbose=verbose)
 
 
-def check_file(key: str, file: TaskFile) -> None:
+def _check_file(key: str, file: TaskFile) -> None:
     if not file.blocks:
         raise UserError(f"{key}.blocks is empty; give at least one block")
     if not 0 <= file.replay < 1:
         raise UserError(f"{key}.replay={file.replay} is outside [0, 1); use a share such as 0.2")
     for name, block in file.blocks.items():
-        check_block(f"{key}.blocks.{name}", block)
+        _check_block(f"{key}.blocks.{name}", block)
 
 
-def check_block(key: str, block: TaskBlock) -> None:
+def _check_block(key: str, block: TaskBlock) -> None:
     if block.task not in ("copy", "recall", "chase"):
         raise UserError(f"{key}.task={block.task} is unknown; use copy, recall or chase")
     counts = {"copy": ("rows",), "recall": ("rows", "pairs", "queries"), "chase": ("rows", "hops")}[block.task]

@@ -59,11 +59,11 @@ def token_batches(
     """
     tokenize = tokenize_pairs if stage.layout == "pairs" else tokenize_rows
     checked: set = set()
-    for batch in batched(rows):
+    for batch in _batched(rows):
         tokenized = tokenize(stage, batch, tokenizer)
         good = [row for row, found in zip(batch, tokenized, strict=True) if found.fault is None]
         check_tags(stage, good, tokenizer, checked)
-        yield record_batch(batch, tokenized, tokenizer, features)
+        yield _record_batch(batch, tokenized, tokenizer, features)
 
 
 def check_tags(stage: Rows, rows: Iterable[Row], tokenizer, checked: set) -> None:
@@ -82,7 +82,7 @@ def check_tags(stage: Rows, rows: Iterable[Row], tokenizer, checked: set) -> Non
         for messages in filter(
             None, map(row.get, ("chosen", "rejected") if stage.layout == "pairs" else ("messages",))
         ):
-            if (shape := shape_of(row, messages)) in checked:
+            if (shape := _shape_of(row, messages)) in checked:
                 continue
             checked.add(shape)
             options = {"template_kwargs": row.get("chat_template_kwargs"), "tools": row.get("tools")}
@@ -92,7 +92,7 @@ def check_tags(stage: Rows, rows: Iterable[Row], tokenizer, checked: set) -> Non
                 raise UserError(f"{row.where}: {error}") from error
 
 
-def shape_of(row: Row, messages: list[dict]) -> tuple:
+def _shape_of(row: Row, messages: list[dict]) -> tuple:
     """What decides which branches of a template a conversation goes through."""
     keys = frozenset((message["role"], key) for message in messages for key, value in message.items() if value)
     return keys, mode_of(row), bool(row.get("tools")), len(messages) > 3, OPEN in str(messages[-1].get("content"))
@@ -106,11 +106,11 @@ def admitted(row: Row, source: Source, layout: str) -> Row:
         return Row({}, row.path, row.number, fault=str(error))
 
 
-def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)
-        size += num_characters(row)
+        size += _num_characters(row)
         if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -118,12 +118,12 @@ def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def num_characters(value) -> int:
+def _num_characters(value) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(map(num_characters, value.values()))
-    return sum(map(num_characters, value)) if isinstance(value, list) else 0
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0
 
 
 class Tokenized:
@@ -151,10 +151,11 @@ class Tokenized:
 
 
 def refused(fault: str, num_parts: int) -> Tokenized:
+    """A refused row: no tokens, and the reason."""
     return Tokenized([np.zeros(0, np.int32)] * num_parts, [np.zeros(0, np.int8)] * num_parts, fault=fault)
 
 
-def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
+def _record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
     ids = [np.concatenate(row.ids) for row in tokenized]
     fates = [np.concatenate(row.fates) for row in tokenized]
     for row_fates in fates:
@@ -171,7 +172,7 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
         "think": [row.thinks for row in tokenized],
         "unknown": [int((row_ids == tokenizer.unk_token_id).sum()) for row_ids in ids],
         "neutralised": [row.neutralised for row in tokenized],
-        "content": [content_hash(*pair) for pair in zip(ids, parts, strict=True)],
+        "content": [_content_hash(*pair) for pair in zip(ids, parts, strict=True)],
         "features": [
             features(row) if features and row_tokens.fault is None else None
             for row, row_tokens in zip(rows, tokenized, strict=True)
@@ -188,11 +189,12 @@ def record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, feature
 
 
 def lists(arrays: list[np.ndarray], dtype) -> pa.ListArray:
+    """An Arrow column of lists from arrays."""
     offsets = np.concatenate(([0], np.cumsum([len(array) for array in arrays]))).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays).astype(dtype, copy=False))
 
 
-def content_hash(ids: np.ndarray, parts: np.ndarray) -> int:
+def _content_hash(ids: np.ndarray, parts: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes() + parts.tobytes(), digest_size=8).digest(), "little")
 
 
@@ -206,12 +208,12 @@ def tokenize_rows(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Token
         shape, fault = None, row.fault
         if fault is None:
             try:
-                shape = sft_shape(row)
+                shape = _sft_shape(row)
             except UserError as error:
                 fault = str(error)
         shapes.append(shape)
         faults.append(fault)
-    chats = encode_chats(stage, [row for row, s in zip(rows, shapes, strict=True) if s == "messages"], tokenizer)
+    chats = _encode_chats(stage, [row for row, s in zip(rows, shapes, strict=True) if s == "messages"], tokenizer)
     texts = encode_texts([row["text"] for row, s in zip(rows, shapes, strict=True) if s == "text"], tokenizer)
     encoded = {"messages": iter(chats), "text": iter(texts)}
     tokenized = []
@@ -227,7 +229,7 @@ def tokenize_rows(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Token
     return tokenized
 
 
-def sft_shape(row: Row) -> str:
+def _sft_shape(row: Row) -> str:
     shape = validate_row(row, row.where)
     if shape == "preference":
         raise UserError(
@@ -237,7 +239,7 @@ def sft_shape(row: Row) -> str:
     return shape
 
 
-def encode_chats(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Encoded | str]:
+def _encode_chats(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Encoded | str]:
     """Each row's tokens, or why it is refused."""
     options = {"today": stage.today, "policy": policy_of(stage)}
     kwargs = [row.get("chat_template_kwargs") for row in rows]
@@ -272,6 +274,7 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
 
 
 def policy_of(stage: Rows) -> Policy:
+    """The mask policy of a training stage."""
     return Policy(roles=tuple(stage.train_roles), reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
 
 
@@ -279,18 +282,19 @@ def policy_of(stage: Rows) -> Policy:
 
 
 def tokenize_pairs(stage: Rows, rows: list[Row], tokenizer) -> list[Tokenized]:
+    """Tokenize preference pairs; a refused pair has its reason."""
     tokenized, unasked = [], thinks_unasked(tokenizer, stage)
     for row in rows:
         try:
             if row.fault:
                 raise UserError(row.fault)
-            tokenized.append(tokenize_pair(stage, row, tokenizer, unasked))
+            tokenized.append(_tokenize_pair(stage, row, tokenizer, unasked))
         except UserError as error:
             tokenized.append(refused(str(error), len(PARTS)))
     return tokenized
 
 
-def tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
+def _tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
 
     Args:

@@ -26,10 +26,10 @@ def own_calls(calls, where: str, unread: set[str]):
     """
     if not isinstance(calls, list):
         return calls
-    return [own_call(call, f"{where}[{i}]", unread) for i, call in enumerate(calls)]
+    return [_own_call(call, f"{where}[{i}]", unread) for i, call in enumerate(calls)]
 
 
-def own_call(call, where: str, unread: set[str]):
+def _own_call(call, where: str, unread: set[str]):
     if not isinstance(call, dict):
         return call
     inner = call["function"] if isinstance(call.get("function"), dict) else call
@@ -64,10 +64,10 @@ def json_schema_tool(tool):
         return tool
     if isinstance(tool.get("function"), dict):
         return {**tool, "function": json_schema_tool(tool["function"])}
-    return {key: json_schema(by_name(value)) if key == "parameters" else value for key, value in tool.items()}
+    return {key: _json_schema(_by_name(value)) if key == "parameters" else value for key, value in tool.items()}
 
 
-def by_name(parameters):
+def _by_name(parameters):
     """xLAM's parameters, which are {name: {"type", "description", "default"}}, as a JSON schema; others as they are."""
     if not isinstance(parameters, dict) or not parameters or not parameters.keys().isdisjoint({"type", "properties"}):
         return parameters
@@ -84,9 +84,9 @@ def by_name(parameters):
     return {"type": "object", "properties": properties, "required": required}
 
 
-def json_schema(schema):
+def _json_schema(schema):
     if isinstance(schema, list):
-        return [json_schema(item) for item in schema]
+        return [_json_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     standard = {}
@@ -96,9 +96,9 @@ def json_schema(schema):
             if value is None:
                 continue
         elif key == "properties" and isinstance(value, dict):  # its keys are names, "type" may be one
-            value = {name: json_schema(inner) for name, inner in value.items()}
+            value = {name: _json_schema(inner) for name, inner in value.items()}
         elif key in ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not"):
-            value = json_schema(value)
+            value = _json_schema(value)
         standard[key] = value
     return standard
 

@@ -26,6 +26,7 @@ READ = {*MESSAGE, *REASONING, *MARKS, *JSON_KEYS, "function_calls", "refusal", *
 
 
 def known_roles(roles: dict[str, str]) -> tuple[str, ...]:
+    """All names of roles that are understood, the source's own included."""
     return (*ROLES, *ROLE_NAMES, *CALL_ROLES, *roles)
 
 
@@ -45,7 +46,7 @@ def own_turns(messages: list, where: str, roles: dict[str, str], unread: set[str
         if not isinstance(message, dict):
             turns.append(message)
             continue
-        turn, given = own_turn(message, f"{where}[{i}]", roles, unread)
+        turn, given = _own_turn(message, f"{where}[{i}]", roles, unread)
         tools += [value for value in given if value not in tools]
         is_call = roles.get(message.get("role"), message.get("role")) in CALL_ROLES
         if is_call and was_call:  # calls made at once come as turns of their own
@@ -56,7 +57,7 @@ def own_turns(messages: list, where: str, roles: dict[str, str], unread: set[str
     return turns, tools
 
 
-def own_turn(message: dict, where: str, roles: dict[str, str], unread: set[str]) -> tuple[dict, list]:
+def _own_turn(message: dict, where: str, roles: dict[str, str], unread: set[str]) -> tuple[dict, list]:
     if "role" not in message:
         return message, []
     message = {key: read_json(value, f"{where}.{key}") if key in JSON_KEYS else value for key, value in message.items()}

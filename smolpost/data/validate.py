@@ -37,11 +37,11 @@ def validate_row(row: dict, where: str, pairs: bool = False) -> str:
             raise UserError(f"{where}: tools[{i}] is {kind_of(tool)}; expected a JSON schema, an object with name")
     is_pair = row.get("chosen") is not None and row.get("rejected") is not None
     if is_pair and (pairs or row.get("messages") is None):
-        check_pair(row, where)
+        _check_pair(row, where)
         return "preference"
     if row.get("messages") is not None:
-        check_messages(row["messages"], f"{where}: messages", row.get("tools"))
-        check_reply(row["messages"], f"{where}: messages")
+        _check_messages(row["messages"], f"{where}: messages", row.get("tools"))
+        _check_reply(row["messages"], f"{where}: messages")
         return "messages"
     if row.get("text") is not None:
         if not isinstance(row["text"], str) or not row["text"]:
@@ -50,11 +50,11 @@ def validate_row(row: dict, where: str, pairs: bool = False) -> str:
         return "text"
     found = ", ".join(key if value is not None else f"{key} (null)" for key, value in row.items()) or "none"
     raise UserError(
-        f"{where}: has the columns {found}; expected messages, or chosen and rejected, or text; {hint(row)}"
+        f"{where}: has the columns {found}; expected messages, or chosen and rejected, or text; {_hint(row)}"
     )
 
 
-def hint(row: dict) -> str:
+def _hint(row: dict) -> str:
     """What to do about a row of no known shape."""
     if row.get("conversations") is not None:
         return "they look like ShareGPT; set columns: sharegpt"
@@ -74,12 +74,12 @@ def hint(row: dict) -> str:
     return "rename the columns"
 
 
-def check_pair(row: dict, where: str) -> None:
+def _check_pair(row: dict, where: str) -> None:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if prompt is not None and not isinstance(prompt, str | list):
         raise UserError(f"{where}: prompt is {kind_of(prompt)}; expected a string or a list of messages")
     for key in ("chosen", "rejected"):
-        check_messages(row[key], f"{where}: {key}", row.get("tools"))
+        _check_messages(row[key], f"{where}: {key}", row.get("tools"))
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
     if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
@@ -92,16 +92,16 @@ def check_pair(row: dict, where: str) -> None:
     for key in ("chosen", "rejected"):
         if not any(message["role"] == "assistant" for message in row[key][shared:]):
             raise UserError(f"{where}: {key} has no assistant turn after the shared prompt; there is nothing to prefer")
-        check_reply(row[key], f"{where}: {key}")
+        _check_reply(row[key], f"{where}: {key}")
 
 
-def check_messages(messages, where: str, tools: list | None = None) -> None:
+def _check_messages(messages, where: str, tools: list | None = None) -> None:
     if not isinstance(messages, list) or not messages:
         found = "empty" if messages == [] else kind_of(messages)
         raise UserError(f"{where} is {found}; expected a list of messages, each with role and content")
     was_called = False
     for i, message in enumerate(messages):
-        check_message(message, f"{where}[{i}]", tools)
+        _check_message(message, f"{where}[{i}]", tools)
         role = message["role"]
         if role == "system" and i:
             found = "a second system turn" if messages[0]["role"] == "system" else "a system turn after other turns"
@@ -109,7 +109,7 @@ def check_messages(messages, where: str, tools: list | None = None) -> None:
                 f"{where}[{i}] is {found}; expected one at most, at the start; "
                 "join its text to the first turn's, or make it a user turn"
             )
-        was_called = was_called or (role == "tool" and any(map(is_call, messages[:i])))
+        was_called = was_called or (role == "tool" and any(map(_is_call, messages[:i])))
         if role == "tool" and not was_called:
             raise UserError(
                 f"{where}[{i}] is a tool turn without an assistant's call before it; expected tool_calls in an "
@@ -124,7 +124,7 @@ def check_messages(messages, where: str, tools: list | None = None) -> None:
         raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
 
 
-def check_reply(messages: list[dict], where: str) -> None:
+def _check_reply(messages: list[dict], where: str) -> None:
     """Refuse a conversation without a reply to a user: it is a text, or its prompt is missing.
 
     Both templates would render it. A conversation that the assistant opens is allowed.
@@ -137,7 +137,7 @@ def check_reply(messages: list[dict], where: str) -> None:
         )
 
 
-def check_message(message, where: str, tools: list | None = None) -> None:
+def _check_message(message, where: str, tools: list | None = None) -> None:
     if not isinstance(message, dict):
         raise UserError(f"{where} is {kind_of(message)}; expected an object with role and content")
     role = message.get("role")
@@ -150,7 +150,7 @@ def check_message(message, where: str, tools: list | None = None) -> None:
             f"{where}.role is {role!r:.80}; expected one of {', '.join(ROLES)}; say what it stands for with the "
             f"source's roles, as roles: {{{role}: user}}"
         )
-    check_calls(message, where, tools)
+    _check_calls(message, where, tools)
     text = message_text(message, where)
     if role == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
         return
@@ -179,14 +179,14 @@ def message_text(message: dict, where: str) -> str:
     return "".join(texts)
 
 
-def is_call(message: dict) -> bool:
+def _is_call(message: dict) -> bool:
     if message["role"] != "assistant":
         return False
     text = message_text(message, "")
     return bool(message.get("tool_calls") or call_blocks(text) or OTHER_CALLS.search(text))
 
 
-def check_calls(message: dict, where: str, tools: list | None) -> None:
+def _check_calls(message: dict, where: str, tools: list | None) -> None:
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}.tool_calls is {kind_of(calls)}; expected a list of calls")

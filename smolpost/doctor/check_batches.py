@@ -43,7 +43,7 @@ class CollatedDocument(NamedTuple):
     is_whole: bool
 
 
-def derived(case: Case, row: dict, messages: list[dict]) -> Derived | None:
+def _derived(case: Case, row: dict, messages: list[dict]) -> Derived | None:
     """Replies by the differences of rendered prefixes; None if the template rewrites earlier turns."""
     policy = Policy() if "all" in case.config.train_roles else policy_of(case.config)
     try:
@@ -79,10 +79,10 @@ def documents(case: Case) -> Iterator[CollatedDocument]:
     ends = np.cumsum(batch["document_lengths"])
     for number, length, end in zip(numbers, batch["document_lengths"], ends, strict=True):
         row, span = case.fitting[number], slice(end - length, end)
-        whole = derived(case, row, row["messages"]) if conversations(row) else None
+        whole = _derived(case, row, row["messages"]) if conversations(row) else None
         replies, is_labelled = None, labels[span] != IGNORE_INDEX
         if whole is not None:
-            pieces = [whole.is_reply[start : start + length].copy() for start in places(whole.ids, ids[span])]
+            pieces = [whole.is_reply[start : start + length].copy() for start in _places(whole.ids, ids[span])]
             if not pieces:
                 raise UserError(f"{row.where}: its {length} tokens are not those of its text")
             for piece in pieces:
@@ -93,7 +93,7 @@ def documents(case: Case) -> Iterator[CollatedDocument]:
         yield CollatedDocument(row, ids[span], labels[span], replies, is_whole)
 
 
-def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
+def _places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
     """The indices at which a part of the ids may begin."""
     size, text, place, found = ids.dtype.itemsize, ids.tobytes(), -1, []
     sought = piece.astype(ids.dtype).tobytes()
@@ -103,11 +103,11 @@ def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
     return found
 
 
-def texts_of(case: Case, ids: np.ndarray, flags: np.ndarray) -> list[str]:
+def _texts_of(case: Case, ids: np.ndarray, flags: np.ndarray) -> list[str]:
     return [case.decode(ids[run]) for run in runs(flags)]
 
 
-def check_policy(case: Case) -> None:
+def _check_policy(case: Case) -> None:
     """
     Raises:
         NotChecked: Prefixes cannot derive this policy.
@@ -117,7 +117,7 @@ def check_policy(case: Case) -> None:
         raise NotChecked(f"train_roles={roles}: prefixes give only replies, not {', '.join(roles)} turns")
 
 
-def check_earlier(case: Case) -> None:
+def _check_earlier(case: Case) -> None:
     """
     Raises:
         NotChecked: What failed earlier leaves no rows to look at.
@@ -128,8 +128,8 @@ def check_earlier(case: Case) -> None:
 
 def mask_is_policy(case: Case) -> tuple[bool, str]:
     """The text under the labels of the collated batch is the text of the policy."""
-    check_policy(case)
-    check_earlier(case)
+    _check_policy(case)
+    _check_earlier(case)
     check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_labelled, num_named, num_checked, num_left = [], 0, 0, 0, 0
     for document in documents(case):
@@ -143,7 +143,7 @@ def mask_is_policy(case: Case) -> tuple[bool, str]:
         num_checked += 1
         num_labelled += int(is_labelled.sum())
         num_named += int(flags.sum())
-        found, expected = texts_of(case, labels, is_labelled), texts_of(case, ids, flags)
+        found, expected = _texts_of(case, labels, is_labelled), _texts_of(case, ids, flags)
         if found != expected:
             faults.append(f"{row.where}: {difference(''.join(expected), ''.join(found))}")
     if num_left and not num_checked:
@@ -165,7 +165,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
     found = {token: case.tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(ends) if token}
     detail = f"{len(ends) - ends.count(None)} of {len(ends)} replies end with {', '.join(found) or 'a control token'}"
     try:
-        last = list(last_tokens(case))
+        last = list(_last_tokens(case))
     except (NotChecked, UserError):  # there are no labels to look at, see mask
         return None not in ends, detail
     stops = stop_tokens(case.stage.entry, case.config, case.prepared_rows, case.start, case.tokenizer)
@@ -177,11 +177,11 @@ def replies_stop(case: Case) -> tuple[bool, str]:
     return None not in ends and all(trains) and set(found.values()) <= {*after}, detail
 
 
-def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
+def _last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
     """The last token of each reply if it trains, else -100; and whether the reply is truncated there."""
     case.need("prepared_rows", "mask and lengths")
     if case.config.layout == "pairs":
-        for _, _, side, _ in pair_sides(case):
+        for _, _, side, _ in _pair_sides(case):
             yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
         return
     for _, _, labels, replies, is_whole in documents(case):
@@ -192,7 +192,7 @@ def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
 # ---------------------------------------------------------------- pairs
 
 
-def pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
+def _pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
     """(row, chosen or rejected, [S] ids that are scored, prepared pair) of the sides in the collated batch."""
     from smolpost.training import reference
 
@@ -207,7 +207,7 @@ def pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
 
 def prompt_is_shared(case: Case) -> tuple[bool, str]:
     """Prompt and completion equal, token by token, the beginning and almost all of the side's own conversation."""
-    check_earlier(case)
+    _check_earlier(case)
     faults, num_shared, num_tokens = [], 0, 0
     pairs = case.need("arrays", "pair mask")
     for pair in pairs:
@@ -225,18 +225,18 @@ def prompt_is_shared(case: Case) -> tuple[bool, str]:
 
 def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
     """The scored text of the collated batch is the replies after the messages that both sides share."""
-    check_policy(case)
+    _check_policy(case)
     check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_scored, num_checked, num_left = [], 0, 0, 0
-    for row, side, ids, _ in pair_sides(case):
-        whole = derived(case, row, row[side])
+    for row, side, ids, _ in _pair_sides(case):
+        whole = _derived(case, row, row[side])
         if whole is None:
             num_left += 1
             continue
         num_checked += 1
         num_scored += len(ids)
-        replies = texts_of(case, whole.ids, whole.is_reply)
-        expected = "".join(replies if case.config.last_turn_only else replies[num_shared_replies(case, row) :])
+        replies = _texts_of(case, whole.ids, whole.is_reply)
+        expected = "".join(replies if case.config.last_turn_only else replies[_num_shared_replies(case, row) :])
         if case.decode(ids) != expected:
             faults.append(f"{row.where} {side}: {difference(expected, case.decode(ids))}")
     if num_left and not num_checked:
@@ -245,7 +245,7 @@ def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
     return not faults, detail + (f", the first {faults[0]}" if faults else "")
 
 
-def num_shared_replies(case: Case, row: dict) -> int:
+def _num_shared_replies(case: Case, row: dict) -> int:
     """Replies that train among the messages with which both sides begin, except each side's last message."""
     shared = []
     for one, other in zip(*(clean_messages(side)[:-1] for side in conversations(row)), strict=False):
@@ -254,11 +254,12 @@ def num_shared_replies(case: Case, row: dict) -> int:
         shared.append(one)
     if not any(message["role"] == "assistant" for message in shared):
         return 0
-    whole = derived(case, row, shared)
+    whole = _derived(case, row, shared)
     return len(runs(whole.is_reply)) if whole is not None else 0
 
 
 def sides_differ(case: Case) -> tuple[bool, str]:
+    """The sides of each sampled pair render to different texts."""
     sample = case.need("sample", "rows")
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
     detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
@@ -269,12 +270,14 @@ def sides_differ(case: Case) -> tuple[bool, str]:
 
 
 def packed_equals_unpacked(case: Case) -> tuple[bool, str]:
+    """A packed row gives the loss and gradients of its documents one by one."""
     from smolpost.doctor import training_steps
 
     return training_steps.packed_equals_unpacked(case.model_to_run(), case.short_documents(), case.environment)
 
 
 def pair_equals_two_sequences(case: Case) -> tuple[bool, str]:
+    """A pair in one sequence gives the log-probabilities of its two sequences."""
     from smolpost.doctor import training_steps
 
     rows = case.short_pairs.with_format("numpy")
@@ -282,6 +285,7 @@ def pair_equals_two_sequences(case: Case) -> tuple[bool, str]:
 
 
 def accumulation(case: Case) -> tuple[bool, str]:
+    """Several forward passes give the loss and gradients of one."""
     from smolpost.doctor import training_steps
 
     for other in ("packing", "pairs"):
@@ -295,12 +299,14 @@ def accumulation(case: Case) -> tuple[bool, str]:
 
 
 def loss_at_reference(case: Case) -> tuple[bool, str]:
+    """The first loss is the one that theory gives when the policy equals the reference."""
     from smolpost.doctor import training_steps
 
     return training_steps.loss_at_reference(case.config, case.pair_steps, case.environment)
 
 
 def vocabulary(case: Case) -> tuple[bool, str]:
+    """Every id of the sample has an embedding of its own."""
     from smolpost.doctor import training_steps
 
     case.need("sample", "rows")

@@ -18,6 +18,7 @@ from smolpost.errors import UserError
 
 
 def rows_are_valid(case: Case) -> tuple[bool, str]:
+    """Every row of the sample can be read, rendered and tokenized."""
     modes = [mode_of(row) for row in case.sample]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in sorted(set(modes)))
     _ = case.trainable  # what tokenizing refuses counts, too
@@ -71,11 +72,11 @@ def users_write_no_control_tokens(case: Case) -> tuple[bool, str]:
 
 def chat_parity(case: Case) -> tuple[bool, str]:
     """The previous stage's template, tokenizer and generation prompt against this stage's."""
-    findings = [same_template(case), same_tokenizer(case), same_generation_prompt(case)]
+    findings = [_same_template(case), _same_tokenizer(case), _same_generation_prompt(case)]
     return all(passed for passed, _ in findings), "; ".join(detail for _, detail in findings)
 
 
-def same_template(case: Case) -> tuple[bool, str]:
+def _same_template(case: Case) -> tuple[bool, str]:
     stored, own = case.stored_template, template_hash(case.template)
     if not isinstance(stored, str):
         return True, f"template {own}, the checkpoint stores none"
@@ -98,19 +99,19 @@ def same_template(case: Case) -> tuple[bool, str]:
         detail += f", the first {differing[0]}"
     if case.config.allow_template_change:
         return True, f"{detail}; allowed by allow_template_change"
-    if written_by_init(case, stored):
+    if _written_by_init(case, stored):
         return True, f"{detail}; nothing was trained with it"
     return not differing, detail
 
 
-def written_by_init(case: Case, stored: str) -> bool:
+def _written_by_init(case: Case, stored: str) -> bool:
     """Whether the start checkpoint has random weights and the template that its own stage gave it."""
     parent = case.lineage.recipe.stages.get(case.config.init_from)
     random = parent is not None and not parent.MAKES_MODEL
     return random and load_template(parent.template) == stored
 
 
-def same_tokenizer(case: Case) -> tuple[bool, str]:
+def _same_tokenizer(case: Case) -> tuple[bool, str]:
     """The start checkpoint's vocabulary against that of the checkpoint where its line began, and of prepared rows."""
     from transformers import AutoTokenizer
 
@@ -129,11 +130,12 @@ def same_tokenizer(case: Case) -> tuple[bool, str]:
 
 
 def vocabulary_hash(tokenizer) -> str:
+    """16 hex digits of the SHA-256 of tokens and ids."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
-def same_generation_prompt(case: Case) -> tuple[bool, str]:
+def _same_generation_prompt(case: Case) -> tuple[bool, str]:
     """Inference and training put the same text before a reply, in both modes."""
     ask, faults, turns = {"role": "user", "content": "One or two?"}, [], 0
     for thinking, reply in ((True, "<think>\nOne.\n</think>\nOne."), (False, "One.")):
@@ -146,7 +148,7 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
         written = "".join(text.removeprefix(prompt).split())  # a template may set other line breaks in a reply
         if not text.startswith(prompt) or not written.startswith("".join(reply.split())):
             faults.append(f"enable_thinking={thinking}: {difference(prompt + reply, text)}")
-        elif not begins(case, messages, options, prompt):
+        elif not _begins(case, messages, options, prompt):
             faults.append(f"enable_thinking={thinking}: the prompt alone has other tokens than before its reply")
     for row in case.need("sample", "rows"):
         for messages in conversations(row):
@@ -162,7 +164,7 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
     return not faults, detail + (f"; {faults[0]}" if faults else "")
 
 
-def begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool:
+def _begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool:
     """Whether the training tokens of prompt and reply begin with the inference tokens of the prompt."""
     ids = case.tokenizer.encode(prompt, add_special_tokens=False)
     try:
@@ -172,6 +174,7 @@ def begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool
 
 
 def lengths(case: Case) -> tuple[bool, str]:
+    """The rows fit max_seq_len, and max_seq_len fits the model's context."""
     from smolpost.model.stored import CONFIG, read_config
 
     found, limit = case.need("lengths", "rows"), case.config.max_seq_len

@@ -141,13 +141,13 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
         case = Case(lineage, stage, rows, Path(folder))
         for name, (layouts, examine, remedy) in CHECKS.items():
             if config.layout in layouts:
-                found.append(one_check(case, name, examine, remedy))
+                found.append(_one_check(case, name, examine, remedy))
                 if found[-1].status == "fail":
                     case.failed.add(name)
     return found
 
 
-def one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
+def _one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
     try:
         passed, detail = examine(case)
     except NotChecked as reason:

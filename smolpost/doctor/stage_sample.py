@@ -53,7 +53,7 @@ class Case:
 
         self.lineage, self.stage, self.config = lineage, stage, stage.config
         self.num_rows, self.folder = num_rows, folder
-        self.start = input_folders(stage, lineage.recipe)[self.config.init_from]
+        self.start = input_folders(lineage, stage)[self.config.init_from]
         self.tokenizer = AutoTokenizer.from_pretrained(self.start)
         self.stored_template = self.tokenizer.chat_template
         self.template = load_template(self.config.template)
@@ -165,6 +165,7 @@ class Case:
         }
 
     def decode(self, ids) -> str:
+        """The text of ids, special tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
@@ -277,12 +278,14 @@ class Case:
 
 
 def conversations(row: dict) -> list[list[dict]]:
+    """The conversations of a row: chosen and rejected, the messages, or none for a text."""
     if "chosen" in row and "rejected" in row:
         return [row["chosen"], row["rejected"]]
     return [row["messages"]] if "messages" in row else []
 
 
 def one_line(error: Exception) -> str:
+    """The text of an error in one line, at most 300 characters; with its type, if it is not the user's."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 

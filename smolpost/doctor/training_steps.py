@@ -34,6 +34,8 @@ TOKEN_COLUMNS = ("input_ids", "fates")  # of a pack; its other columns have an e
 
 
 class Finding(NamedTuple):
+    """Whether a check passed, and the numbers."""
+
     passed: bool
     detail: str
 
@@ -45,9 +47,11 @@ class Step(NamedTuple):
     gradients: dict[str, torch.Tensor]
 
     def norm(self) -> float:
+        """Norm of all gradients together."""
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
     def largest(self) -> float:
+        """Largest absolute gradient."""
         return max(float(g.abs().max()) for g in self.gradients.values())
 
 
@@ -81,12 +85,12 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
         length = len(document["input_ids"])
         if length > room and len(chosen) >= 2:
             break
-        chosen.append(tail(document, max_tokens // 2) if length > max_tokens // 2 else document)
+        chosen.append(_tail(document, max_tokens // 2) if length > max_tokens // 2 else document)
         room -= len(chosen[-1]["input_ids"])
     return chosen
 
 
-def tail(document: dict, length: int) -> dict:
+def _tail(document: dict, length: int) -> dict:
     """The last `length` tokens of the document, up to its last trained one."""
     stop = int((document["fates"] == Fate.TRAINED).nonzero()[0][-1]) + 1
     start = max(0, stop - length)
@@ -113,7 +117,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
     )
 
 
-def take_step(model: PreTrainedModel, loss: float) -> Step:
+def _take_step(model: PreTrainedModel, loss: float) -> Step:
     """The gradients of the model's parameters, which are then cleared."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -149,11 +153,11 @@ def packed_equals_unpacked(model: PreTrainedModel, chosen: list[dict], environme
     score_tokens(model)
     packed = sft.collate_packs([joined(chosen)])
     alone = [{key: sft.collate_packs([d])[key] for key in ("input_ids", "labels")} for d in chosen]
-    steps = [summed(model, batches, environment) for batches in ([packed], alone)]
+    steps = [_summed(model, batches, environment) for batches in ([packed], alone)]
     return compare(f"packed ({len(chosen)} documents)", steps[0], "one by one", steps[1], environment)
 
 
-def summed(model: PreTrainedModel, batches: list[dict], environment: Environment) -> Step:
+def _summed(model: PreTrainedModel, batches: list[dict], environment: Environment) -> Step:
     """Mean negative log-likelihood over the trained tokens of all batches."""
     model.eval()
     total = sum(int((batch["labels"][0, 1:] != IGNORE_INDEX).sum()) for batch in batches)
@@ -168,7 +172,7 @@ def summed(model: PreTrainedModel, batches: list[dict], environment: Environment
             scores = model(**inputs, scored=Scored(positions, labels[positions + 1], weights, metrics=False))
         (-scores.total).backward()
         loss -= float(scores.total.detach())
-    return take_step(model, loss)
+    return _take_step(model, loss)
 
 
 def sft_accumulation(
@@ -188,14 +192,14 @@ def sft_accumulation(
     rows = Dataset.from_list([{name: values.tolist() for name, values in d.items()} for d in chosen])
     steps = []
     for micro_batch_size in (len(rows), 1):
-        settings = without_log(stage, len(rows), micro_batch_size=micro_batch_size)
+        settings = _without_log(stage, len(rows), micro_batch_size=micro_batch_size)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
         trainer = sft.trainer(settings, model, tokenizer, rows, None, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
     return compare(f"in 1 pass of {len(rows)} packs", steps[0], f"in {len(rows)} passes of 1", steps[1], environment)
 
 
-def without_log(stage: Training, num_rows: int, **changes) -> Training:
+def _without_log(stage: Training, num_rows: int, **changes) -> Training:
     """The stage with all rows in one global batch."""
     return dataclasses.replace(
         stage, global_batch_size=num_rows, report_to=[], gradient_checkpointing=False, num_epochs=1, **changes
@@ -208,7 +212,7 @@ def global_step(trainer: StageTrainer, environment: Environment) -> Step:
     trainer.model.zero_grad(set_to_none=True)
     with precision(environment):
         loss = float(trainer.training_step(trainer.model, passes))
-    return take_step(trainer.model, loss)
+    return _take_step(trainer.model, loss)
 
 
 # ---------------------------------------------------------------- apo
@@ -223,7 +227,7 @@ def pair_equals_two_sequences(model: PreTrainedModel, pairs: list[dict], environ
         counts = [int(np.sum(pair[f"{part}_mask"])) for part in PARTS]
         prompt, chosen, rejected = np.split(logps, np.cumsum(counts)[:-1])
         for part, own in (("chosen", chosen), ("rejected", rejected)):
-            expected = side_logps(model, pair, part, environment)
+            expected = _side_logps(model, pair, part, environment)
             found = np.concatenate((prompt, own))
             if len(found) != len(expected):
                 return Finding(False, f"{len(found)} scored tokens in the pair, {len(expected)} in the {part} sequence")
@@ -239,7 +243,7 @@ def pair_equals_two_sequences(model: PreTrainedModel, pairs: list[dict], environ
 
 
 @torch.no_grad()
-def side_logps(model: PreTrainedModel, pair: dict, part: str, environment: Environment) -> np.ndarray:
+def _side_logps(model: PreTrainedModel, pair: dict, part: str, environment: Environment) -> np.ndarray:
     """[S] log-probabilities of the scored tokens of the prompt and one side, as a sequence of its own."""
     ids = torch.from_numpy(np.concatenate((pair["prompt_ids"], pair[f"{part}_ids"])).astype(np.int64))
     mask = torch.from_numpy(np.concatenate((pair["prompt_mask"], pair[f"{part}_mask"])) != 0)
@@ -286,7 +290,7 @@ def pair_steps(
     cache.open()
     steps, rewards = [], {}
     for pack_tokens in (int(lengths.sum()), 1):  # a longer pair has a pass of its own
-        settings = without_log(stage, len(rows), pack_tokens=pack_tokens)
+        settings = _without_log(stage, len(rows), pack_tokens=pack_tokens)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
         trainer = preference.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
@@ -317,6 +321,7 @@ def loss_at_reference(stage: PairTraining, steps: PairSteps, environment: Enviro
 
 
 def apo_accumulation(steps: PairSteps, environment: Environment) -> Finding:
+    """Compare one pass for all pairs with a pass for each pair."""
     return compare("in 1 pass", steps.whole, "in a pass for each pair", steps.single, environment)
 
 

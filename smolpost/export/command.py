@@ -41,7 +41,7 @@ class Format(NamedTuple):
     extra: str = "export"
 
 
-def formats(llama_cpp: Path | None = None) -> dict[str, Format]:
+def _formats(llama_cpp: Path | None = None) -> dict[str, Format]:
     """Name on the command line -> format."""
     return {
         "onnx": Format(
@@ -96,7 +96,7 @@ def export(
     Raises:
         UserError: The checkpoint cannot be exported, a package is missing, or the check failed; nothing is written.
     """
-    chosen, source = formats(llama_cpp)[kind], ExportSource(Path(checkpoint))
+    chosen, source = _formats(llama_cpp)[kind], ExportSource(Path(checkpoint))
     for module in chosen.modules:
         if find_spec(module) is None:
             raise UserError(f"{kind} needs the package {module}; pip install 'smolpost[{chosen.extra}]'")
@@ -127,8 +127,8 @@ def check_format(kind: str, source: ExportSource) -> None:
     Raises:
         UserError: The format cannot hold the model; it names those that can.
     """
-    if reason := formats()[kind].obstacle(source):
-        others = [name for name, other in formats().items() if not other.obstacle(source)]
+    if reason := _formats()[kind].obstacle(source):
+        others = [name for name, other in _formats().items() if not other.obstacle(source)]
         remedy = f"export it as {' or '.join(others)}" if others else "no other format carries it"
         raise UserError(f"{source.folder}: {reason}; {remedy}")
 

@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from smolpost.export.folder import ExportSource
 from smolpost.inference.generation import stored_stop_token_ids
+from smolpost.model.layers_smollm3 import head_size
 from smolpost.model.loading import load_model
-from smolpost.model.modeling_smollm3 import head_size
 
 FILE = "model.onnx"
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
@@ -49,7 +49,7 @@ def convert(source: ExportSource, out: Path) -> str:
     mask = torch.ones(rows, past + new, dtype=torch.long)
     places = torch.arange(past, past + new).expand(rows, -1)
     row, step = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
-    inputs = cache_names(config.num_hidden_layers, "past_key_values")
+    inputs = _cache_names(config.num_hidden_layers, "past_key_values")
     # The exporter prints its progress, deprecations inside torch, and missing packages.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
@@ -60,7 +60,7 @@ def convert(source: ExportSource, out: Path) -> str:
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask", "position_ids", *inputs],
-            output_names=["logits", *cache_names(config.num_hidden_layers, "present")],
+            output_names=["logits", *_cache_names(config.num_hidden_layers, "present")],
             dynamic_shapes=(
                 step,
                 row | {1: "total_sequence_length"},
@@ -73,7 +73,7 @@ def convert(source: ExportSource, out: Path) -> str:
     return "float32"
 
 
-def cache_names(num_layers: int, stem: str) -> list[str]:
+def _cache_names(num_layers: int, stem: str) -> list[str]:
     return [f"{stem}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
 
 
@@ -117,7 +117,7 @@ class OnnxSession:
 
         self.stop_tokens = set(stored_stop_token_ids(folder))
         self._run = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"]).run
-        self._names = cache_names(config.num_hidden_layers, "past_key_values")
+        self._names = _cache_names(config.num_hidden_layers, "past_key_values")
         self._empty = np.zeros((1, config.num_key_value_heads, 0, head_size(config)), np.float32)
         self.reset()
 

@@ -22,7 +22,7 @@ def place_weights(source: Path, folder: Path, *, link: bool) -> None:
         UserError: The files are not there or cannot be read.
     """
     checkpoint = Checkpoint(source.name, source)
-    alone = head_alone(checkpoint)
+    alone = _head_alone(checkpoint)
     for file in checkpoint.weight_files:
         if file == alone:
             tensors = load_file(file)
@@ -39,7 +39,7 @@ def place_weights(source: Path, folder: Path, *, link: bool) -> None:
         write_json(folder / file.name, index)
 
 
-def head_alone(checkpoint: Checkpoint) -> Path | None:
+def _head_alone(checkpoint: Checkpoint) -> Path | None:
     """The file with the head of a tied model that is stored without its embedding; None for every other model."""
     tensors = checkpoint.tensors
     if not checkpoint.config.get("tie_word_embeddings") or EMBEDDING in tensors or HEAD not in tensors:

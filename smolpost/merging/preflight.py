@@ -46,6 +46,11 @@ def check_out(out: Path) -> None:
 
 
 def check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is not one of the known ones.
+
+    Raises:
+        UserError: Names the key, the value and the choices.
+    """
     if value not in known:
         raise UserError(f"merge {key}='{value}' is not known; choose one of {', '.join(known)}")
 

@@ -51,6 +51,7 @@ class Shard:
 
 
 def default_threads() -> int:
+    """The cores of this process, at most MAX_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MAX_THREADS)
 
@@ -86,7 +87,7 @@ def _shard(file: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) ->
     return Shard(file, header, tensors, len(header) + end)
 
 
-def index_of(shards: list[Shard]) -> dict:
+def _index_of(shards: list[Shard]) -> dict:
     """Content of model.safetensors.index.json."""
     places = {name: shard.file for shard in shards for name in shard.tensors}
     total = sum(shard.size - len(shard.header) for shard in shards)
@@ -129,13 +130,13 @@ def write_mean(
                 raise NotFinite(name)
             _write_all(file, mean.view(torch.uint8).numpy(), offset + start * dtype.itemsize)
 
-    with one_torch_thread():
+    with _one_torch_thread():
         for shard in shards:
             part = folder / (shard.file + PART)
             # The threads end before the file is closed.
             with _create(part, shard.size) as file, Pool(threads) as pool:
                 _write_all(file, shard.header, 0)
-                finish(
+                _finish(
                     pool.submit(write, file, name, offset, first, min(first + TASK, number))
                     for name, (offset, number) in shard.tensors.items()
                     for first in range(0, number, TASK)
@@ -143,7 +144,7 @@ def write_mean(
             part.rename(folder / shard.file)
             finished(folder / shard.file)
     if len(shards) > 1:
-        write_json(folder / INDEX, index_of(shards))
+        write_json(folder / INDEX, _index_of(shards))
     return shards
 
 
@@ -188,7 +189,7 @@ def write_tensors(
     if left_out:
         raise RuntimeError(f"tensor {left_out[0]} was not computed ({len(left_out)} such)")
     if len(shards) > 1:
-        write_json(folder / INDEX, index_of(shards))
+        write_json(folder / INDEX, _index_of(shards))
     return shards
 
 
@@ -199,7 +200,7 @@ class Pool(ThreadPoolExecutor):
         self.shutdown(wait=True, cancel_futures=kind is not None)
 
 
-def finish(tasks: Iterable[Future]) -> None:
+def _finish(tasks: Iterable[Future]) -> None:
     """Wait for tasks; raises the first error as soon as there is one."""
     done, _ = wait(list(tasks), return_when=FIRST_EXCEPTION)
     for task in done:
@@ -207,7 +208,7 @@ def finish(tasks: Iterable[Future]) -> None:
 
 
 @contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
+def _one_torch_thread() -> Iterator[None]:
     """Our threads share out the work; torch's own in each of them would only wait for a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 
 from smolpost import disks, schema
+from smolpost.data.paths import is_hub_id
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.files import MANIFEST, Hashes, digest, verify
+from smolpost.hub import Commits, Kind
 from smolpost.pipeline import manifest
 from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
@@ -18,6 +20,7 @@ from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
 from smolpost.stages.base import CHECKPOINT, Planned, keyed
 
+HUB = "hub.json"  # in the pipeline's folder: commits of its names on the Hub
 HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
 
 
@@ -81,19 +84,24 @@ class Stages(Mapping[str, Located]):
 class Lineage:
     """Keys and folders of the stages of one request. It is the `stages.base.Keys` of stage kinds.
 
+    Args:
+        look_up: Ask the Hub for commits that the pipeline does not know yet, as every command does that makes or
+            measures something. Without it the names stand for them, and those stages get other keys later.
     Attributes:
+        commits: Of the pipeline's names on the Hub.
         stages: Name -> the located stage; what nobody asks for is not looked at, nor is its data.
 
     Raises (when a stage is asked for):
         UserError: A data file does not exist, or a local base checkpoint has no manifest.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, *, look_up: bool = False):
         self.recipe, self.overrides, self.environment = request.recipe, request.overrides, request.environment
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
         self.stages = Stages(self, plan(request))
         self._fingerprints: dict[str, str] = {}
         self._hashes = Hashes(self.root / HASHES)
+        self.commits, self._look_up = Commits(self.root / HUB), look_up
 
     # ------------------------------------------------------------ the parts of keys
 
@@ -124,6 +132,7 @@ class Lineage:
 
     def source(self, source: schema.Source, without: tuple[str, ...] = ()) -> list:
         """A source's rows by their content, and its settings."""
+        source = self._at_commit(source)
         rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
         return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
@@ -141,7 +150,6 @@ class Lineage:
         identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
         if identity not in self._fingerprints:
             self._fingerprints[identity] = fingerprint(source, self._hashes)
-            self._hashes.save()
         return self._fingerprints[identity]
 
     def _checkpoint_key(self, name: str) -> str:
@@ -149,7 +157,7 @@ class Lineage:
             return self.stages[name].key
         checkpoint = self.recipe.model.checkpoint
         if not Path(checkpoint).is_dir():
-            return f"{checkpoint}@{self.recipe.model.revision or 'main'}"
+            return f"{checkpoint}@{self.checkpoint_revision}"
         found = manifest.read(Path(checkpoint))
         if found is None:
             raise UserError(
@@ -199,8 +207,35 @@ class Lineage:
             if source.stage is not None:
                 path = str(self.stages[source.stage].folder / source.path)
                 source = dataclasses.replace(source, path=path, stage=None)
+            else:
+                source = self._at_commit(source)
             sources[key] = source
         return dataclasses.replace(mixture, sources=sources)
+
+    @cached_property
+    def checkpoint_revision(self) -> str | None:
+        """The commit of a model.checkpoint on the Hub; None for a folder."""
+        model = self.recipe.model
+        return None if Path(model.checkpoint).is_dir() else self._revision("model", model.checkpoint, model.revision)
+
+    def _at_commit(self, source: schema.Source) -> schema.Source:
+        if source.stage is not None or not is_hub_id(source):
+            return source
+        return dataclasses.replace(source, revision=self._revision("dataset", source.path, source.revision))
+
+    def _revision(self, kind: Kind, name: str, revision: str | None) -> str:
+        if self._look_up:
+            return self.commits.resolve(kind, name, revision)
+        return self.commits.known(kind, name, revision) or revision or "main"
+
+    def hub_names(self) -> list[str]:
+        """ "ID@REVISION = COMMIT" of each dataset on the Hub and of a model.checkpoint there."""
+        sources = [source for mixture in self.recipe.data.values() for source in mixture.sources.values()]
+        names = [("dataset", s.path, s.revision) for s in sources if s.stage is None and is_hub_id(s)]
+        model = self.recipe.model
+        if model.checkpoint and not Path(model.checkpoint).is_dir():
+            names.append(("model", model.checkpoint, model.revision))
+        return [self.commits.shown(*name) for name in dict.fromkeys(names)]
 
     def _checkpoint(self, name: str) -> str:
         return self.recipe.model.checkpoint if name == CHECKPOINT else str(self.stages[name].folder)

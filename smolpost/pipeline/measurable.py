@@ -21,7 +21,7 @@ def check_measurable(lineage: Lineage, stage: Located) -> None:
     ready = [name for name in stage.evaluation if spec[name].mixtures() and _written(lineage, spec[name])]
     if not ready:
         return
-    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[stage.base])
+    tokenizer = AutoTokenizer.from_pretrained(input_folders(lineage, stage)[stage.base])
     tokenizer.chat_template = load_template(stage.config.template_of(lineage.recipe.stages))
     shared = context(lineage, ready)
     for name in ready:

@@ -7,6 +7,7 @@ imports, and gives the same bytes.
 
 import atexit
 import functools
+import gc
 import importlib
 import os
 import runpy
@@ -65,8 +66,9 @@ def arguments(command: tuple[str, ...]) -> list[str]:
 def warm() -> bool:
     """Import what commands need; whether a fork of this process is as good as a new program.
 
-    It is not where this process may have computed before: OpenMP's threads and CUDA's state do not survive a fork.
-    Nor is it where threads run, whose locks a fork would find closed, or where system libraries do not allow it.
+    It is not if this process may have computed before, because OpenMP's threads and CUDA's state do not survive a
+    fork; nor if it has threads, because a fork would find their locks closed; nor on systems other than Linux, whose
+    libraries do not allow it. Then nothing is imported.
     """
     if sys.platform != "linux" or "torch" in sys.modules or threading.active_count() > 1:
         return False
@@ -77,6 +79,7 @@ def warm() -> bool:
         importlib.import_module(name)
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK")
     os.environ.update(before)
+    gc.freeze()  # collections of garbage in a fork leave alone what it shares with this process
     return threading.active_count() == 1
 
 
@@ -113,14 +116,18 @@ def _become(command: tuple[str, ...], mask: set[signal.Signals]) -> None:
         _main(command)
         code = 0
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def _main(command: tuple[str, ...]) -> None:

@@ -58,7 +58,7 @@ def run(request: Request, console: Console) -> int:
     Raises:
         UserError: The recipe or its data cannot be used.
     """
-    lineage = Lineage(request)
+    lineage = Lineage(request, look_up=True)
     wanted = _with_parents(lineage, [p.name for p in select(lineage.stages.planned.values(), request.stage)])
     if any(status(lineage.stages[name])[0] != "done" for name in wanted):
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
@@ -217,6 +217,8 @@ def describe(request: Request, console: Console) -> None:
     console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
     for line in request.replaced:
         console.print(line, soft_wrap=True)
+    for name in lineage.hub_names():
+        console.print(f"on the Hub: {name}", soft_wrap=True)
     for number, stage in enumerate((lineage.stages[plan.name] for plan in plans), 1):
         word, reason = status(stage)
         heading(f"{number}. {stage.name} ({stage.config.kind}): {word}{f', {reason}' if reason else ''}", console)

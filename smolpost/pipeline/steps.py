@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolpost import disks, schema, screen
+from smolpost import disks, screen
 from smolpost.chat.render import load_template, template_hash
 from smolpost.data.mixtures import mix
 from smolpost.data.settings import SELECTING
@@ -80,7 +80,7 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
     return Work(
         stage=stage,
         recipe=lineage.recipe,
-        inputs=input_folders(stage, lineage.recipe),
+        inputs=input_folders(lineage, stage),
         data=stage.data,
         rows=lambda name: list(mix(lineage.filled(name))),
         folder=folder,
@@ -89,7 +89,7 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
     )
 
 
-def input_folders(stage: Located, recipe: schema.Recipe) -> dict[str, Path]:
+def input_folders(lineage: Lineage, stage: Located) -> dict[str, Path]:
     """Folder of every checkpoint the stage starts from, by name; a base checkpoint on the Hub is fetched.
 
     Raises:
@@ -97,9 +97,9 @@ def input_folders(stage: Located, recipe: schema.Recipe) -> dict[str, Path]:
     """
     from smolpost.model.loading import local_folder
 
-    revision = recipe.model.revision
     return {
-        name: local_folder(place, revision if name == CHECKPOINT else None) for name, (place, _) in stage.inputs.items()
+        name: local_folder(place, lineage.checkpoint_revision if name == CHECKPOINT else None)
+        for name, (place, _) in stage.inputs.items()
     }
 
 
@@ -275,7 +275,7 @@ def model_folder(lineage: Lineage, stage: str) -> Path:
 
     lineage.require(stage)
     if stage == CHECKPOINT:
-        return local_folder(lineage.recipe.model.checkpoint, lineage.recipe.model.revision)
+        return local_folder(lineage.recipe.model.checkpoint, lineage.checkpoint_revision)
     return lineage.stages[stage].folder
 
 

@@ -11,7 +11,7 @@ SWEEP = "sweep.json"  # what a sweep stage leaves beside its weights
 RESULTS = "results.json"  # what `smolpost run` leaves in its pipeline's folder
 
 
-def read_stages(folder: Path) -> dict[str, dict]:
+def _read_stages(folder: Path) -> dict[str, dict]:
     """The stages of a finished run in run_dir/pipeline: name -> entry of its results.
 
     Raises:
@@ -28,13 +28,13 @@ def read_stages(folder: Path) -> dict[str, dict]:
 
 def evaluations(folder: Path) -> dict[str, dict]:
     """Stage -> task -> scores, of the stages of a finished run that were measured."""
-    return {name: stage["evaluation"] for name, stage in read_stages(folder).items() if stage.get("evaluation")}
+    return {name: stage["evaluation"] for name, stage in _read_stages(folder).items() if stage.get("evaluation")}
 
 
 def sweeps(folder: Path) -> list[dict]:
     """Reports of the sweep stages of a finished run."""
-    folders = [folder / Path(s["folder"]).name for s in read_stages(folder).values() if s["kind"] == "sweep"]
-    return [json.loads((folder / SWEEP).read_text(encoding="utf-8")) for folder in folders]
+    files = [folder / Path(stage["folder"]).name / SWEEP for stage in _read_stages(folder).values()]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
 def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tuple[float, float, float]]]:

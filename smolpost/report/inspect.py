@@ -23,8 +23,8 @@ from smolpost.errors import UserError
 
 ROWS = "rows.parquet"
 COLUMNS = {
-    "sft": ("input_ids", "fates", "seq_lengths", "rows"),
-    "apo": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
+    "documents": ("input_ids", "fates", "seq_lengths", "rows"),
+    "pairs": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
 }
 MOST_PARTS = 8  # tokens of one character, at most: bytes may never add up to one
 UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
@@ -56,7 +56,7 @@ class PreparedRow:
 
 
 @dataclass(frozen=True)
-class Segment:
+class TokenSequence:
     """A document of a pack, or a part of a pair.
 
     Attributes:
@@ -96,7 +96,7 @@ class PackedDocument:
     index: int
     start: int
     row: PreparedRow
-    tokens: Segment
+    tokens: TokenSequence
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class PreparedPair:
 
     index: int
     row: PreparedRow
-    prompt: Segment
-    chosen: Segment
-    rejected: Segment
+    prompt: TokenSequence
+    chosen: TokenSequence
+    rejected: TokenSequence
 
     @property
-    def parts(self) -> tuple[Segment, Segment, Segment]:
+    def parts(self) -> tuple[TokenSequence, TokenSequence, TokenSequence]:
         return self.prompt, self.chosen, self.rejected
 
 
@@ -143,7 +143,7 @@ class Prepared:
     """A prepared folder, open for reading.
 
     Attributes:
-        kind: "sft" (packs) or "apo" (pairs).
+        layout: "documents" (packs of them) or "pairs".
         report: data_report.json.
         manifest: manifest.json.
     Raises:
@@ -165,8 +165,10 @@ class Prepared:
             self._data = datasets.load_from_disk(str(self.folder)).with_format("arrow")
         except Exception as error:  # whatever datasets and Arrow make of a damaged file
             raise self._damaged(f"its rows cannot be read ({error})") from error
-        self.kind = next((kind for kind, names in COLUMNS.items() if set(names) <= set(self._data.column_names)), "")
-        if not self.kind:
+        self.layout = next(
+            (layout for layout, names in COLUMNS.items() if set(names) <= set(self._data.column_names)), ""
+        )
+        if not self.layout:
             raise self._damaged(f"its columns are {', '.join(self._data.column_names)}")
 
     def __len__(self) -> int:
@@ -189,14 +191,18 @@ class Prepared:
         Raises:
             UserError: There is no such pack, or its columns contradict each other.
         """
-        columns = self._columns(index, "sft", "pack")
-        ids, fates, lengths, rows = (columns[name] for name in COLUMNS["sft"])
+        columns = self._columns(index, "documents", "pack")
+        ids, fates, lengths, rows = (columns[name] for name in COLUMNS["documents"])
         if len(fates) != len(ids) or lengths.sum() != len(ids) or len(rows) != len(lengths):
             raise self._damaged(f"ids, fates and lengths of pack {index} contradict each other")
         starts = np.cumsum(lengths) - lengths
         documents = [
             PackedDocument(
-                index, i, start, self.row(row), Segment("document", 0, *(a[start : start + n] for a in (ids, fates)))
+                index,
+                i,
+                start,
+                self.row(row),
+                TokenSequence("document", 0, *(a[start : start + n] for a in (ids, fates))),
             )
             for i, (start, n, row) in enumerate(zip(starts.tolist(), lengths.tolist(), rows.tolist(), strict=True))
         ]
@@ -207,19 +213,19 @@ class Prepared:
         Raises:
             UserError: There is no such pair, or its columns contradict each other.
         """
-        columns = self._columns(index, "apo", "pair")
+        columns = self._columns(index, "pairs", "pair")
         parts, first = [], 0
         for name in PARTS:
             ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
             if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
                 raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
-            parts.append(Segment(name, first, ids, fates))
+            parts.append(TokenSequence(name, first, ids, fates))
             first = len(parts[0].ids)
         return PreparedPair(index, self.row(int(columns["rows"][0])), *parts)
 
-    def _columns(self, index: int, kind: str, what: str) -> dict[str, np.ndarray]:
-        if self.kind != kind:
-            raise UserError(f"{self.folder} has the rows of an {self.kind} stage, which have no {what}s")
+    def _columns(self, index: int, layout: str, what: str) -> dict[str, np.ndarray]:
+        if self.layout != layout:
+            raise UserError(f"{self.folder} has {self.layout}, and no {what}s")
         if not 0 <= index < len(self):
             raise UserError(f"{what} {index} does not exist; {self.folder} has {what}s 0 to {len(self) - 1}")
         table = self._data[index]

@@ -15,7 +15,7 @@ from smolpost.data.report import caption, short
 from smolpost.errors import UserError
 from smolpost.files import write_bytes
 from smolpost.report.fate_names import LEDGER, NAMES
-from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, Segment
+from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, TokenSequence
 
 MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
 HEAD_BYTES = 1000  # of a page, within which the mark stands
@@ -85,7 +85,7 @@ class _Page:
     def add(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             units = []
-            if self.prepared.kind == "sft":
+            if self.prepared.layout == "documents":
                 for document in self.prepared.pack(number).documents:
                     units += self._document(document)
             else:
@@ -104,7 +104,7 @@ class _Page:
     def data(self, search: dict[str, str]) -> Markup:
         """JSON that cannot end its script element, whatever the texts hold."""
         data = {
-            "kind": self.prepared.kind,
+            "layout": self.prepared.layout,
             "fates": [[NAMES[fate].word, NAMES[fate].why] for fate in Fate],
             "tokens": [[i, text] for i, text in self._tokens],
             "control": [n for n, (i, _) in enumerate(self._tokens) if i in self.prepared.control_ids],
@@ -120,7 +120,7 @@ class _Page:
         if place is None:
             return []
         known = self._unit_of.get((place.pack, place.document))
-        if known is None and self.prepared.kind == "sft":
+        if known is None and self.prepared.layout == "documents":
             known = self._document(self.prepared.pack(place.pack).documents[place.document])
         elif known is None:
             known = self._pair(self.prepared.pair(place.pack))
@@ -136,7 +136,7 @@ class _Page:
         self._unit_of[pair.index, 0] = units
         return units
 
-    def _unit(self, tokens: Segment, row: PreparedRow, **place: int) -> int:
+    def _unit(self, tokens: TokenSequence, row: PreparedRow, **place: int) -> int:
         pairs = zip(tokens.ids.tolist(), self.prepared.texts(tokens.ids), strict=True)
         unit = {
             "name": tokens.name,

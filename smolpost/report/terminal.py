@@ -15,7 +15,7 @@ from rich.text import Text
 from smolpost.chat.fates import Fate
 from smolpost.data.report import format_report
 from smolpost.report.fate_names import NAMES
-from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, Segment
+from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, TokenSequence
 
 LINE_BREAK, TAB, SPACE = "↵", "⇥", "␣"
 LIGHT = {Fate.TRAINED, Fate.SYSTEM, Fate.USER, Fate.TOOL, Fate.REPLY, Fate.REASONING}  # carry black text at 4.5:1
@@ -40,7 +40,7 @@ def show(
     Raises:
         UserError: As `Prepared.find` and `Prepared.pack`.
     """
-    sft = prepared.kind == "sft"
+    sft = prepared.layout == "documents"
     dropped, total, what = [], len(prepared), "packs" if sft else "pairs"
     if pack is not None:
         items, total = _whole(prepared, [pack]), 1
@@ -52,7 +52,7 @@ def show(
         places = list(prepared.locate(rows))
         total, what = len(places), "documents" if sft else "pairs"
         items = [prepared.pack(p.pack).documents[p.document] if sft else prepared.pair(p.pack) for p in places[:limit]]
-    _print(console, Text(f"{prepared.folder}  {prepared.kind}  key {prepared.manifest.get('key', 'none')}"))
+    _print(console, Text(f"{prepared.folder}  {prepared.layout}  key {prepared.manifest.get('key', 'none')}"))
     console.print(format_report(prepared.report))
     _legend(console, items)
     for item in items:
@@ -68,7 +68,7 @@ def show(
 
 
 def _whole(prepared: Prepared, numbers) -> list[PackedDocument] | list[PreparedPair]:
-    if prepared.kind == "apo":
+    if prepared.layout == "pairs":
         return [prepared.pair(number) for number in numbers]
     return [document for number in numbers for document in prepared.pack(number).documents]
 
@@ -109,7 +109,7 @@ def _show_pair(prepared: Prepared, console: Console, pair: PreparedPair) -> None
         _show_tokens(prepared, console, part)
 
 
-def _show_tokens(prepared: Prepared, console: Console, tokens: Segment) -> None:
+def _show_tokens(prepared: Prepared, console: Console, tokens: TokenSequence) -> None:
     """One paragraph per stretch of a fate: its first position, its word, its text."""
     texts = prepared.texts(tokens.ids)
     positions = tokens.positions

@@ -59,6 +59,7 @@ def _check_target(key: str, target: str, model: PreTrainedModel) -> None:
 
 
 def lora_config(lora: LoRA) -> LoraConfig:
+    """peft's configuration of a stage's `lora`."""
     targets = list(lora.target_modules)
     return LoraConfig(
         r=lora.r,

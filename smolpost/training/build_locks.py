@@ -22,13 +22,13 @@ def remove_stale() -> list[Path]:
         return []
     with open(root / ".stale", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # one rank at a time: by then the lock of another rank's new build is open
-        stale = [lock for lock in locks if lock.exists() and lock.stat().st_uid == os.getuid() and not is_open(lock)]
+        stale = [lock for lock in locks if lock.exists() and lock.stat().st_uid == os.getuid() and not _is_open(lock)]
         for lock in stale:
             lock.unlink(missing_ok=True)
     return stale
 
 
-def is_open(file: Path) -> bool:
+def _is_open(file: Path) -> bool:
     """Whether a process of this user has the file open."""
     place = os.path.realpath(file)
     for process in psutil.process_iter():

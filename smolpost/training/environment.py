@@ -12,6 +12,15 @@ from smolpost.errors import UserError
 
 @dataclass(frozen=True)
 class Environment:
+    """Ranks, device and precision of this process.
+
+    Attributes:
+        rank, world_size: Number of this rank, from 0, and number of ranks.
+        local_world_size: Ranks on this machine.
+        use_cpu: No accelerator is used.
+        bf16: Compute in bf16 (autocast).
+    """
+
     rank: int
     world_size: int
     local_world_size: int

@@ -68,7 +68,7 @@ def stop_tokens(
     """
     turns, texts = trained_ends(stage, rows, tokenizer)
     others = turns.pop(None, 0) + texts.pop(None, 0)
-    if others and not turns and not texts and not may_be_cut(stage):
+    if others and not turns and not texts and not _may_be_cut(stage):
         raise UserError(
             f"stages.{name}: none of the {others} trained turns ends with a control token of the tokenizer, so the "
             f"model could not learn to stop; use a template that ends them with one (stages.{name}.template="
@@ -106,7 +106,7 @@ def change(name: str, stops: StopTokens) -> str:
     )
 
 
-def may_be_cut(stage: Training) -> bool:
+def _may_be_cut(stage: Training) -> bool:
     """Whether turns may lack their ends because rows were cut."""
     return stage.overlong in ("truncate", "split") or getattr(stage, "packing", None) == "wrapped"
 
@@ -149,7 +149,7 @@ def _ends(stage: Training, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
         own, *before = (column.value_lengths().to_numpy(zero_copy_only=False) for column in columns[1:])
         stops, is_full = np.cumsum(own, dtype=np.int64), sum(before, own) == stage.max_seq_len
         starts, ends, is_turn = _runs(fates, stops)
-        if may_be_cut(stage):
+        if _may_be_cut(stage):
             is_turn &= ~np.isin(ends, stops[is_full] - 1)
         # In a text all tokens except the first train; a chat begins with a header.
         is_text = (fates[starts - 1] == Fate.FIRST) & (np.append(fates, Fate.FIRST)[ends + 1] == Fate.FIRST)

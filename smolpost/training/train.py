@@ -230,7 +230,7 @@ def _resume_point(trainer: StageTrainer, out: Path, environment: Environment) ->
         now = backend_name(trainer.accelerator), environment.world_size
         moved = f", saved under {_ranks(mark.backend, mark.num_ranks)}, going on under {_ranks(*now)}"
         print(f"resuming from {checkpoint}{moved if now != (mark.backend, mark.num_ranks) else ''}", flush=True)
-        if mark.num_ranks != environment.world_size and draws_numbers(trainer.model):
+        if mark.num_ranks != environment.world_size and _draws_numbers(trainer.model):
             print("dropout draws other numbers from here than it would have on the earlier ranks", flush=True)
     broadcast_object_list(found)
     return found[0]
@@ -240,7 +240,7 @@ def _ranks(backend: str, number: int) -> str:
     return f"{backend} on {number} rank{'s' if number > 1 else ''}"
 
 
-def draws_numbers(model: torch.nn.Module) -> bool:
+def _draws_numbers(model: torch.nn.Module) -> bool:
     """Whether a training step draws random numbers."""
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return any(dropouts) or any(value for key, value in vars(model.config).items() if key.endswith("dropout"))

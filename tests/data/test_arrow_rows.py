@@ -194,3 +194,16 @@ def test_files_of_one_source_may_have_different_columns(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"text": "a"}]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist([{"text": "b", "source": 3}]), tmp_path / "b.parquet")
     assert [row for _, row in read(tmp_path)] == [{"text": "a"}, {"text": "b", "source": 3}]
+
+
+def test_rows_of_another_commit_in_the_cache_are_refused(monkeypatch, tmp_path):
+    """Without a network `datasets` takes what it has, whatever the revision."""
+    here, asked = "1" * 40, "2" * 40
+    folder = tmp_path / "org___name" / "default" / "0.0.0" / here
+    datasets.Dataset.from_list(none_filled()).save_to_disk(folder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.load_from_disk(folder))
+    assert len(read("org/name", revision=here)) == 2
+    with pytest.raises(
+        UserError, match=f"^org/name: the cache of this machine holds commit {here}, and .* {asked}; run"
+    ):
+        read("org/name", revision=asked)

@@ -1,77 +1,20 @@
-"""Token scores against plain log_softmax on full logits, finite differences, TRL, and the models' own logits."""
-
-import itertools
-import os
-import sys
-import types
+"""Token scores against plain log_softmax on full logits, finite differences and TRL."""
 
 import pytest
 import torch
+from head_problems import CLOSE, gradients, plain, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from torch import distributed, nn
 from torch.autograd import gradcheck
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    CohereConfig,
-    CohereForCausalLM,
-    FalconH1Config,
-    FalconH1ForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
-)
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.objectives import logprobs
-from smolpost.objectives.head import Head, head_of
+from smolpost.objectives import logprobs, tiling
+from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
 
 anywhere = settings(deadline=None, max_examples=60)  # a busy CPU is no failure
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def problem(num_tokens, num_words, width, *, bias=False, softcap=None, scale=1.0, dtype=None, seed=0, size=1.0):
-    """Hidden states, targets, coefficients and a head, all that can train requiring a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
-    hidden = (draw(num_tokens, width) * size).requires_grad_()
-    weight = (draw(num_words, width) / width**0.5).requires_grad_()
-    bias = draw(num_words).requires_grad_() if bias else None
-    targets = torch.randint(num_words, (num_tokens,), generator=generator)
-    return hidden, targets, draw(num_tokens), Head(weight, bias, softcap, scale)
-
-
-def full_logits(hidden, head):
-    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
-
-
-def plain(hidden, targets, head):
-    """Log-probabilities, entropy and accuracy the plain way."""
-    logits = full_logits(hidden, head)
-    logps = logits.log_softmax(-1)
-    entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(-1, targets[:, None])[:, 0], entropy.detach(), logits.argmax(-1) == targets
-
-
-def gradients(loss, hidden, head):
-    """Gradients of whatever trains; an empty batch gives zeros, never None."""
-    return torch.autograd.grad(loss, [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad])
 
 
 def assert_same_scores(actual, expected, **tolerance):
@@ -342,8 +285,9 @@ def test_bf16_is_close_to_fp32(weighted, mixed, autocast, monkeypatch):
             assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
             out.copy_(a.float() @ b.float() + (out if add else 0))
 
-        monkeypatch.setattr(logprobs, "BF16_INTO_FP32", ("cpu",))
-        monkeypatch.setattr(logprobs, "multiply", multiply)
+        monkeypatch.setattr(tiling, "BF16_INTO_FP32", ("cpu",))
+        for module in (tiling, logprobs):
+            monkeypatch.setattr(module, "multiply", multiply)
     given = hidden if autocast else hidden.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         scores = token_scores(given, targets, head, weights=weights if weighted else None, tile_bytes=50_000)
@@ -361,8 +305,11 @@ def test_bf16_is_close_to_fp32(weighted, mixed, autocast, monkeypatch):
 @pytest.mark.parametrize("mixed", [False, True], ids=["cpu", "as on cuda"])
 def test_bf16_keeps_the_gradient_of_confident_tokens(mixed, monkeypatch):
     # p = 0.9995 is 1 in bf16: a gradient of 1 - p taken after rounding would vanish.
-    monkeypatch.setattr(logprobs, "BF16_INTO_FP32", ("cpu",) if mixed else ())
-    monkeypatch.setattr(logprobs, "multiply", lambda a, b, out, add=False: out.copy_(a.float() @ b.float() + add * out))
+    monkeypatch.setattr(tiling, "BF16_INTO_FP32", ("cpu",) if mixed else ())
+    for module in (tiling, logprobs):
+        monkeypatch.setattr(
+            module, "multiply", lambda a, b, out, add=False: out.copy_(a.float() @ b.float() + add * out)
+        )
     hidden = torch.tensor([[7.6]], dtype=torch.bfloat16, requires_grad=True)
     head = Head(torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16), None, None, 1.0)
     token_scores(hidden, torch.tensor([0]), head, weights=torch.ones(1)).total.backward()
@@ -401,226 +348,3 @@ def test_wrong_arguments_are_refused(change, message):
     given = {"hidden": hidden, "targets": torch.tensor([0, 1, 2]), "weights": weights, **change}
     with pytest.raises(ValueError, match=message):
         token_scores(given["hidden"], given["targets"], head, weights=given["weights"])
-
-
-# --- heads ---------------------------------------------------------------------------------------------------------
-
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-MODELS = {
-    "ours": (SmolLM3ForCausalLM, SmolLM3Config, {"tie_word_embeddings": True}),
-    "ours untied": (SmolLM3ForCausalLM, SmolLM3Config, {"tie_word_embeddings": False}),
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "softcap": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 8}),
-    "no softcap": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": None, "head_dim": 8}),
-    "divided": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 0.125}),
-    "multiplied": (CohereForCausalLM, CohereConfig, {"logit_scale": 7.0}),
-    "multiplied in the body's name": (FalconH1ForCausalLM, FalconH1Config, {"lm_head_multiplier": 5.0, **MAMBA}),
-    "bias": (PhiForCausalLM, PhiConfig, {}),
-}
-
-
-def build(name):
-    torch.manual_seed(0)
-    model, config, fields = MODELS[name]
-    model = model(config(**SMALL | fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_head_reproduces_the_models_own_logits(name):
-    model = build(name)
-    ids = torch.randint(3, 40, (1, 12))
-    with torch.no_grad():
-        hidden = model.base_model(ids).last_hidden_state[0]
-        logits = model(ids).logits[0].float()
-    head = head_of(model)
-    assert head.weight is model.get_output_embeddings().weight
-    assert (head.bias is not None) == (name == "bias")
-    assert_close(full_logits(hidden, head), logits)
-    expected = logits.log_softmax(-1)[torch.arange(12), ids[0]]
-    assert_close(token_scores(hidden, ids[0], head).logps, expected, **CLOSE)
-
-
-def test_looking_the_head_up_leaves_no_trace():
-    model = build("ours")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.forward = None  # a patched forward, as the trainers', is not asked
-    state = torch.get_rng_state()
-    head_of(model)
-    assert torch.get_rng_state().equal(state)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert_close(dict(model.state_dict()), before)
-
-
-def test_lora_trains_through_a_frozen_head():
-    model = get_peft_model(build("ours"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    ids = torch.randint(3, 40, (1, 12))
-    hidden = model.get_base_model().base_model(ids).last_hidden_state[0, :-1]
-    expected = model(ids, labels=ids).loss
-    trained = [p for p in model.parameters() if p.requires_grad]
-    wanted = torch.autograd.grad(expected, trained)
-    weights = torch.full((11,), -1 / 11)
-    total = token_scores(hidden, ids[0, 1:], head_of(model), weights=weights).total
-    assert_close(total, expected)
-    assert_close(torch.autograd.grad(total, trained), wanted, atol=1e-6, rtol=1e-4)
-
-
-def test_a_head_trained_beside_lora_is_the_copy_that_trains():
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = get_peft_model(build("ours untied"), config)
-    wrapper = model.get_base_model().lm_head
-    head = head_of(model)
-    assert head.weight is wrapper.modules_to_save["default"].weight and head.weight.requires_grad
-    with model.disable_adapter():  # how TRL asks a policy for its reference
-        assert head_of(model).weight is wrapper.original_module.weight
-
-
-class ExtraBias(LlamaForCausalLM):
-    """A model that does to its logits what no configuration names."""
-
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits + 0.01
-        return output
-
-
-def adapted_head():
-    return get_peft_model(build("ours untied"), LoraConfig(target_modules=["q_proj", "lm_head"]))
-
-
-def patched_head():
-    model = build("llama")
-    model.lm_head.forward = lambda hidden: hidden
-    return model
-
-
-def headless():
-    return build("llama").model
-
-
-def on_meta():
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**SMALL))
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: ExtraBias(LlamaConfig(**SMALL)), "ExtraBias does more to its logits than a linear layer"),
-        (lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SMALL)), "RecurrentGemmaForCausalLM does more"),
-        (
-            lambda: BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)),
-            "BertLMHeadModel does not hold its output embedding",
-        ),
-        (adapted_head, r"SmolLM3ForCausalLM is peft.tuners.lora.layer.Linear with a forward of its own"),
-        (patched_head, "LlamaForCausalLM is torch.nn.modules.linear.Linear with a forward of its own"),
-        (headless, "LlamaModel has no output embedding"),
-        (on_meta, "LlamaForCausalLM has a Parameter on meta for a weight"),
-    ],
-)
-def test_heads_that_are_more_than_their_weight_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        head_of(make())
-
-
-# --- sharded heads -------------------------------------------------------------------------------------------------
-
-
-class Status:
-    """DeepSpeed's ZeroParamStatus, as far as it is read."""
-
-    def __init__(self, name):
-        self.name = name
-
-
-@pytest.fixture
-def partitioned(monkeypatch):
-    """Stand-in for DeepSpeed that counts how often parameters are gathered; real ranks: tests of training."""
-    gathers = []
-
-    class GatheredParameters:
-        def __init__(self, parameters):
-            self.parameters = parameters
-
-        def __enter__(self):
-            gathers.append(len(self.parameters))
-            for parameter in self.parameters:
-                parameter.data, parameter.ds_status = parameter.whole, Status("AVAILABLE")
-
-        def __exit__(self, *error):
-            for parameter in self.parameters:
-                parameter.data, parameter.ds_status = torch.empty(0), Status("NOT_AVAILABLE")
-
-    def partition(parameter):
-        parameter.ds_id, parameter.whole = 1, parameter.data
-        parameter.data, parameter.ds_status = torch.empty(0), Status("NOT_AVAILABLE")
-
-    zero = types.SimpleNamespace(GatheredParameters=GatheredParameters)
-    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    return types.SimpleNamespace(partition=partition, gathers=gathers)
-
-
-@pytest.mark.parametrize("weighted, gathers", [(False, [2, 2]), (True, [2])])
-def test_partitioned_heads_are_gathered_where_they_are_read(weighted, gathers, partitioned):
-    hidden, targets, weights, head = problem(20, 30, 5, bias=True)
-    wanted = gradients((weights * plain(hidden, targets, head)[0]).sum(), hidden, head)
-    head = Head(nn.Parameter(head.weight.detach()), nn.Parameter(head.bias.detach()), None, 1.0)
-    for parameter in head[:2]:
-        partitioned.partition(parameter)
-    scores = token_scores(hidden, targets, head, weights=weights if weighted else None)
-    assert head.weight.numel() == 0
-    total = scores.total if weighted else (weights * scores.logps).sum()
-    made = torch.autograd.grad(total, [hidden, head.weight, head.bias])
-    assert partitioned.gathers == gathers
-    assert_close(made, wanted, **CLOSE)
-
-
-def test_a_parameter_already_gathered_is_left_to_who_gathered_it(partitioned):
-    hidden, targets, _, head = problem(20, 30, 5)
-    head.weight.ds_id, head.weight.ds_status = 1, Status("AVAILABLE")
-    token_scores(hidden, targets, head).logps.sum().backward()
-    assert partitioned.gathers == [] and head.weight.numel() == 150
-
-
-def fsdp_rank(rank, store):
-    """Each rank scores tokens of its own, rank 0 none; the averaged gradient is that of all tokens on one process."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    ids, weights = torch.arange(3, 15)[None], torch.linspace(-1, 1, 12)
-
-    def loss(model, part, weighted):
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0][part]
-        scores = token_scores(hidden, ids[0][part], head_of(model), weights=weights[part] if weighted else None)
-        return scores.total if weighted else (weights[part] * scores.logps).sum()
-
-    for unit, weighted in itertools.product(("root", "own"), (False, True)):
-        model, reference = build("ours untied"), build("ours untied")
-        model.forward = types.MethodType(loss, model)
-        if unit == "own":  # then the head is still sharded when it is read
-            fully_shard(model.lm_head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        model([slice(0, 0), slice(0, 12)][rank], weighted).backward()
-        (loss(reference, slice(0, 12), weighted) / 2).backward()  # FSDP's is the mean over ranks
-        for sharded, whole in zip(model.parameters(), reference.parameters(), strict=True):
-            assert_close(sharded.grad.full_tensor(), whole.grad, atol=1e-5, rtol=1e-4)
-    distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads free their last tensors under the GIL: a thread that finds Python going down aborts
-
-
-def test_fsdp_on_two_ranks_averages_the_heads_gradient(tmp_path):
-    torch.multiprocessing.spawn(fsdp_rank, (tmp_path / "store",), nprocs=2)

@@ -75,3 +75,13 @@ def test_a_class_outside_the_library_counts_with_its_own_file(tmp_path, monkeypa
 def test_a_kind_hangs_on_what_it_runs(kind, inside, outside):
     used = code.imported(LIBRARY, STAGE_KINDS[kind].__module__.replace("smolpost.", "").replace(".", "/") + ".py")
     assert inside in used and outside not in used
+
+
+def test_what_made_a_finished_stage_is_named_where_it_has_changed():
+    now = code.versions()
+    kind = STAGE_KINDS["tasks"]
+    assert code.made_by_others({"versions": now, "code": code.code_version(kind)}, kind) == []
+    before = now | {"torch": "2.1.0", "python": "3.8.1"}
+    assert code.made_by_others({"versions": before, "code": "0" * 12}, kind) == [
+        "other code", f"torch 2.1.0 -> {now['torch']}", f"python 3.8.1 -> {now['python']}",
+    ]  # fmt: skip

@@ -36,6 +36,7 @@ print(json.dumps({
 ENDS = {  # program -> the exit code that its parent sees, and its output
     "print('done')": (0, "done\n"),
     "import sys; print('refused', file=sys.stderr); sys.exit(2)": (2, "refused\n"),
+    "import sys; sys.exit('a reason')": (1, "a reason\n"),
     "import os, signal; print('killed'); os.kill(os.getpid(), signal.SIGKILL)": (-9, "killed\n"),
     "import os, signal; os.kill(os.getpid(), signal.SIGTERM)": (-15, ""),
     "import atexit, threading, time; atexit.register(print, 'last')\n"

@@ -102,7 +102,7 @@ def write_sft(folder: Path, packs: list[list[Made]] | None = None, words=None) -
     _write_columns(folder, columns)
     num_tokens = sum(map(len, columns["input_ids"]))
     packed = {"packs": len(packs), "tokens_per_pack": num_tokens / len(packs), "fill_percent": 90.0}
-    _write_rest(folder, made, {"kind": "sft", "max_seq_len": 512}, packed)
+    _write_rest(folder, made, {"layout": "documents", "max_seq_len": 512}, packed)
     return packs
 
 
@@ -119,7 +119,7 @@ def write_apo(folder: Path) -> list[Made]:
     _write_columns(folder, columns)
     num_tokens = sum(len(ids) for pair in made for ids in pair.ids)
     _write_rest(
-        folder, made, {"kind": "apo", "max_seq_len": 512}, {"pairs": len(made), "tokens_per_pair": num_tokens / 2}
+        folder, made, {"layout": "pairs", "max_seq_len": 512}, {"pairs": len(made), "tokens_per_pair": num_tokens / 2}
     )
     return made
 

@@ -17,7 +17,7 @@ from tests.report.prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 def test_every_token_once(sft):
     prepared, packs = sft
-    assert prepared.kind == "sft" and len(prepared) == len(packs)
+    assert prepared.layout == "documents" and len(prepared) == len(packs)
     for i, expected in enumerate(packs):
         pack = prepared.pack(i)
         assert len(pack.documents) == len(expected)
@@ -35,7 +35,7 @@ def test_every_token_once(sft):
 
 def test_pairs_count_on_from_their_prompt(apo):
     prepared, pairs = apo
-    assert prepared.kind == "apo" and len(prepared) == len(pairs)
+    assert prepared.layout == "pairs" and len(prepared) == len(pairs)
     for i, expected in enumerate(pairs):
         pair = prepared.pair(i)
         for part, ids, fates in zip(pair.parts, expected.ids, expected.fates, strict=True):
@@ -130,7 +130,7 @@ def test_first_think_and_no_think_of_each_source(sft, apo):
 def test_no_such_pack_or_pair(sft, apo):
     with pytest.raises(UserError, match=r"pack 3 does not exist; .* has packs 0 to 2"):
         sft[0].pack(3)
-    with pytest.raises(UserError, match=r"has the rows of an sft stage, which have no pairs"):
+    with pytest.raises(UserError, match=r"has documents, and no pairs"):
         sft[0].pair(0)
     with pytest.raises(UserError, match=r"pair -1 does not exist"):
         apo[0].pair(-1)

@@ -70,7 +70,7 @@ def shown(data: dict, unit: int) -> tuple[list[int], list[int], str]:
 
 def test_the_page_holds_every_token_of_its_packs_once(sft, apo, tmp_path):
     for prepared, rows in [(sft[0], sft[1]), (apo[0], [[pair] for pair in apo[1]])]:
-        data = page_of(prepared, tmp_path / f"{prepared.kind}.html").data
+        data = page_of(prepared, tmp_path / f"{prepared.layout}.html").data
         assert [group["number"] for group in data["groups"]] == list(range(len(rows)))
         for group, members in zip(data["groups"], rows, strict=True):
             parts = [part for row in members for part in zip(row.ids, row.fates, row.parts, strict=True)]
@@ -105,12 +105,12 @@ def test_texts_stay_data(sft, apo, tmp_path):
     made.write_sft(innocent, [[plain]] * 1)
     kinds = {tag for tag, _ in page_of(Prepared(innocent), tmp_path / "innocent.html").tags}
     for prepared in (sft[0], apo[0]):
-        page = page_of(prepared, tmp_path / f"{prepared.kind}.html")
+        page = page_of(prepared, tmp_path / f"{prepared.layout}.html")
         assert {tag for tag, _ in page.tags} <= kinds and "img" not in kinds
         assert [tag for tag, _ in page.tags].count("script") == 2
         handlers = [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
         assert handlers == []
-        text = (tmp_path / f"{prepared.kind}.html").read_text()
+        text = (tmp_path / f"{prepared.layout}.html").read_text()
         assert text.lower().count("</script") == 2
         assert "\x00" not in text and "\u202e" not in text
     assert HOSTILE_PATH in {unit["path"] for unit in page_of(sft[0], tmp_path / "sft.html").data["units"]}
@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_the_old_page(sft, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("smolpost.report.page.os.replace", full)
+    monkeypatch.setattr("smolpost.files.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         write_page(sft[0], file, limit=1)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["page.html"]

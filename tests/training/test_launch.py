@@ -76,6 +76,16 @@ def test_a_log_file_holds_our_lines_and_no_library_warns(started, tmp_path, conf
     assert "WARN" not in done.stdout.upper() and "\r" not in done.stdout and "\x1b" not in done.stdout
 
 
+def test_forks_of_a_run_give_the_bytes_of_the_pasted_commands(started, single, tmp_path):
+    forked = started.copy(tmp_path)
+    done = forked.smolpost("run", "stage=sft")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [entry["loss"] for entry in forked.log("sft")] == [entry["loss"] for entry in single.log("sft")]
+    found, expected = forked.weights("sft"), single.weights("sft")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_training_moves_the_weights(started, single):
     """The comparisons above would hold for a trainer that does nothing."""
     start, trained = started.weights("init"), single.weights("sft")

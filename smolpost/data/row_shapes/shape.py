@@ -29,6 +29,7 @@ def row_shape(name: str, version: int = 1) -> Callable[[RowShape], RowShape]:
 
 
 def is_turns(value) -> bool:
+    """Whether a value is a list with at least one turn, an object with a role."""
     return isinstance(value, list) and any(isinstance(turn, dict) and "role" in turn for turn in value)
 
 
@@ -41,4 +42,5 @@ def text_of(row: dict, key: str, where: str) -> str:
 
 
 def without(row: dict, *keys: str) -> dict:
+    """The row without these columns."""
     return {key: value for key, value in row.items() if key not in keys}
