@@ -28,13 +28,14 @@ class ServerEngine:
     Args:
         url: Of the API, with its version: http://localhost:8000/v1.
         tokenizer: The checkpoint's.
-        checkpoint: Folder of the evaluated checkpoint, which the server must name as its model.
+        checkpoint: Folder of the checkpoint, which the server must name as its model.
+        key: Of the URL in the recipe, for messages; null there means a model in this process.
     Raises:
         UserError: There is no such server, or it serves another model.
     """
 
-    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, checkpoint: Path):
-        self.tokenizer, self.url = tokenizer, url.rstrip("/")
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, checkpoint: Path, *, key: str):
+        self.tokenizer, self.url, self.key = tokenizer, url.rstrip("/"), key
         limits = httpx2.Limits(max_connections=CONCURRENCY)
         self._client = httpx2.Client(timeout=TIMEOUT, limits=limits, trust_env=False)
         self._model = self._served(checkpoint)
@@ -50,7 +51,7 @@ class ServerEngine:
                 if place and Path(place).resolve() == checkpoint.resolve():
                     return model["id"]
         raise UserError(
-            f"evaluation.server={self.url} serves {', '.join(m.get('root') or m['id'] for m in models) or 'nothing'}, "
+            f"{self.key}={self.url} serves {', '.join(m.get('root') or m['id'] for m in models) or 'nothing'}, "
             f"not {checkpoint.resolve()}; start it on that folder"
         )
 
@@ -81,8 +82,8 @@ class ServerEngine:
 
     def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         raise UserError(
-            f"evaluation.server={self.url} gives replies, not the log-probabilities that perplexity and preference "
-            "need; leave those tasks out, or evaluate here with evaluation.server=null"
+            f"{self.key}={self.url} gives replies, not the log-probabilities that perplexity and preference need; "
+            f"leave those tasks out, or set {self.key}=null to run the model here"
         )
 
     def _reply(self, choice: dict[str, Any]) -> Reply:
@@ -102,8 +103,8 @@ class ServerEngine:
                 response = self._client.request(method, self.url + path, json=body)
             except httpx2.HTTPError as error:
                 raise UserError(
-                    f"evaluation.server={self.url} does not answer ({type(error).__name__}: {error}); start it, or set "
-                    "evaluation.server=null to evaluate here"
+                    f"{self.key}={self.url} does not answer ({type(error).__name__}: {error}); start it, or set "
+                    f"{self.key}=null to run the model here"
                 ) from error
             if response.status_code == 200:
                 return response.json()
@@ -111,4 +112,4 @@ class ServerEngine:
                 break
             time.sleep(2**attempt / 4)
         said = " ".join(response.text.split())[:300]
-        raise UserError(f"evaluation.server={self.url}{path} answered {response.status_code}: {said}")
+        raise UserError(f"{self.key}={self.url}{path} answered {response.status_code}: {said}")

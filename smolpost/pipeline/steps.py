@@ -254,7 +254,9 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     tasks = {name: spec.tasks[name].build(name, shared) for name in folders}
     if spec.server:
         check_plain(checkpoint)
-        engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)
+        engine = ServerEngine(
+            spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint, key="evaluation.server"
+        )
     else:
         engine = LocalEngine(*load_for_inference(checkpoint))
     for number, (name, task) in enumerate(tasks.items(), 1):

@@ -27,9 +27,9 @@ def test_json_calls():
 @pytest.mark.parametrize(
     ("block", "fault"),
     [
-        ('{"name": "f", "arguments": {', "no JSON"),
-        ("f(x=1)", "no JSON"),
-        ("{'name': 'f', 'arguments': {}}", "no JSON"),
+        ('{"name": "f", "arguments": {', "not JSON"),
+        ("f(x=1)", "not JSON"),
+        ("{'name': 'f', 'arguments': {}}", "not JSON"),
         ('{"name": "f", "arguments": {"x": 1, "x": 2}}', "'x' twice"),
         ('{"name": "f", "arguments": {"x": NaN}}', "NaN"),
         ('{"name": "f"}', "has the keys name; expected a name and an arguments object"),

@@ -57,7 +57,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 
 
 def test_replies_are_those_of_the_model_here(server, tokenizer, tmp_path):
-    engine = ServerEngine(server.url, tokenizer, tmp_path)
+    engine = ServerEngine(server.url, tokenizer, tmp_path, key="jobs.server")
     assert engine.generate(PROMPTS, max_new_tokens=6) == [
         server.engine.generate([prompt], max_new_tokens=6)[0] for prompt in PROMPTS
     ]
@@ -70,13 +70,13 @@ def test_replies_are_those_of_the_model_here(server, tokenizer, tmp_path):
 def test_the_folder_says_where_replies_end(server, tokenizer, tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    ServerEngine(server.url, tokenizer, tmp_path).generate(PROMPTS[:1], max_new_tokens=2)
+    ServerEngine(server.url, tokenizer, tmp_path, key="jobs.server").generate(PROMPTS[:1], max_new_tokens=2)
     assert server.bodies[-1]["stop_token_ids"] == [7, 8]
     assert f"{tmp_path} stops at " in capsys.readouterr().out
 
 
 def test_a_busy_server_is_asked_again_and_a_broken_one_is_an_error(server, tokenizer, tmp_path):
-    engine = ServerEngine(server.url, tokenizer, tmp_path)
+    engine = ServerEngine(server.url, tokenizer, tmp_path, key="jobs.server")
     server.failures = [503, 429]
     assert len(engine.generate(PROMPTS[:1], max_new_tokens=2)) == 1
     server.failures = [400]
@@ -86,8 +86,11 @@ def test_a_busy_server_is_asked_again_and_a_broken_one_is_an_error(server, token
 
 def test_another_model_no_server_and_log_probabilities_are_refused(server, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"serves .*, not .*other; start it on that folder"):
-        ServerEngine(server.url, tokenizer, tmp_path / "other")
-    with pytest.raises(UserError, match=r"evaluation.server=http://127.0.0.1:9/v1 does not answer"):
-        ServerEngine("http://127.0.0.1:9/v1", tokenizer, tmp_path)
-    with pytest.raises(UserError, match="not the log-probabilities that perplexity and preference need"):
-        ServerEngine(server.url, tokenizer, tmp_path).logps([([1, 2], [1])])
+        ServerEngine(server.url, tokenizer, tmp_path / "other", key="jobs.server")
+    with pytest.raises(
+        UserError,
+        match=r"^jobs\.server=http://127.0.0.1:9/v1 does not answer .* jobs\.server=null to run",
+    ):
+        ServerEngine("http://127.0.0.1:9/v1", tokenizer, tmp_path, key="jobs.server")
+    with pytest.raises(UserError, match=r"not the log-probabilities that perplexity .* jobs\.server=null"):
+        ServerEngine(server.url, tokenizer, tmp_path, key="jobs.server").logps([([1, 2], [1])])
