@@ -38,8 +38,10 @@ def alpaca(row: Row, source: Source) -> dict:
 
 
 def _renamed_turns(row: dict, where: str) -> dict:
-    """An Alpaca row of turns as prompt and completion; a text beside them would have no place."""
+    """An Alpaca row of turns as prompt and completion; there is no place for a text beside them."""
     if texts := [key for key in ("input", "history") if not is_empty(row.get(key))]:
-        raise UserError(f"{where}: has {texts[0]} beside an instruction of turns; put it into the turns")
+        raise UserError(
+            f"{where}: has {texts[0]} beside an instruction that is a list of turns; move it into the turns"
+        )
     rest = without(row, "instruction", "output", "input", "history")
     return rest | {"prompt": row["instruction"], "completion": row["output"]}
