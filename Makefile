@@ -22,7 +22,7 @@ help:  ## this list
 demo: .venv/demo  ## the whole chain in miniature: minutes on 2 cores, ends in a table
 	.venv/bin/smolpost run pipeline=tiny
 
-seeds: .venv/demo  ## the miniature with three seeds: its table and plot in the README
+seeds: .venv/demo  ## the miniature with three seeds: the table and plot of docs/miniature.md
 	for seed in 0 1 2; do .venv/bin/smolpost run pipeline=tiny seed=$$seed run_dir=runs/seed-$$seed || exit 1; done
 	.venv/bin/smolpost compare runs/seed-0/tiny runs/seed-1/tiny runs/seed-2/tiny --plot docs/miniature.png
 

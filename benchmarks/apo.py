@@ -28,8 +28,9 @@ from workload import (
 )
 
 from smolpost.chat.masks import encode_pair
-from smolpost.schema import RELEASE_DAY, APOStage
-from smolpost.training import apo, reference
+from smolpost.schema import RELEASE_DAY
+from smolpost.stages.preference import APOStage
+from smolpost.training import preference, reference
 from smolpost.training.arguments import training_arguments
 from smolpost.training.reference_cache import ReferenceCache
 
@@ -53,12 +54,15 @@ def smolpost_side(case: dict) -> dict:
         for _ in range(2):  # the second time stands for a second seed
             began = time.perf_counter()
             cache = ReferenceCache(Path(folder) / "reference", "bench", reference.scored_tokens(pairs))
-            reference.fill(cache, pairs, lambda: model_for(case, tokenizer, ours=True), apo.capacity(stage), here)
+            reference.fill(
+                cache, pairs, lambda: model_for(case, tokenizer, ours=True), preference.capacity(stage), here
+            )
             cache.open()
             spent.append(time.perf_counter() - began)
         arguments = training_arguments(stage, 0, len(pairs), folder, here)
         model, clock = model_for(case, tokenizer, ours=True), Clock(WARMUP)
-        trainer = apo.trainer(stage, model, tokenizer, pairs, cache, arguments, 0, here, [clock])
+        trainer = preference.trainer(stage, model, tokenizer, pairs, cache, arguments, 0, here)
+        trainer.add_callback(clock)
         trainer.train()
         first, last = WARMUP * case["batch"], (WARMUP + case["steps"]) * case["batch"]
         taken = pairs.select(trainer.batches.order()[first:last])

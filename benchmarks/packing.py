@@ -7,8 +7,8 @@ packs per `map` batch of 1000 rows, as its user gets it; "one batch" gives it th
 
 Plan: ours from lengths alone. TRL cannot plan without moving tokens, so here its tokens are one byte each.
 Set: each side starts from the same tokenized rows in files, memory-mapped and in the page cache, and ends with a
-`datasets` dataset in a file; tokens and labels are int32. Ours runs what `smolpost prepare` runs once its rows are
-tokenized, and also keeps why each token trains or not.
+`datasets` dataset in a file. TRL writes ids and labels, int32. Ours runs what `smolpost prepare` runs once its rows are
+tokenized: it writes ids, int32, and the fate of each token, int8, from which the labels follow.
 Peak memory counts what a side imports and the file pages it has mapped.
 """
 
@@ -124,19 +124,21 @@ def token_batch(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray) -> pa
 
 
 def set_smolpost(case: dict) -> dict:
-    from smolpost.data import prepare_sft
+    from smolpost.data import prepare_documents
     from smolpost.data.dataset_folder import write_dataset
     from smolpost.data.tokens import open_tokens
-    from smolpost.schema import SFTStage
+    from smolpost.stages.sft import SFTStage
 
     folder, out = Path(case["folder"]), output("smolpost", case)
     stage = SFTStage(init_from="x", data="y", max_seq_len=CAPACITY, learning_rate=1e-4, global_batch_size=1)
 
     def work():
         tokens = open_tokens([folder / "tokens.arrow"])
-        documents = prepare_sft.whole_rows(tokens, np.arange(len(tokens)))
-        _, pieces, plan = prepare_sft.pack(stage, tokens, documents)
-        write_dataset(out.parent, prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
+        documents = prepare_documents.whole_rows(tokens, np.arange(len(tokens)))
+        _, pieces, plan = prepare_documents.pack(stage, tokens, documents)
+        write_dataset(
+            out.parent, prepare_documents.PACK_TYPES, prepare_documents.pack_chunks(tokens, pieces, plan, None)
+        )
         return datasets.load_from_disk(out.parent)
 
     clock, packs = timed(work)
@@ -179,14 +181,19 @@ def check(case: dict) -> dict:
 
 def contents(folder: Path) -> dict:
     """Tokens, sums of ids and labels, a digest of the document lengths, and the longest row of a dataset's file."""
+    from smolpost.chat.fates import Fate
+
     found = {"tokens": 0, "input_ids": 0, "labels": 0, "longest": 0}
     documents = np.zeros(CAPACITY + 1, np.int64)  # of each length
     for batch in datasets.Dataset.from_file(str(next(folder.glob("data-*.arrow")))).data.to_batches():
         lengths = pc.list_value_length(batch["input_ids"])
         found["tokens"] += pc.sum(lengths).as_py()
         found["longest"] = max(found["longest"], pc.max(lengths).as_py())
-        for key in set(COLUMNS) & set(batch.schema.names):
-            found[key] += pc.sum(batch[key].flatten()).as_py()
+        columns = {name: batch[name].flatten().to_numpy() for name in batch.schema.names if name != "seq_lengths"}
+        if "fates" in columns:
+            columns["labels"] = np.where(columns["fates"] == Fate.TRAINED, columns["input_ids"], -100)
+        for key in set(COLUMNS) & set(columns):
+            found[key] += int(columns[key].sum(dtype=np.int64))
         parts = batch["seq_lengths"].flatten() if "seq_lengths" in batch.schema.names else lengths
         documents += np.bincount(parts.to_numpy(), minlength=CAPACITY + 1)
     return found | {"documents": hash(documents.tobytes())}

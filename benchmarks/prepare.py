@@ -15,7 +15,7 @@ from pathlib import Path
 from side_by_side import alternate, keep, options, run_side, show
 from workload import SMALL, model_for, prepared, rows_of, scratch, tokenizer_for
 
-from smolpost.schema import SFTStage
+from smolpost.stages.sft import SFTStage
 
 LENGTH = 16384
 

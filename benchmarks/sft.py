@@ -27,7 +27,8 @@ from workload import (
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode_batch
-from smolpost.schema import RELEASE_DAY, SFTStage
+from smolpost.schema import RELEASE_DAY
+from smolpost.stages.sft import SFTStage
 from smolpost.training import sft
 from smolpost.training.arguments import training_arguments
 
@@ -52,11 +53,12 @@ def smolpost_side(case: dict) -> dict:
         here = environment(case)
         arguments = training_arguments(stage, 0, len(packs), folder, here)
         model, clock = model_for(case, tokenizer, ours=True), Clock(WARMUP)
-        trainer = sft.trainer(stage, model, tokenizer, packs, arguments, 0, here, [clock])
+        trainer = sft.trainer(stage, model, tokenizer, packs, None, arguments, 0, here)
+        trainer.add_callback(clock)
         trainer.train()
         taken = packs.select(trainer.batches.order()[: WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
-        scored = sum(sum(label != -100 for label in pack["labels"]) for pack in taken)
+        scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)
         attended = sum(n * (n + 1) // 2 for pack in taken for n in pack["seq_lengths"])
         share = case["steps"] / (WARMUP + case["steps"])
         flops = share * model_flops(model, tokens, scored, attended)

@@ -25,11 +25,14 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "trl", "datasets")
 
 
-def options(summary: str, **switches: str) -> argparse.Namespace:
-    """What was asked on the command line; `switches` are flags of the benchmark's own with their help."""
+def options(summary: str, *, folders: dict[str, str] | None = None, **switches: str) -> argparse.Namespace:
+    """What was asked on the command line; `switches` are flags of the benchmark's own with their help, `folders` its
+    options that take a folder."""
     parser = argparse.ArgumentParser(description=summary)
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text in (folders or {}).items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--quick", action="store_true", help="a small case, under a minute; results are not kept")
     parser.add_argument(
         "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of gsm8k/ and tau_airline/"

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -18,22 +18,22 @@ from smolpost.merging.command import add_arguments as add_merge_arguments
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
 VERBS = {
-    "plan": "print the stages with their settings and exact commands; runs nothing",
-    "run": "run the pipeline, or one stage and what it needs; skips what is finished, continues what was cut",
-    "init": "make the start checkpoint: tokenizer from the data, random weights",
-    "prepare": "tokenize, mask and pack a training stage's rows",
-    "inspect": "show prepared rows token by token: what trains, what does not, and why",
-    "doctor": "check a training stage's model, template and data on a sample of its rows",
-    "eval": "measure a stage's model, or stage=checkpoint: the one that the pipeline starts from",
-    "compare": "runs of one pipeline with several seeds: means, ranges, the plot of their sweeps",
-    "merge": "checkpoints by their folders: a weighted mean, or one of mergekit's methods or YAML files",
-    "export": "write a checkpoint for another runtime and score it there against ours",
+    "plan": "print the stages, their settings and the exact commands; run nothing",
+    "run": "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones",
+    "make": "make one stage whose inputs are finished, in this process",
+    "prepare": "tokenize, mask and pack the rows of a training stage",
+    "inspect": "show prepared rows token by token: which tokens train, and why",
+    "doctor": "check the model, template and data of a training stage on a sample of its rows",
+    "eval": "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
+    "compare": "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps",
+    "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
+    "export": "convert a checkpoint for another runtime and compare the scores of both",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
 WITH_WORDS = set(VERBS) - {"compare", "merge", "export", "adopt"}  # that compose a recipe
-EPILOG = """Words are Hydra overrides: pipeline=, model=, data= and accelerate=NAME choose files under recipes/, or in a
-folder of yours with --recipes FOLDER; pipeline=./FILE.yaml takes that file; stage=NAME chooses a stage; every other
-field by its full key, e.g. stages.sft.learning_rate=1e-4."""
+EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
+or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
+its full key, e.g. stages.sft.learning_rate=1e-4."""
 HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
     ("-m", "--multirun"): "a pipeline is one run; loop over the values in the shell, with a run_dir=FOLDER for each",
     ("-i", "--info"): "smolpost plan shows stages and commands, smolpost plan --cfg job the recipe",
@@ -97,31 +97,31 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("kind", choices=["onnx", "mlx", "gguf", "vllm-config"])
             sub.add_argument("checkpoint", type=Path)
             sub.add_argument("out", type=Path)
-            sub.add_argument("--lengths", type=int, nargs="+", help="tokens of prompt and answer; 256 1024")
-            sub.add_argument("--prompts", type=int, default=8, help="per length; 8")
-            sub.add_argument("--max-recall-drop", type=float, default=0.02, help="at any length; 0.02")
-            sub.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="its sources, for gguf; else LLAMA_CPP")
+            sub.add_argument("--lengths", type=int, nargs="+", help="tokens of prompt and answer; default 256 1024")
+            sub.add_argument("--prompts", type=int, default=8, help="prompts per length; default 8")
+            sub.add_argument("--max-recall-drop", type=float, default=0.02, help="allowed at any length; default 0.02")
+            sub.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="its sources, for gguf; or LLAMA_CPP")
             continue
         if verb == "compare":
             sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR/PIPELINE")
-            sub.add_argument("--plot", type=Path, metavar="FILE", help="draw their sweeps: .png or .svg")
-            sub.add_argument("--markdown", action="store_true", help="print the table for a README")
+            sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the runs' sweeps: .png or .svg")
+            sub.add_argument("--markdown", action="store_true", help="print the table in Markdown")
             continue
         sub.add_argument("words", nargs="*", metavar="FOLDER or key=value" if verb == "inspect" else "key=value")
         sub.add_argument(
-            "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's"
+            "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's recipes"
         )
         if verb == "inspect":
-            sub.add_argument("--source", help="only rows of this source")
-            sub.add_argument("--row", help="only this row: FILE:NUMBER, or NUMBER with --source")
-            sub.add_argument("--pack", type=int, help="this pack or pair, from 0")
-            sub.add_argument("--limit", type=int, help="packs, pairs or documents shown; 1, and 200 in a page")
+            sub.add_argument("--source", help="show only rows of this source")
+            sub.add_argument("--row", help="show only this row: FILE:NUMBER, or NUMBER with --source")
+            sub.add_argument("--pack", type=int, help="show only this pack or pair, counted from 0")
+            sub.add_argument("--limit", type=int, help="packs, pairs or documents to show; default 1, in a page 200")
             sub.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead")
         if verb == "plan":
             sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
-            sub.add_argument("--resolve", action="store_true", help="with --cfg: interpolations as their values")
+            sub.add_argument("--resolve", action="store_true", help="with --cfg: print values of interpolations")
         if verb == "doctor":
-            sub.add_argument("--rows", type=int, default=32, help="size of the sample; 32")
+            sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
     argv = sys.argv[1:] if argv is None else argv
     # Words and options in any order, which a parser of verbs does not give its verbs.
     chosen = verbs.choices.get(argv[0]) if argv else None
@@ -175,28 +175,35 @@ def _do(options: argparse.Namespace) -> int:
     lineage = Lineage(request)
     if options.verb == "eval" and request.stage == "checkpoint":
         return _evaluate(lineage, "checkpoint", console)
-    stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
     if options.verb == "prepare":
         steps.prepare(lineage, stage)
     elif options.verb == "eval":
-        return _evaluate(lineage, stage.plan.name, console)
+        return _evaluate(lineage, stage.name, console)
     elif options.verb == "doctor":
         from smolpost.doctor import checks
 
         found = checks.diagnose(lineage, stage, rows=options.rows)
         console.print(checks.report(found))
         return checks.exit_code(found)
-    elif stage.plan.config.kind != "init":
-        raise UserError(f"stage={stage.plan.name} is a {stage.plan.config.kind} stage, not an init stage")
     else:
-        steps.make(lineage, stage, lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture))
+        _make(lineage, stage)
     return 0
 
 
-def _evaluate(lineage, stage: str, console: Console) -> int:
-    from smolpost.evaluation.table import DEPTH, scores_table
+def _make(lineage, stage) -> None:
     from smolpost.pipeline import steps
-    from smolpost.report.heat_map import heat_map_table, save_heat_map
+
+    if stage.config.LAUNCHED:
+        launch = screen.command_line(stage.making[-1])
+        raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
+    steps.make(lineage, stage)
+
+
+def _evaluate(lineage, stage: str, console: Console) -> int:
+    from smolpost.pipeline import steps
+    from smolpost.report.heat_map import DEPTH, heat_map_table, save_heat_map
+    from smolpost.report.score_tables import scores_table
 
     root, found = steps.evaluate(lineage, stage)
     console.print(scores_table(found))
@@ -275,43 +282,30 @@ def _prepared_folder(words: list[str]) -> Path:
         return Path(words[0])
     request = recipe.load(words)
     lineage = Lineage(request)
-    stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
     if stage.prepared is None or not manifest.read(stage.prepared):
         make = screen.command_line(["smolpost", "prepare", *words])
-        raise UserError(f"stage={stage.plan.name} has no prepared rows; `{make}` makes them for sft and apo stages")
+        raise UserError(f"stage={stage.name} has no prepared rows; `{make}` makes those of a training stage")
     return stage.prepared
 
 
-def job(kind: str, fill: Callable, *, resumable: bool = False) -> None:
-    """Run a script of data_gen/ or merge/ on the stage that its command line names.
+def job(kind: str) -> None:
+    """Run a script of data_gen/ or merge/: make the stage that its command line names.
 
     Args:
         kind: The stage kind that the script makes.
-        fill: (stage, inputs, folder) -> report; writes the stage's files into the folder. Inputs are the folders of the
-            checkpoints the stage starts from, by name. For kinds that choose, a fourth argument measures a model:
-            `steps.measurer`.
-        resumable: See `steps.make`.
     """
-    from smolpost import recipe, schema
+    from smolpost import recipe
     from smolpost.pipeline import steps
     from smolpost.pipeline.lineage import Lineage
     from smolpost.pipeline.plan import select_one
 
     with one_line_errors():
-        request = recipe.load(sys.argv[1:])
-        lineage = Lineage(request)
-        stage = lineage.stages[select_one([s.plan for s in lineage.stages.values()], request.stage).name]
-        if stage.plan.config.kind != kind:
-            raise UserError(
-                f"stage={stage.plan.name} is a {stage.plan.config.kind} stage; this job makes {kind} stages"
-            )
-        chooses = isinstance(stage.plan.config, schema.ChoosingStage)
-
-        def make(stage, folder):
-            measure = [steps.measurer(lineage, stage)] if chooses else []
-            return fill(stage, steps.input_folders(stage, request.recipe), folder, *measure)
-
-        steps.make(lineage, stage, make, resumable=resumable)
+        lineage = Lineage(request := recipe.load(sys.argv[1:]))
+        stage = select_one(lineage.stages.planned.values(), request.stage)
+        if stage.config.kind != kind:
+            raise UserError(f"stage={stage.name} is of kind {stage.config.kind}; this job makes {kind} stages")
+        steps.make(lineage, lineage.stages[stage.name])
 
 
 if __name__ == "__main__":

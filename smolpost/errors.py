@@ -6,3 +6,15 @@ class UserError(Exception):
 
     Raised where the fact is known, printed in one place (`smolpost.cli.one_line_errors`), exit code 2, no traceback.
     """
+
+
+class Wrong(UserError):
+    """A value of a recipe that cannot be meant.
+
+    Attributes:
+        key: Its full key; `recipe` puts the file that wrote it before the message.
+    """
+
+    def __init__(self, key: str, what: str):
+        super().__init__(f"{key}{what}")
+        self.key = key

@@ -7,7 +7,7 @@ Every field says its meaning and unit. Fields marked `in_key=False` cannot chang
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolpost.registry import LOSSES, ROW_SHAPES, Registry
+from smolpost.registry import ROW_SHAPES, Registry
 
 MISSING = "???"  # OmegaConf's mark for a value the recipe must give
 RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the recipe names no other
@@ -59,14 +59,14 @@ def _field(default: Any, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def choice(*options: str) -> Any:
-    """A field that takes one of the options; the first is the default."""
-    return field(default=options[0], metadata={"choices": options})
-
-
 def registered(registry: Registry, default: str) -> Any:
     """A field that takes the name of an entry, also of one that is added later."""
     return field(default=default, metadata={"choices": registry})
+
+
+def choice(*options: str) -> Any:
+    """A field that takes one of the options; the first is the default."""
+    return field(default=options[0], metadata={"choices": options})
 
 
 # ---------------------------------------------------------------- data
@@ -153,396 +153,12 @@ class Model:
     attn_implementation: str = tuning(PACKED_ATTENTION)  # for training; not for apo: transformers' backends
 
 
-# ---------------------------------------------------------------- stages
-
-
-@dataclass
-class Stage:
-    kind: str = MISSING
-
-    def parents(self) -> list[tuple[str, str]]:
-        """(key, stage name or "checkpoint") of every checkpoint this stage reads."""
-        return []
-
-    def mixtures(self) -> list[tuple[str, str]]:
-        """(key, mixture name) of every mixture under `data` this stage reads."""
-        return []
-
-
-@dataclass
-class TaskBlock:
-    """Rows of one synthetic task at one difficulty (`data/tasks.py` says what each task looks like)."""
-
-    task: str = choice("recall", "copy", "chase")
-    rows: int = count()
-    length: int = count(64)  # characters of the user turn: copy the longest, recall exactly; chase ignores it
-    pairs: int = count(8)  # recall: key-value pairs in the context
-    queries: int = count(8)  # recall: keys asked for, drawn with replacement
-    hops: int = count(4)  # chase: edges to follow
-    think: bool = False  # chase: the reply writes the visited nodes in a think block
-    verbose: float = number("[0, 1]", 0.0)  # chase: share of replies whose answer names the start as well
-
-
-@dataclass
-class TaskFile:
-    blocks: dict[str, TaskBlock] = field(default_factory=dict)  # in file order
-    replay: float = number("[0, 1)", 0.0)  # share of a block's text that is drawn from earlier blocks instead
-
-
-@dataclass
-class TasksStage(Stage):
-    """Synthetic tasks with checkable answers, as SmolTalk2 JSONL files `NAME.jsonl`."""
-
-    kind: str = "tasks"
-    seed: int = seeded(0)
-    files: dict[str, TaskFile] = field(default_factory=dict)
-
-
-@dataclass
-class InitStage(Stage):
-    """A tokenizer built from the pipeline's own data, and random weights."""
-
-    kind: str = "init"
-    tokenizer: str = choice("bpe", "char")  # byte-level BPE, or one token per character
-    vocab_size: int = count(8192)  # tokens, special ones included; the target for bpe, ignored by char
-    tokenizer_data: list[str] = field(default_factory=list)  # mixtures whose text the tokenizer is built from
-    template: str = "chatml"  # chat template stored with the checkpoint
-    seed: int = seeded(0)
-
-    def mixtures(self):
-        return [("tokenizer_data", name) for name in self.tokenizer_data]
-
-
-@dataclass
-class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) in place of the full weights; the finished stage has them merged in."""
-
-    r: int = number("[0, inf)", 0)  # rank of each adapter; 0: no adapters, all weights train
-    alpha: float = positive(32.0)  # an adapter's product counts alpha / r
-    dropout: float = number("[0, 1)", 0.0)  # of an adapter's input
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )  # linear layers that get an adapter, by the end of their names
-
-
-@dataclass
-class TrainStage(Stage):
-    """What SFT and APO stages share."""
-
-    init_from: str = MISSING  # stage name, or "checkpoint": model.checkpoint
-    data: str = MISSING  # mixture name under data
-    template: str = "smollm3"  # chat template: a name under smolpost/chat/templates or a .jinja file
-    today: str = RELEASE_DAY  # date rendered into training text; frozen, or prepared data would change daily
-    allow_template_change: bool = tuning(False)  # start from a checkpoint that was trained with another template
-    train_roles: list[str] = some("assistant")  # whose turns train; [all]: every token
-    train_reasoning: bool = True  # false: think blocks are context, the reply after them trains
-    last_turn_only: bool = False  # train the last of those turns alone
-    max_dropped: float = tuning(0.2, "[0, 1]")  # share of a source's rows; more dropped ones are refused
-    max_seq_len: int = number("[2, inf)")  # tokens per row
-    overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
-    learning_rate: float = positive()  # peak
-    min_lr_ratio: float = number("[0, 1)", 0.1)  # of the peak, where cosine and wsd end; linear ends at 0
-    lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
-    decay_ratio: float = number("[0, 1)", 0.2)  # of all steps: wsd's linear decay at the end
-    warmup_ratio: float = number("[0, 1)", 0.03)  # of all steps
-    max_grad_norm: float = positive(0.2)
-    weight_decay: float = number("[0, inf)", 0.1)  # not on embeddings, norms and biases
-    adam_beta1: float = number("[0, 1)", 0.9)
-    adam_beta2: float = number("[0, 1)", 0.95)
-    adam_epsilon: float = positive(1e-8)
-    num_epochs: float = positive(1.0)
-    max_steps: int | None = count(None)  # optimizer steps; overrides num_epochs
-    global_batch_size: int = count()  # rows (sft: packs, apo: pairs) per optimizer step, on any number of ranks
-    seeds: list[int] = numbers(SEEDS, 42)  # one checkpoint each; several make NAME-SEED
-    precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
-    rope_theta: float | None = positive(None)  # new RoPE base, for long-context stages
-    max_position_embeddings: int | None = count(None)  # new longest context, tokens
-    lora: LoRA = field(default_factory=LoRA)
-    snapshot_steps: int | None = count(None)  # optimizer steps between weights kept for averages; null: none
-    num_workers: int | None = tuning(None, "[1, inf)")  # processes that tokenize; null: one per core
-    gradient_checkpointing: bool = tuning(True)
-    logging_steps: int = tuning(10, "[1, inf)")
-    save_steps: int = tuning(500, "[1, inf)")  # optimizer steps between resumable checkpoints
-    save_total_limit: int = tuning(2, "[2, inf)")  # resumable checkpoints kept; with 1, a kill while saving loses all
-    report_to: list[str] = tuning(["tensorboard"])
-
-    def parents(self):
-        return [("init_from", self.init_from)]
-
-    def mixtures(self):
-        return [("data", self.data)]
-
-
-@dataclass
-class SFTStage(TrainStage):
-    kind: str = "sft"
-    packing: str = choice("bfd", "wrapped", "none")
-    shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
-    micro_batch_size: int = tuning(1, "[1, inf)")  # packs per rank and forward pass
-
-
-@dataclass
-class APOStage(TrainStage):
-    kind: str = "apo"
-    loss: str = registered(LOSSES, "apo_zero")  # TRL's names; sigmoid is DPO
-    loss_settings: dict[str, Any] = field(default_factory=dict)  # of the loss alone, e.g. robust's label_smoothing
-    beta: float = positive(0.05)  # scale on the log-ratios, per nat
-    ld_alpha: float | None = number("[0, 1]", None)  # weight of tokens beyond the pair's shorter side (LD-DPO); null: 1
-    sft_weight: float = number("[0, inf)", 0.0)  # of the chosen tokens' mean negative log-likelihood, added to the loss
-    warmup_ratio: float = number("[0, 1)", 0.1)
-    learning_rate: float = positive(1e-6)
-    pack_tokens: int | None = tuning(None, "[2, inf)")  # tokens per forward pass, longer pairs alone; null: max_seq_len
-
-
-@dataclass
-class PairsStage(Stage):
-    """Preference rows: a stronger checkpoint's reply is chosen, a weaker one's rejected."""
-
-    kind: str = "pairs"
-    prompts: str = MISSING  # mixture name; each row's messages up to its last assistant turn
-    chosen_from: str = MISSING  # stage of the stronger checkpoint
-    rejected_from: str = MISSING  # stage of the weaker checkpoint
-    template: str = "smollm3"  # of both checkpoints' prompts
-    today: str = RELEASE_DAY
-    max_new_tokens: int = count(256)
-    temperature: float = number("[0, inf)", 0.6)
-    top_p: float = number("(0, 1]", 0.95)
-    keep: str = choice("different", "chosen_right", "right_and_wrong")  # the last two compare with the row's answer
-    seed: int = seeded(0)
-    batch_size: int = count(64)  # prompts per generate call; in the key, as it decides each batch's random numbers
-
-    def parents(self):
-        return [("chosen_from", self.chosen_from), ("rejected_from", self.rejected_from)]
-
-    def mixtures(self):
-        return [("prompts", self.prompts)]
-
-
-@dataclass
-class MergeStage(Stage):
-    """A weighted mean of checkpoints; a stage with several seeds stands for their equal-weight soup."""
-
-    kind: str = "merge"
-    inputs: dict[str, float] = field(default_factory=dict)  # stage name or "checkpoint" -> weight; they sum to 1
-    base: str = MISSING  # the input whose config, tokenizer and chat template the result has
-    dtype: str = choice(*DTYPES)  # of the merged weights on disk; sums are fp32 throughout
-    allow_template_change: bool = tuning(False)  # merge inputs that speak other chat templates than the base
-    average: str = choice("final", "lawa", "ema")  # what an input stands for: its last weights, or a mean along its run
-    average_last: int = count(5)  # lawa: snapshots, the final weights among them
-    ema_decay: float = number("[0, 1)", 0.8)  # ema: per snapshot
-
-    def parents(self):
-        return [("inputs", name) for name in self.inputs]
-
-
-@dataclass
-class MergekitStage(Stage):
-    """A merge by one of mergekit's methods or its YAML files, behind the checks of a linear one."""
-
-    kind: str = "mergekit"
-    inputs: dict[str, Any] = field(default_factory=dict)  # stage or "checkpoint" -> its parameters: {weight: 0.5}
-    base: str = MISSING  # the input whose config, tokenizer and chat template the result has
-    method: str | None = None  # mergekit's name, e.g. slerp, ties, dare_ties
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the whole merge, and defaults for the inputs'
-    base_model: str | None = None  # the input that differences are taken from, where the method needs one
-    config: str | None = None  # mergekit YAML that names the inputs as its models, in place of method and parameters
-    dtype: str = choice(*DTYPES)  # of the merged weights on disk; a YAML has its own
-    seed: int = seeded(0)  # of methods that draw numbers; with 0, the random_seed of a YAML that has one
-    allow_template_change: bool = tuning(False)  # merge inputs that speak other chat templates than the base
-
-    def parents(self):
-        return [("inputs", name) for name in self.inputs]
-
-
-@dataclass
-class ChoosingStage(Stage):
-    """What stages share that evaluate merges in memory and write the one that is chosen."""
-
-    base: str = MISSING  # the input whose config, tokenizer and chat template the result has
-    dtype: str = choice(*DTYPES)  # of the evaluated and of the written weights
-    seed: int = seeded(1)  # of prompts and sampled replies; evaluation.seed, another, judges the result
-
-    def metrics_used(self) -> list[tuple[str, str]]:
-        """(key, "TASK/METRIC") of every score that chooses."""
-        return []
-
-    def tasks(self) -> list[str]:
-        """Names of the evaluation tasks that have to be measured."""
-        return list(dict.fromkeys(metric.removeprefix("-").partition("/")[0] for _, metric in self.metrics_used()))
-
-
-@dataclass
-class SweepStage(ChoosingStage):
-    """The mixture of two checkpoints that a rule picks after each was evaluated (`merging/sweep.py` states it)."""
-
-    kind: str = "sweep"
-    start: str = MISSING  # weight 0: a stage, its soup where it has several seeds, or a merge stage
-    added: str = MISSING  # weight 1, likewise: strong at long context
-    weights: list[float] = numbers("[0, 1]", 0.05, 0.1, 0.15, 0.2, 0.3)  # of `added`; 0 and 1 always
-    long: list[str] = field(default_factory=list)  # TASK/METRIC to raise; -TASK/METRIC where lower is better
-    rest: list[str] = field(default_factory=list)  # what raising it may cost, likewise
-    max_cost: float = number("[0, inf)", 0.02)  # of `rest` against weight 0, in its unit
-    confident: bool = False  # the 95% interval of the cost has to be within max_cost, not only its mean
-
-    def parents(self):
-        return [("start", self.start), ("added", self.added)]
-
-    def metrics_used(self):
-        return [("long", metric) for metric in self.long] + [("rest", metric) for metric in self.rest]
-
-
-@dataclass
-class GreedyStage(ChoosingStage):
-    """The equal-weight soup of the checkpoints that raise, or keep, a held-out score (arXiv:2203.05482, Recipe 1)."""
-
-    kind: str = "greedy"
-    inputs: list[str] = field(default_factory=list)  # stages; every seed is a candidate
-    metrics: list[str] = field(default_factory=list)  # TASK/METRIC whose mean decides; -TASK/METRIC: lower is better
-
-    def parents(self):
-        return [("inputs", name) for name in self.inputs]
-
-    def metrics_used(self):
-        return [("metrics", metric) for metric in self.metrics]
-
-
-STAGE_KINDS = {
-    stage.kind: stage
-    for stage in (
-        TasksStage, InitStage, SFTStage, APOStage, PairsStage, MergeStage, MergekitStage, SweepStage, GreedyStage,
-    )
-}  # fmt: skip
-MODEL_KINDS = ("sft", "apo", "merge", "mergekit", "sweep", "greedy")  # kinds that make a model worth evaluating
-
-
 # ---------------------------------------------------------------- evaluation
 
 
 @dataclass
-class EvaluationTask:
-    """One measurement of an evaluation."""
-
-    kind: str = MISSING
-    stages: list[str] | None = tuning([])  # whose models it measures; empty: all; null: only what a sweep tries
-
-    def mixtures(self) -> list[tuple[str, str]]:
-        """(key, mixture name) of every mixture under `data` this task reads."""
-        return [("data", self.data)] if hasattr(self, "data") else []
-
-    def files(self) -> list[tuple[str, str]]:
-        """(key, path) of every other file this task reads."""
-        return []
-
-
-@dataclass
-class PerplexityTask(EvaluationTask):
-    """Loss of the reference replies' trained tokens, by source and mode."""
-
-    kind: str = "perplexity"
-    data: str = "heldout"  # mixture name
-    max_rows: int | None = count(200)  # per source and mode, the first ones; null: all
-
-
-@dataclass
-class ReasoningTask(EvaluationTask):
-    """Problems with one right answer, asked with and without thinking."""
-
-    kind: str = "reasoning"
-    data: str = "heldout"  # mixture name; a row's last assistant turn holds the right answer
-    max_rows: int | None = count(100)  # the first rows that hold an answer; null: all
-    modes: list[str] = some("think", "no_think")
-    answer: str = choice("pattern", "math")  # equal as text, or as mathematics (math-verify)
-    answer_pattern: str = r"(?s)(.*)"  # first group of the last match in the text after the think block is the answer
-    max_new_tokens: int = count(256)
-    num_samples: int = count(1)  # replies per problem and mode
-    temperature: float = number("[0, inf)", 0.0)  # 0: greedy; above 0 for several samples
-    top_p: float = number("(0, 1]", 1.0)
-    pass_at: list[int] = numbers("[1, inf)", 1)  # k of pass@k, each at most num_samples
-
-
-@dataclass
-class RecallTask(EvaluationTask):
-    """Key-value recall in the miniature's alphabet, by context length and depth."""
-
-    kind: str = "recall"
-    lengths: list[int] = numbers("[1, inf)", 64, 256, 1024)  # tokens of prompt and answer together
-    num_prompts: int = count(16)  # per length
-    pairs: int = count(8)  # keys and values in each context
-    queries: int = count(8)  # of them asked for
-
-
-@dataclass
-class RulerTask(EvaluationTask):
-    """RULER's tasks (arXiv:2404.06654) at given lengths, from text of our own or the user's."""
-
-    kind: str = "ruler"
-    tasks: list[str] = field(
-        default_factory=lambda: [
-            "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-            "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe",
-        ]
-    )  # fmt: skip
-    lengths: list[int] = numbers("[1, inf)", 4096, 8192, 16384)  # tokens of prompt and answer together
-    num_prompts: int = count(20)  # per task and length
-    text: str | None = None  # text file that haystacks are cut from; null: generated prose
-    questions: str | None = None  # for qa: JSONL of {"question", "context", "answers"}; contexts of qa_2 are lists
-    thinking: bool = False  # ask in think mode
-    think_tokens: int = count(1024)  # of each length, left free for the think block
-
-    def files(self):
-        return [(key, getattr(self, key)) for key in ("text", "questions") if getattr(self, key)]
-
-
-@dataclass
-class ToolCallsTask(EvaluationTask):
-    """Berkeley function calling: calls compared with the accepted ones as syntax trees."""
-
-    kind: str = "tool_calls"
-    questions: str = MISSING  # JSONL of {"id", "question", "function"}
-    answers: str = MISSING  # JSONL of {"id", "ground_truth"}
-    styles: list[str] = some("xml", "python")  # <tool_call> with JSON, <code> with Python
-    max_rows: int | None = count(100)  # the first ones; null: all
-    thinking: bool = False
-    max_new_tokens: int = count(512)
-
-    def files(self):
-        return [("questions", self.questions), ("answers", self.answers)]
-
-
-@dataclass
-class InstructionsTask(EvaluationTask):
-    """Instructions whose following a program can verify (IFEval, arXiv:2311.07911)."""
-
-    kind: str = "instructions"
-    prompts: str | None = None  # JSONL of {"key", "prompt", "instruction_id_list", "kwargs"}; null: own prompts
-    num_prompts: int | None = count(100)  # the first ones, or as many made; null: all of the file
-    modes: list[str] = some("think", "no_think")
-    max_new_tokens: int = count(1024)
-
-    def files(self):
-        return [("prompts", self.prompts)] if self.prompts else []
-
-
-@dataclass
-class PreferenceTask(EvaluationTask):
-    """Held-out pairs: which side the model finds likelier, and by how much."""
-
-    kind: str = "preference"
-    data: str = "heldout_pairs"  # mixture name
-    max_rows: int | None = count(200)  # the first ones; null: all
-
-
-TASK_KINDS = {
-    task.kind: task
-    for task in (
-        PerplexityTask, ReasoningTask, RecallTask, RulerTask, ToolCallsTask, InstructionsTask, PreferenceTask,
-    )
-}  # fmt: skip
-
-
-@dataclass
 class Evaluation:
-    tasks: dict[str, Any] = field(default_factory=dict)  # name -> one of TASK_KINDS; the order of the table's columns
+    tasks: dict[str, Any] = field(default_factory=dict)  # name -> its settings; the order of the table's columns
     today: str = RELEASE_DAY  # date rendered into prompts
     seed: int = seeded(0)  # of prompts and sampled replies
     batch_tokens: int = tuning(16384, "[1, inf)")  # prompts and replies held at once; longer ones come alone
@@ -581,10 +197,11 @@ class Recipe:
     pipeline: str = MISSING  # name; runs go to run_dir/pipeline
     run_dir: str = "runs"
     seed: int = seeded(0)  # from which a pipeline may take the seeds of its stages
+    plugins: list[str] = field(default_factory=list)  # modules of the user's own (`recipe/plugins.py`)
     data_root: str | None = MISSING  # the user's data folder, where the pipeline's data files are named under it
     model: Model = field(default_factory=Model)
     data: dict[str, Mixture] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)  # name -> one of STAGE_KINDS
+    stages: dict[str, Any] = field(default_factory=dict)  # name -> one of registry.STAGE_KINDS
     evaluation: Evaluation = field(default_factory=Evaluation)
     harness: Harness = field(default_factory=Harness)  # of `smolpost eval`; `smolpost run` leaves it alone
     accelerate: dict[str, Any] = field(default_factory=dict)  # content of the chosen file under recipes/accelerate

@@ -50,8 +50,8 @@ def run_stage(rank: int) -> None:
             print(f"removed {lock}, which a killed build has left", flush=True)
     try:
         lineage = Lineage(request := recipe.load(sys.argv[1:]))
-        stage = select_one([s.plan for s in lineage.stages.values()], request.stage)
-        steps.train(lineage, lineage.stages[stage.name])
+        stage = select_one(lineage.stages.planned.values(), request.stage)
+        steps.make_on_ranks(lineage, lineage.stages[stage.name], rank)
     except UserError:
         if rank:
             # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from hinge import Hinge
 from hypothesis import settings
 
 from smolpost.objectives.losses import loss
 from smolpost.registry import LOSSES
+from tests.hinge import Hinge
 
 # The same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)

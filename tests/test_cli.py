@@ -60,7 +60,7 @@ def refused(capsys, *argv: str) -> str:
 BAD_FILES = {
     "missing": (None, "smoltalk2_sft.jsonl: does not exist; expected a JSONL or Parquet file"),
     "empty": ("", "smoltalk2_sft.jsonl: is empty; expected at least one row"),
-    "broken": ('{"messages": [', "smoltalk2_sft.jsonl:1: is no JSON (Expecting value at column 15); expected one"),
+    "broken": ('{"messages": [', "smoltalk2_sft.jsonl:1: is not JSON (Expecting value at column 15); expected one"),
     "columns": (
         '{"question": "1+1?", "answer": "2"}\n',
         "smoltalk2_sft.jsonl:1: has the columns question, answer; expected messages, or",
@@ -77,12 +77,12 @@ BAD_FILES = {
 def test_broken_data(project, capsys, case):
     content, expected = BAD_FILES[case]
     project.file("sft").unlink() if content is None else project.file("sft").write_text(content)
-    assert expected in refused(capsys, "init", *project.words, "stage=init")
+    assert expected in refused(capsys, "make", *project.words, "stage=init")
     assert project.finished() == set() and project.halves() == []
 
 
 def test_overlong_sample_under_refuse(project, capsys):
-    cli_ok("init", *project.words, "stage=init")
+    cli_ok("make", *project.words, "stage=init")
     short = ["stages.sft.init_from=init", "stages.sft.max_seq_len=16", "stages.sft.overlong=refuse", "stage=sft"]
     line = refused(capsys, "prepare", *project.words, *short)
     assert "smoltalk2_sft.jsonl:" in line and "max_seq_len=16; 8 of 8 rows are too long" in line
@@ -110,7 +110,9 @@ def test_stage_before_its_parents(project, capsys):
 
 def test_wrong_verb_for_a_stage(project, capsys):
     assert "makes no model to evaluate" in refused(capsys, "eval", *project.words, "stage=init")
-    assert "only sft and apo stages have rows to prepare" in refused(capsys, "prepare", *project.words, "stage=soup")
+    assert "stage=soup of kind merge has no rows to prepare; training stages have" in refused(
+        capsys, "prepare", *project.words, "stage=soup"
+    )
 
 
 def test_inspect_and_doctor_of_what_is_not_there(project, capsys, tmp_path):
@@ -123,7 +125,7 @@ def test_inspect_and_doctor_of_what_is_not_there(project, capsys, tmp_path):
 
 def test_prepared_rows_can_be_looked_at_and_checked(project, capsys, tmp_path):
     mine = [*project.words, "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.num_workers=1"]
-    cli_ok("init", *mine, "stage=init")
+    cli_ok("make", *mine, "stage=init")
     cli_ok("prepare", *mine, "stage=sft")
     assert "masked tokens by reason" in capsys.readouterr().out
     cli_ok("inspect", *mine, "stage=sft", "--row", "3")
@@ -151,7 +153,7 @@ def test_disk_without_space(project, tmp_path):
     try:
         words = [*project.words[:2], f"run_dir={disk}", "stage=init"]
         done = subprocess.run(
-            [sys.executable, "-m", "smolpost.cli", "init", *words],
+            [sys.executable, "-m", "smolpost.cli", "make", *words],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
@@ -179,7 +181,7 @@ def test_plan_of_the_real_recipe_needs_no_network_and_no_gpu(capsys):
 def test_an_evaluation_without_rows_is_refused_before_training(project, capsys):
     words = [*project.words, "data.heldout.sources.gsm8k.first_row=0", "evaluation.tasks.pairs.stages=[merge]"]
     words += ["evaluation.tasks.answer.answer_pattern='(no such words)'"]
-    cli_ok("init", *words, "stage=init")
+    cli_ok("make", *words, "stage=init")
     assert refused(capsys, "run", *words, "stage=base") == (
         "evaluation.tasks.answer has nothing to measure: no row of data.heldout can be asked; change its rows, or "
         "leave the task out with ~evaluation.tasks.answer"
@@ -258,7 +260,7 @@ def test_a_folder_of_recipes_is_repeated_in_every_printed_command(project, capsy
     assert capsys.readouterr().out == output
     line = refused(capsys, "prepare", *printed[0][2:])
     assert f"run `smolpost run '--recipes={own}' pipeline=mine" in line
-    cli_ok("init", f"--recipes={own}", *words, "stage=init")
+    cli_ok("make", f"--recipes={own}", *words, "stage=init")
     assert project.finished() == {"init"}
 
 
@@ -311,7 +313,7 @@ def test_what_comes_from_the_environment_is_shown_by_its_name(project, capsys, m
     output = capsys.readouterr().out
     assert "logging_steps=${oc.env:SMALL}" in output
     assert "stages.sft.today='${oc.env:SECRET_DAY}'" in commands(output)[0]
-    cli_ok("init", *words, "stage=init")
+    cli_ok("make", *words, "stage=init")
     cli_ok("prepare", *words, "stage=sft")
     output = capsys.readouterr()
     assert "Hidden" not in output.out + output.err

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors import SafetensorError
-from small import Small, call
 
 from smolpost import cli, disks
 from smolpost.errors import UserError
+from tests.small import Small, call
 
 FULL = "/dev/full"  # a file on a disk without room
 MOUNT = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]

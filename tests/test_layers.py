@@ -9,16 +9,18 @@ LIBRARY = Path(__file__).parent.parent / "smolpost"
 FLOORS = {
     "schema": 0, "errors": 0, "registry": 0, "files": 0, "screen": 0, "signals": 0, "disks": 0, "progress": 0,
     "third_party": 0,
-    "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1,
+    "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1, "inference": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
-    "recipe": 3,
-    "pipeline": 4, "report": 4, "doctor": 4, "export": 4,
-    "cli": 5, "train": 5, "launch": 5,
+    "selection": 3, "report": 3,
+    "stages": 4, "recipe": 4,
+    "pipeline": 5, "doctor": 5, "export": 5,
+    "cli": 6, "train": 6, "launch": 6,
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {
     ("files", "errors"), ("registry", "errors"), ("schema", "registry"), ("disks", "errors"), ("data", "chat"),
-    ("merging", "model"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"),
+    ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("train", "cli"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 

@@ -13,9 +13,22 @@ import pytest
 from omegaconf import OmegaConf
 
 from smolpost import recipe, schema
+from smolpost.data.tasks import TaskFile
 from smolpost.errors import UserError
+from smolpost.evaluation.tasks.perplexity import PerplexityTask
+from smolpost.evaluation.tasks.reasoning import ReasoningTask
+from smolpost.evaluation.tasks.recall import RecallTask
 from smolpost.recipe import checks, request
 from smolpost.recipe.written import Written
+from smolpost.registry import STAGE_KINDS
+from smolpost.stages.init import InitStage
+from smolpost.stages.merge import MergeStage
+from smolpost.stages.pairs import PairsStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
+from smolpost.stages.sweep import SweepStage
+from smolpost.stages.tasks import TasksStage
+from smolpost.training.settings import LoRA
 
 ROOT = Path(__file__).parent.parent
 TINY = "pipeline=tiny"
@@ -62,7 +75,7 @@ def test_published_mixture_weights():
 def test_every_pipeline_composes(file):
     request = recipe.load([f"pipeline={file.stem}", "data_root=somewhere"])
     assert request.recipe.pipeline == file.stem
-    assert all(type(s) is schema.STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
+    assert all(type(s) is STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
 
 
 def test_stage_is_a_choice_not_a_setting():
@@ -201,10 +214,10 @@ def test_a_stage_and_a_task_from_the_command_line():
     more = ["+stages.more={kind:sft,init_from:sft,data:sft}", "stages.more.lora.r=4", "+stages.more.max_seq_len=64"]
     more += ["stages.more.learning_rate=1e-3", "stages.more.global_batch_size=8"]
     found = recipe.load([TINY, *more, "+evaluation.tasks.loss={kind:perplexity,data:sft}"]).recipe
-    assert found.stages["more"] == schema.SFTStage(
-        init_from="sft", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=schema.LoRA(r=4)
+    assert found.stages["more"] == SFTStage(
+        init_from="sft", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=LoRA(r=4)
     )
-    assert found.evaluation.tasks["loss"] == schema.PerplexityTask(data="sft")
+    assert found.evaluation.tasks["loss"] == PerplexityTask(data="sft")
 
 
 @pytest.mark.parametrize(
@@ -286,11 +299,11 @@ def floats(kind: type, prefix: str) -> list[tuple[str, str]]:
 
 
 NUMBERS = [
-    *floats(schema.SFTStage, "stages.sft."), *floats(schema.APOStage, "stages.apo."),
-    *floats(schema.PairsStage, "stages.pairs."), *floats(schema.SweepStage, "stages.sweep."),
-    *floats(schema.MergeStage, "stages.merge."), *floats(schema.Source, "data.sft.sources.tasks."),
+    *floats(SFTStage, "stages.sft."), *floats(APOStage, "stages.apo."),
+    *floats(PairsStage, "stages.pairs."), *floats(SweepStage, "stages.sweep."),
+    *floats(MergeStage, "stages.merge."), *floats(schema.Source, "data.sft.sources.tasks."),
     *floats(schema.Hygiene, "data.sft.hygiene."), *floats(schema.Architecture, "model.architecture."),
-    *floats(schema.ReasoningTask, "evaluation.tasks.answer."), *floats(schema.Harness, "harness."),
+    *floats(ReasoningTask, "evaluation.tasks.answer."), *floats(schema.Harness, "harness."),
     "stages.merge.inputs.soup", "stages.tasks.files.base.replay",
 ]  # fmt: skip
 
@@ -380,9 +393,9 @@ def test_no_name_leads_out_of_run_dir(name):
         {"pipeline": name},
         {"data": {name: plain.data["d"]}},
         {"data": {"d": schema.Mixture(sources={name: source})}},
-        {"stages": {name: schema.InitStage()}},
-        {"stages": {"tasks": schema.TasksStage(files={name: schema.TaskFile()})}},
-        {"evaluation": schema.Evaluation(tasks={name: schema.RecallTask()})},
+        {"stages": {name: InitStage()}},
+        {"stages": {"tasks": TasksStage(files={name: TaskFile()})}},
+        {"evaluation": schema.Evaluation(tasks={name: RecallTask()})},
     ):
         with pytest.raises(UserError, match=f"{re.escape(name)}, which becomes a folder or file; use letters"):
             checks.check(dataclasses.replace(plain, **change), Written())
@@ -393,4 +406,4 @@ def test_evaluation_none_measures_nothing_where_the_pipeline_sets_tasks():
     words = [TINY, "evaluation=none", "~stages.sweep"]
     assert recipe.load(words).recipe.evaluation.tasks == {}
     more = recipe.load([*words, "+evaluation.tasks.loss={kind:perplexity,data:sft}"]).recipe.evaluation.tasks
-    assert more == {"loss": schema.PerplexityTask(data="sft")}
+    assert more == {"loss": PerplexityTask(data="sft")}

@@ -8,7 +8,11 @@ import pytest
 
 from smolpost import recipe, schema
 from smolpost.errors import UserError
+from smolpost.evaluation.tasks.perplexity import PerplexityTask
+from smolpost.evaluation.tasks.reasoning import ReasoningTask
 from smolpost.recipe import room
+from smolpost.stages.sft import SFTStage
+from smolpost.training.settings import LoRA
 
 
 def keys(kind: type) -> str:
@@ -52,11 +56,11 @@ def refusal(*words: str) -> str:
 MISTAKES = {
     "key": (
         TINY + "stages: {sft: {lerning_rate: 1e-3}}",
-        f"mine.yaml: stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(schema.SFTStage)}",
+        f"mine.yaml: stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(SFTStage)}",
     ),
     "key of a nested node": (
         TINY + "stages: {sft: {lora: {rank: 4}}}",
-        f"mine.yaml: stages.sft.lora.rank is not a key of the recipe; keys of stages.sft.lora: {keys(schema.LoRA)}",
+        f"mine.yaml: stages.sft.lora.rank is not a key of the recipe; keys of stages.sft.lora: {keys(LoRA)}",
     ),
     "key of a source": (
         TINY + "data: {sft: {sources: {a: {pth: x.jsonl}}}}",
@@ -64,7 +68,7 @@ MISTAKES = {
     ),
     "key of a task": (
         TINY + "evaluation: {tasks: {answer: {max_row: 3}}}",
-        f"mine.yaml: evaluation.tasks.answer.max_row is not a key of the recipe; did you mean evaluation.tasks.answer.max_rows? keys of evaluation.tasks.answer: {keys(schema.ReasoningTask)}",
+        f"mine.yaml: evaluation.tasks.answer.max_row is not a key of the recipe; did you mean evaluation.tasks.answer.max_rows? keys of evaluation.tasks.answer: {keys(ReasoningTask)}",
     ),
     "key of the root": (
         TINY + "run_dri: x",
@@ -245,11 +249,11 @@ FOLDER_MISTAKES = {
     ),
     "schema of no kind": (
         {"stage/mine.yaml": "defaults:\n  - /schema/sfft@_here_\n  - _self_\nseeds: [1]\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, perplexity, reasoning, recall, ruler, tool_calls, instructions, preference",
+        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
     ),
     "key in a stage file": (
         {"stage/sft.yaml": "defaults:\n  - /schema/sft@_here_\n  - _self_\nlerning_rate: 1\n"}, [],
-        f"own/stage/sft.yaml: stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(schema.SFTStage)}",
+        f"own/stage/sft.yaml: stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(SFTStage)}",
     ),
     "base of a stage file": (
         {"stage/sft.yaml": "defaults:\n  - smt\n  - _self_\nseeds: [1]\n"}, [],
@@ -271,11 +275,11 @@ FOLDER_MISTAKES = {
     "weight in a data file": ({"data/mine.yaml": "sft: {sources: {a: {path: x, weight: 0}}}\n"}, ["data=mine"], "own/data/mine.yaml: data.sft.sources.a.weight=0 must be above 0"),
     "key in a model file": ({"model/mine.yaml": "architecture: {hiden_size: 64}\n"}, ["model=mine"], f"own/model/mine.yaml: model.architecture.hiden_size is not a key of the recipe; did you mean model.architecture.hidden_size? keys of model.architecture: {keys(schema.Architecture)}"),
     "key in a task": (
-        {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(schema.PerplexityTask)}"
+        {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(PerplexityTask)}"
     ),
     "processes": ({"accelerate/mine.yaml": "num_processes: '2'\n"}, ["accelerate=mine"], "own/accelerate/mine.yaml: accelerate.num_processes='2' is not a whole number above 0; write 1 or more"),
     "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, tiny"),
-    "word for what a folder has": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "stages.sft.lerning_rate=1"], f"stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(schema.SFTStage)}"),
+    "word for what a folder has": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "stages.sft.lerning_rate=1"], f"stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(SFTStage)}"),
     "word for a source": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "data.sft.sources.task.path=x"], "data.sft.sources.task is not a key of the recipe; did you mean data.sft.sources.tasks? keys of data.sft.sources: tasks"),
     "word for accelerate": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "accelerate.num_proceses=2"], "accelerate.num_proceses is not a key of the recipe; did you mean accelerate.num_processes? keys of accelerate: compute_environment, distributed_type, machine_rank, mixed_precision, num_machines, num_processes, use_cpu"),
     "word for a task": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "evaluation.tasks.anser.max_rows=2"], "evaluation.tasks.anser is not a key of the recipe; did you mean evaluation.tasks.answer? keys of evaluation.tasks: answer, choose, choose_pairs, loss, pairs, recall; +evaluation.tasks.anser=VALUE adds one"),
@@ -312,8 +316,8 @@ def test_a_pipeline_without_a_name_is_called_as_its_file(here):
     write(here / "my plans", {"stage/mine.yaml": MINE, "data/rows.yaml": rows})
     found = recipe.load([f"pipeline={here}/my plans/über.yaml"])
     assert found.recipe.pipeline == "über"
-    assert found.recipe.stages["sft"] == schema.SFTStage(
-        init_from="mid", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=schema.LoRA(r=4)
+    assert found.recipe.stages["sft"] == SFTStage(
+        init_from="mid", data="sft", max_seq_len=64, learning_rate=1e-3, global_batch_size=8, lora=LoRA(r=4)
     )
 
 
@@ -325,7 +329,7 @@ MINE = (
 def test_a_stage_file_may_state_its_kind_alone_or_start_from_a_shipped_one(here):
     write(here, {"stage/mine.yaml": MINE, "stage/long.yaml": "defaults:\n  - sft\n  - _self_\nmax_seq_len: 131072\n"})
     found = recipe.load(["--recipes=.", "+stage@stages.more=mine", "+stage@stages.long=long"]).recipe.stages
-    assert (type(found["more"]), found["more"].lora.r) == (schema.SFTStage, 4)
+    assert (type(found["more"]), found["more"].lora.r) == (SFTStage, 4)
     assert (found["long"].max_seq_len, found["long"].num_epochs) == (131072, 4)
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from smolpost.data.report import format_report, new_source
-from smolpost.evaluation.table import results_table, scores_table
 from smolpost.report.compare import compare_table
 from smolpost.report.heat_map import heat_map_table
 from smolpost.report.pareto import greedy_table, sweep_table
+from smolpost.report.score_tables import results_table, scores_table
 from smolpost.screen import Blocks
 
 WIDTHS = st.integers(60, 200)

@@ -1,8 +1,8 @@
-"""Templates whose clock stands still: the tokens of a row must be the same tomorrow, and in an evaluation.
+"""Templates with a fixed date: the tokens of a row must be the same tomorrow, and the same in an evaluation.
 
-A template asks for the date in its own way: by a variable, or by transformers' `strftime_now` with a format. Both get
-the recipe's `today` from lines put before the template's own, so that every renderer of the text agrees, also those
-that can be given nothing but a template.
+A template asks for the date by a variable, or by transformers' `strftime_now` with a format. Lines put before the
+template's own text answer both with the recipe's `today`. So all renderers give the same text, even those that take
+only a template.
 """
 
 import json
@@ -25,12 +25,12 @@ def frozen(template: str, today: str) -> str:
     """The template with the date `today` wherever it asks for the date.
 
     `strftime_now(format)` gives that day, at midnight, in the format. The variables of DATES are `today` as it is
-    written, unless a row sets them; a template that calls `strftime_now` fills them itself, in its own format.
+    written, unless a row sets them. A template that calls `strftime_now` fills them itself, in its own format.
 
     Args:
         template: Text of a chat template.
-        today: A date; it has to be written in one of FORMATS where the template calls `strftime_now`, else rendering
-            refuses it in one line.
+        today: A date. If the template calls `strftime_now`, it must be in one of FORMATS; otherwise rendering refuses
+            it in one line.
     Raises:
         UserError: The template draws random numbers.
     """
@@ -39,8 +39,8 @@ def frozen(template: str, today: str) -> str:
     for name in ("lipsum", "|random"):
         if name in names:
             raise UserError(
-                f"the chat template calls {name.removeprefix('|')}, which gives a row other tokens each time; take it "
-                "out of the template"
+                f"the chat template calls {name.removeprefix('|')}, which gives a row different tokens each time; "
+                "remove it from the template"
             )
     lines = [f"{{%- set today = {_literal(today)} %}}\n"]
     if _CLOCK in names:
@@ -61,7 +61,7 @@ def _stopped_clock(today: str, formats: list[str]) -> str:
         body = f"{{{{- raise_exception({_literal(message)}) }}}}"
     else:
         days = ", ".join(f"{_literal(text)}: {_literal(day.strftime(text))}" for text in dict.fromkeys(formats))
-        message = "the chat template puts a date's format together; write it out in the call of strftime_now"
+        message = "the chat template computes a date format; write the format as a string in the call of strftime_now"
         body = (
             f"{{%- set days = {{{days}}} %}}"
             f"{{{{- days[format] if format in days else raise_exception({_literal(message)}) }}}}"
@@ -85,12 +85,12 @@ def _names(words: list[tuple[str, str]]) -> set[str]:
         if word[0] == "name" and before[0] != "dot":
             names.add(f"|{word[1]}" if before[0] == "pipe" else word[1])
             if after[0] in ("dot", "lparen") and word[1] in DATES:
-                objects.add(word[1])  # an object of some kind: rendering says that it is not defined
+                objects.add(word[1])  # used as an object: rendering reports that it is undefined
     return names - objects
 
 
 def _words(template: str) -> list[tuple[str, str]]:
-    """(kind, text) of the words in the template's code; none where it is no jinja, which rendering says."""
+    """(kind, text) of the words in the template's code; empty if it is not valid jinja, which rendering reports."""
     try:
         return [(token.type, str(token.value)) for token in jinja2.Environment().lexer.tokenize(template)]
     except jinja2.TemplateSyntaxError:

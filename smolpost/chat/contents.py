@@ -1,40 +1,46 @@
-"""Where a row's own texts stand in its rendering, and which control tokens in them are only text.
+"""Finds a row's own texts in its rendering, and the control tokens in them that are only text.
 
-In the common case each text occurs once where it can stand, and that place is the answer. Else the conversation is
-rendered again with marks around the texts and inside the control tokens: where the rendering without its marks is the
-text again, the marks' places are exact, whatever the template trims, drops or adds.
+Usually each text occurs exactly once in the range where it can be, and that place is the answer. Otherwise the
+conversation is rendered again with marks around the texts and inside the control tokens. If this rendering without its
+marks equals the first one, the places of the marks are exact, whatever the template trims, drops or adds.
 """
 
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smolpost.chat.controls import controls, reply_words
 from smolpost.chat.fates import Fate
-from smolpost.chat.render import RESULT_ROLES, part_text, text_of
+from smolpost.chat.render import RESULT_ROLES, Conversation, Message, part_text, text_of
+from smolpost.chat.spans import Span
+from smolpost.chat.text_pieces import Vocabulary
 from smolpost.errors import UserError
 
 _FATES = {"system": Fate.SYSTEM, "developer": Fate.SYSTEM, **dict.fromkeys(RESULT_ROLES, Fate.TOOL)}
 
-# Symbols nobody writes; unlike private-use characters they print as themselves in Python's repr.
+# Symbols that nobody uses. Python's repr prints them as they are, unlike private-use characters.
 _MARKS = [chr(code) for code in range(0x1D300, 0x1D357)]
 
-# What a template may read at the edges of a text: one pair of its own tags, or flags such as /no_think.
+# A template may remove these at the edges of a text: one pair of its own tags, or flags such as /no_think.
 _OPEN, _CLOSE = "<tool_response>", "</tool_response>"
 _FLAG = re.compile(r"/\w+(?!\S)")
 
-# {(template, first message or not, edges of a text): number of the range that the template shows}, from exact places.
-_shown = {}
+# (template, whether first message, edges of a text) -> number of the range that the template shows.
+_shown: dict[tuple[str, bool, tuple], int] = {}
 _MAX_SHOWN = 1000
+
+_Range = tuple[int, int]  # start and end of characters
+_Key = int | tuple[str, int | None]  # index of a message, or a variable and the index in its list
 
 
 class Content(NamedTuple):
     """A row's own text in the rendering.
 
     Attributes:
-        start, end: Its characters.
+        start, end: Positions of its characters.
         fate: SYSTEM, USER or TOOL.
         message: Index of its message; None for the template's variables and tools.
     """
@@ -46,34 +52,39 @@ class Content(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """A text before rendering: where it comes from and the ranges of it that may be what the template shows."""
+    """A text before rendering: where it comes from, and the ranges of it that the template may show."""
 
-    key: object  # index of a message, or (variable, index in its list or None)
+    key: _Key
     text: str
     fate: Fate
-    ranges: list  # widest first; None where nothing may be left
+    ranges: list[_Range | None]  # widest first; None: the template may show nothing
     group: tuple
 
 
-def fate_of(role):
-    """The fate of a role's text that does not train; replies excepted."""
+_Found = tuple[list[Content], list[_Range]]  # contents, and control tokens that are only text
+
+
+def fate_of(role: str | None) -> Fate:
+    """The fate of a role's text that does not train; not for replies."""
     return _FATES.get(role, Fate.USER)
 
 
-def locate(conversation, text, spans, vocabulary, *, exact):
-    """The row's own texts, replies apart.
+def locate(
+    conversation: Conversation, text: str, spans: list[Span], vocabulary: Vocabulary, *, exact: bool
+) -> tuple[list[Content] | None, list[_Range]]:
+    """The row's own texts, except replies.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
         text: Its rendering.
         spans: [smolpost.chat.spans.Span] of its replies.
         vocabulary: `smolpost.chat.text_pieces.Vocabulary`.
-        exact: Ask the template also where a text occurs once.
+        exact: Render with marks even if a text occurs once.
     Returns:
-        [Content] ascending, and [(start, end)] of the control tokens that are only text; the contents are None where
-        `exact` was asked for and the template does not tell.
+        [Content] ascending, and [(start, end)] of the control tokens that are only text. The contents are None if
+        `exact` is set and the places cannot be found.
     Raises:
-        UserError: A text holds a control token, and the template does not tell where it stands.
+        UserError: A text has a control token, and its place in the rendering cannot be found.
     """
     control = next(controls(conversation, vocabulary), None)
     if not control and not exact:
@@ -83,8 +94,8 @@ def locate(conversation, text, spans, vocabulary, *, exact):
     found = _by_marks(conversation, text, vocabulary)
     if found is None and control:
         raise UserError(
-            f"{control[0]}: {control[1]!r} in it is a control token of the tokenizer, and the chat "
-            "template changes the text so that its place cannot be told; take it out of the row"
+            f"{control[0]} has {control[1]!r}, a control token of the tokenizer, and the template changes the text, "
+            "so its place cannot be found; remove the token from the row"
         )
     if found is None:
         return (None if exact else _ascending(_schemas(conversation, text))), []
@@ -92,15 +103,15 @@ def locate(conversation, text, spans, vocabulary, *, exact):
     return _ascending(contents + _schemas(conversation, text)), neutral
 
 
-def _ascending(contents):
+def _ascending(contents: list[Content]) -> list[Content]:
     return sorted(contents, key=lambda content: (content.start, content.end))
 
 
 # ───── one occurrence ─────
 
 
-def _by_search(conversation, text, spans):
-    """[Content], or None where a text does not stand exactly once where it can."""
+def _by_search(conversation: Conversation, text: str, spans: list[Span]) -> list[Content] | None:
+    """[Content]; None if a text does not occur exactly once in the range where it can be."""
     contents, position, behind = [], 0, list(spans)
     for i, message in enumerate(conversation.messages):
         if message.get("role") == "assistant":
@@ -120,8 +131,8 @@ def _by_search(conversation, text, spans):
     return contents
 
 
-def _only_content(conversation, text, own, start, behind):
-    """The Content of a text between `start` and the first reply behind it; None where that takes marks."""
+def _only_content(conversation: Conversation, text: str, own: _Own, start: int, behind: list[Span]) -> Content | None:
+    """The Content of a text between `start` and the next reply; None if finding it needs marks."""
     number = _shown.get(_edges(conversation, own), 0 if len(own.ranges) == 1 or not own.text else None)
     if number is None or (own.text and own.ranges[number] is None):
         return None
@@ -135,17 +146,17 @@ def _only_content(conversation, text, own, start, behind):
     return Content(place, place + b - a, own.fate, own.key if isinstance(own.key, int) else None)
 
 
-def _edges(conversation, own):
+def _edges(conversation: Conversation, own: _Own) -> tuple[str, bool, tuple]:
     return conversation.template, own.key == 0, own.group
 
 
-def _only_place(text, part, start, end):
+def _only_place(text: str, part: str, start: int, end: int) -> int | None:
     place = text.find(part, start, end)
     return None if place < 0 or (part and text.find(part, place + 1, end) >= 0) else place
 
 
-def _schemas(conversation, text):
-    """The tools that are objects, as the tojson filter writes them."""
+def _schemas(conversation: Conversation, text: str) -> list[Content]:
+    """Contents of the tools that are objects, as the tojson filter writes them."""
     given = [conversation.tools, conversation.variables.get("xml_tools"), conversation.variables.get("python_tools")]
     contents = []
     for tool in (tool for tools in given if isinstance(tools, list) for tool in tools if isinstance(tool, dict)):
@@ -161,11 +172,11 @@ def _schemas(conversation, text):
 # ───── the row's own texts ─────
 
 
-def _own_message(i, message):
+def _own_message(i: int, message: Message) -> _Own:
     return _own(i, text_of(message.get("content")), fate_of(message.get("role")))
 
 
-def _own_variables(conversation):
+def _own_variables(conversation: Conversation) -> Iterator[_Own]:
     for name in ("custom_instructions", "xml_tools", "python_tools"):
         value = conversation.variables.get(name)
         for i, entry in enumerate(value if isinstance(value, list) else [value]):
@@ -173,8 +184,8 @@ def _own_variables(conversation):
                 yield _own((name, i if isinstance(value, list) else None), entry, Fate.SYSTEM)
 
 
-def _own(key, text, fate):
-    """An _Own with its possible ranges: all of it, trimmed, within its own tags, without flags at its edges."""
+def _own(key: _Key, text: str, fate: Fate) -> _Own:
+    """An _Own with its possible ranges: the complete text, trimmed, within its own tags, without flags at its edges."""
     if text and "/" not in text and not text[0].isspace() and not text[-1].isspace():
         return _Own(key, text, fate, [(0, len(text))], (fate,))
     trimmed = _trimmed(text, 0, len(text))
@@ -186,17 +197,17 @@ def _own(key, text, fate):
     return _Own(key, text, fate, left, (fate, len(left), text[:start], text[end:]))
 
 
-def _trimmed(text, start, end):
+def _trimmed(text: str, start: int, end: int) -> _Range:
     inner = text[start:end]
     return start + len(inner) - len(inner.lstrip()), max(start, end - len(inner) + len(inner.rstrip()))
 
 
-def _within_tags(text, start, end):
+def _within_tags(text: str, start: int, end: int) -> _Range:
     start += len(_OPEN) if text.startswith(_OPEN, start, end) else 0
     return start, end - len(_CLOSE) if text.endswith(_CLOSE, start, end) else end
 
 
-def _within_flags(text, start, end):
+def _within_flags(text: str, start: int, end: int) -> _Range:
     while start < end and (flag := _FLAG.match(text, start, end)):
         start = _trimmed(text, flag.end(), end)[0]
     while start < end:
@@ -210,14 +221,14 @@ def _within_flags(text, start, end):
 # ───── marks ─────
 
 
-def _by_marks(conversation, text, vocabulary):
-    """([Content], [(start, end)]), or None where every way to mark the texts changes the rendering."""
+def _by_marks(conversation: Conversation, text: str, vocabulary: Vocabulary) -> _Found | None:
+    """([Content], [(start, end)]); None if every way to mark the texts changes the rendering."""
     free = [mark for mark in _MARKS if mark not in text]
     if len(free) < len(_Marker.KINDS):
         return None
     own = [_own_message(i, m) for i, m in enumerate(conversation.messages) if m.get("role") != "assistant"]
     own += _own_variables(conversation)
-    # A template may show a text once that comes as system message and as variable: then one mark for both.
+    # A template may show once what is given as system message and as variable: then both get the same mark.
     for one_mark in (False, True):
         found = _widest(_Marker(conversation, text, vocabulary, own, free, one_mark))
         if found is not None:
@@ -225,8 +236,8 @@ def _by_marks(conversation, text, vocabulary):
     return None
 
 
-def _widest(marker):
-    """What the widest ranges give that leave the rendering as it is, chosen alike for texts with the same edges."""
+def _widest(marker: "_Marker") -> _Found | None:
+    """The result with the widest ranges that leave the rendering unchanged, one range for texts with the same edges."""
     groups = {each.group: len(each.ranges) - 1 for each in marker.own}
     found = marker.try_ranges(dict.fromkeys(groups, 0))
     if found is not None:
@@ -246,25 +257,33 @@ def _widest(marker):
     return found
 
 
-def _remember(marker, chosen):
+def _remember(marker: "_Marker", chosen: dict[tuple, int]) -> None:
     for own in marker.own:
         if len(own.ranges) > 1 and len(_shown) < _MAX_SHOWN:
             _shown[_edges(marker.conversation, own)] = chosen[own.group]
 
 
 class _Marker:
-    """Renders a conversation with marks and reads their places off the rendering."""
+    """Renders a conversation with marks and reads the places of the marks."""
 
     KINDS = (Fate.SYSTEM, Fate.USER, Fate.TOOL, "variable", "end", "control")
 
-    def __init__(self, conversation, text, vocabulary, own, free, one_mark):
+    def __init__(
+        self,
+        conversation: Conversation,
+        text: str,
+        vocabulary: Vocabulary,
+        own: list[_Own],
+        free: list[str],
+        one_mark: bool,
+    ):
         self.conversation, self.text, self.vocabulary, self.own = conversation, text, vocabulary, own
         self.marks = dict(zip(self.KINDS, free, strict=False))
         if one_mark:
             self.marks["variable"] = self.marks[Fate.SYSTEM]
 
-    def try_ranges(self, widths):
-        """The contents with the range number widths[group] of each text marked; None if the rendering changes."""
+    def try_ranges(self, widths: dict[tuple, int]) -> _Found | None:
+        """The contents, with range number widths[group] of each text marked; None if the rendering changes."""
         chosen = [
             (own, own.ranges[min(widths[own.group], len(own.ranges) - 1)] if own.ranges else None) for own in self.own
         ]
@@ -282,7 +301,7 @@ class _Marker:
             places.append((kinds[match[0]], match.start() - num))
         return self._read(places, [own for own, span in chosen if span])
 
-    def _read(self, places, marked):
+    def _read(self, places: list[tuple[Fate | str, int]], marked: list[_Own]) -> _Found:
         contents, neutral, opened = [], set(), None
         waiting = {kind: [own.key for own in marked if self._kind(own) == kind] for kind in self.KINDS[:4]}
         complete = {kind: sum(k == kind for k, _ in places) == len(keys) for kind, keys in waiting.items()}
@@ -301,13 +320,13 @@ class _Marker:
             neutral |= {match.span() for match in matcher.finditer(self.text, content.start, content.end)}
         return contents, sorted(neutral)
 
-    def _kind(self, own):
+    def _kind(self, own: _Own) -> Fate | str:
         return own.fate if isinstance(own.key, int) else "variable"
 
-    def _matcher(self, fate):
+    def _matcher(self, fate: Fate) -> re.Pattern[str]:
         return self.vocabulary.added if fate in (Fate.USER, Fate.TOOL) else self.vocabulary.special
 
-    def _marked(self, chosen):
+    def _marked(self, chosen: list[tuple[_Own, _Range | None]]) -> Conversation:
         ranges = {own.key: (own, span) for own, span in chosen}
         messages = [
             self._marked_reply(i, m)
@@ -324,7 +343,7 @@ class _Marker:
         tools = self._marked_controls(self.conversation.tools, self.vocabulary.special)
         return replace(self.conversation, messages=messages, variables=variables, tools=tools)
 
-    def _marked_message(self, message, own, span):
+    def _marked_message(self, message: Message, own: _Own, span: _Range | None) -> Message:
         matcher = self._matcher(own.fate)
         fixed = {"role": message.get("role"), "content": message.get("content")}
         rest = {key: value for key, value in message.items() if key not in fixed}
@@ -333,8 +352,8 @@ class _Marker:
             marked["content"] = self._marked_content(message["content"], own, span)
         return marked
 
-    def _marked_reply(self, i, message):
-        """A reply with a mark in each control token that is a word of the author's."""
+    def _marked_reply(self, i: int, message: Message) -> Message:
+        """A reply with a mark in each control token that is only text."""
         words = reply_words(self.conversation, i, self.vocabulary)
         marks = [(start + 1, self.marks["control"]) for start, _ in words]
         marked = {}
@@ -346,11 +365,11 @@ class _Marker:
                 marked[key] = value if as_is else self._marked_controls(value, self.vocabulary.added)
         return marked
 
-    def _marked_variable(self, value, range_of):
+    def _marked_variable(self, value: Any, range_of: tuple[_Own, _Range | None] | None) -> Any:
         own, span = range_of or (None, None)
         return self._marked_content(value, own, span) if span else self._marked_controls(value, self.vocabulary.special)
 
-    def _marked_content(self, content, own, span):
+    def _marked_content(self, content: Any, own: _Own, span: _Range) -> Any:
         """A content, string or list of parts, with a mark at both ends of the span and in each control token in it."""
         start, end = span
         inside = [match.start() + 1 for match in self._matcher(own.fate).finditer(own.text, start, end)]
@@ -361,8 +380,8 @@ class _Marker:
         ]
         return _marked_parts(content, marks)
 
-    def _marked_controls(self, value, matcher):
-        """A value with a mark in each control token, in all strings it holds."""
+    def _marked_controls(self, value: Any, matcher: re.Pattern[str]) -> Any:
+        """A value with a mark in each control token of all its strings."""
         if isinstance(value, str):
             return matcher.sub(lambda match: match[0][0] + self.marks["control"] + match[0][1:], value)
         if isinstance(value, dict):
@@ -370,8 +389,8 @@ class _Marker:
         return [self._marked_controls(v, matcher) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _marked_parts(content, marks):
-    """A content, string or list of parts, with [(place in its text, mark)] put in."""
+def _marked_parts(content: Any, marks: list[tuple[int, str]]) -> Any:
+    """A content, string or list of parts, with marks inserted; marks are [(place in its text, mark)]."""
     if isinstance(content, str):
         return _with_marks(content, marks, 0, last=True)
     parts, done = [], 0
@@ -386,12 +405,13 @@ def _marked_parts(content, marks):
     return parts
 
 
-def _with_marks(text, marks, offset, last):
-    """The text, whose first character is number `offset` of the content, with the marks that fall into it.
+def _with_marks(text: str, marks: list[tuple[int, str]], offset: int, last: bool) -> str:
+    """The text with the marks that belong into it.
 
     Args:
-        marks: [(place, mark)], ascending by place.
-        last: Whether marks at its end are its own.
+        marks: [(place in the content, mark)], ascending by place.
+        offset: Place of the text's first character in the content.
+        last: Whether marks at the end of the text belong to it.
     """
     pieces, done, end = [], 0, offset + len(text) + last
     for place, mark in marks[bisect_left(marks, (offset,)) : bisect_left(marks, (end,))]:

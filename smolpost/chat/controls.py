@@ -1,26 +1,33 @@
-"""Control tokens that a row's own texts spell out: they must reach the model as text.
+"""Control tokens that are written in a row's own texts: they must reach the model as text.
 
-Users and tools may write none of the tokenizer's added tokens, the system's texts none of the special ones. A reply may
-hold <think>, <tool_call> and the like where they are its structure; anywhere else they are the author's words.
+In texts of users and tools, every added token of the tokenizer is only text; in the system's texts, every special one.
+In a reply, <think>, <tool_call> and the like are tokens where they are its structure, and text anywhere else.
 """
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from smolpost.chat.calls import ALL_TAGS, TAGS, call_blocks
 from smolpost.chat.reasoning import CLOSE, OPEN, think_blocks
-from smolpost.chat.render import RESULT_ROLES, text_of
+from smolpost.chat.render import RESULT_ROLES, Conversation, text_of
+
+if TYPE_CHECKING:  # it imports this file
+    from smolpost.chat.text_pieces import Vocabulary
 
 _INSIDERS = ("system", "developer")
-#: Tokens that are structure in a reply where the format puts them, and words anywhere else.
+#: Tokens that are structure in a reply at the places of the format, and text anywhere else.
 STRUCTURE = (OPEN, CLOSE, *(f"<{slash}{tag}>" for tag in (*ALL_TAGS, "tool_response") for slash in ("", "/")))
 
 
-def controls(conversation, vocabulary):
+def controls(conversation: Conversation, vocabulary: "Vocabulary") -> Iterator[tuple[str, str]]:
     """The control tokens in a row's own texts, before rendering.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
         vocabulary: `smolpost.chat.text_pieces.Vocabulary`.
     Yields:
-        (place, token): the first one of each text, by the name of its message or variable.
+        (place, token): the name of a message or variable, and the first control token in each of its texts.
     """
     for i, message in enumerate(conversation.messages):
         is_reply = message.get("role") == "assistant"
@@ -37,9 +44,11 @@ def controls(conversation, vocabulary):
         yield from ((place, found) for found in _matches(value, vocabulary.special))
 
 
-def reply_words(conversation, i, vocabulary):
-    """[(start, end)] of the control tokens in the content of reply i that are words: of STRUCTURE, those that do not
-    stand as a think block of the reply or as one of its calls, and all other special ones."""
+def reply_words(conversation: Conversation, i: int, vocabulary: "Vocabulary") -> list[tuple[int, int]]:
+    """[(start, end)] of the control tokens in the content of reply i that are only text.
+
+    These are the STRUCTURE tokens outside its think blocks and calls, and all other special tokens.
+    """
     text = text_of(conversation.messages[i].get("content"))
     found = [match.span() for match in vocabulary.added.finditer(text)]
     if not found:
@@ -49,8 +58,8 @@ def reply_words(conversation, i, vocabulary):
     return [s for s in words if text[slice(*s)] in STRUCTURE or vocabulary.special.fullmatch(text, *s)]
 
 
-def _structure(text, calls_code):
-    """The (start, end) of every tag that is structure."""
+def _structure(text: str, calls_code: bool) -> set[tuple[int, int]]:
+    """(start, end) of every tag that is structure."""
     spans, answer = set(), 0
     for block in think_blocks(text):
         spans |= {(block.start, block.inner_start), (block.inner_end, block.end)}
@@ -60,13 +69,13 @@ def _structure(text, calls_code):
     return spans
 
 
-def _calls_code(conversation, i):
-    """Whether <code> is how reply i calls: the row has Python tools, or a tool answers it. Elsewhere it is HTML."""
+def _calls_code(conversation: Conversation, i: int) -> bool:
+    """Whether <code> is a call in reply i: the row has Python tools, or a tool answers. Otherwise it is HTML."""
     after = conversation.messages[i + 1].get("role") if i + 1 < len(conversation.messages) else None
     return bool(conversation.variables.get("python_tools")) or after in RESULT_ROLES
 
 
-def _matches(value, matcher):
+def _matches(value: Any, matcher: re.Pattern[str]) -> Iterator[str]:
     if isinstance(value, str):
         match = matcher.search(value)
         if match:

@@ -1,4 +1,4 @@
-"""What becomes of a token of a prepared row: trained, or left out and why."""
+"""The fate of a token of a prepared row: trained, or left out, and why."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 class Fate(IntEnum):
     """The one fate of a token; only TRAINED tokens count in the loss."""
 
-    #: Written by a role the policy trains, up to and including the stop token.
+    #: Text of a turn that trains, up to and including its stop token.
     TRAINED = 0
     #: Text of the system turn that the row brought: system message, custom instructions, tools.
     SYSTEM = 1
@@ -16,11 +16,11 @@ class Fate(IntEnum):
     TOOL = 3
     #: Written by the template: headers, line breaks, stop tokens of turns that do not train, a pre-filled empty block.
     TEMPLATE = 4
-    #: A reply the policy leaves out, with its stop token: `train: false`, or not the last turn.
+    #: A reply that does not train, with its stop token: `train: false`, or not the last turn.
     REPLY = 5
-    #: Reasoning of a trained reply, where the policy trains no reasoning.
+    #: Reasoning of a trained reply, if reasoning does not train.
     REASONING = 6
-    #: First token of a document: nothing predicts it. Set by who lays out the documents.
+    #: First token of a document: nothing predicts it. Packing sets it.
     FIRST = 7
 
 

@@ -1,19 +1,23 @@
-"""Conversations to token ids with the fate of every token: trained where a policy trains it, else the reason.
+"""Conversations to token ids and the fate of every token: trained, or the reason why it is not.
 
-Text is cut at the edges of the replies and each piece is tokenized by itself. No token straddles an edge, and the ids
-are those of inference: a tokenized prompt, then the reply. What trains changes no id.
+Text is cut at the edges of the replies, and each piece is tokenized separately. No token crosses an edge, so the ids
+are those of inference: a tokenized prompt, then the reply. The ids do not depend on what trains.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.layout import MAX_BY_PREFIXES, REPLIES, Layout, Policy, lay_out, one_each, without_flags
-from smolpost.chat.render import clean_messages, conversation_of
+from smolpost.chat.render import Conversation, Message, Tool, clean_messages, conversation_of
 from smolpost.chat.shown import Loss
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans
-from smolpost.chat.text_pieces import TextPiece, vocabulary_of
+from smolpost.chat.text_pieces import TextPiece, Vocabulary, vocabulary_of
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Encoded(NamedTuple):
@@ -21,9 +25,9 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: [L] token ids.
-        fates: [L] `Fate` of each token; FIRST is for who lays out the documents.
+        fates: [L] `Fate` of each token; packing sets FIRST.
         neutralised: Number of control tokens in the row's own texts that became plain text.
-        thinks: Whether reasoning trains: a reply's think block with something in it, by its text.
+        thinks: Whether a non-empty think block trains; blocks are found by their text.
         lost: What the template leaves out of the conversation.
     """
 
@@ -38,15 +42,15 @@ class EncodedPair(NamedTuple):
     """A tokenized preference pair; each side is the prompt followed by its completion.
 
     Attributes:
-        prompt_ids: [P] token ids both sides share.
-        chosen_ids: [C] token ids, ending with the stop token (rejected_ids: [R], alike).
-        rejected_ids: See chosen_ids.
-        prompt_fates: [P] `Fate` of each token; nothing in the prompt is trained.
-        chosen_fates: [C] `Fate`: a completion of several turns also holds user and tool turns.
-        rejected_fates: [R] See chosen_fates.
-        neutralised: As `Encoded`; those of the prompt count once.
-        thinks: As `Encoded`, of the chosen side.
-        lost: As `Encoded`, of both sides.
+        prompt_ids: [P] token ids that both sides share.
+        chosen_ids: [C] token ids, ending with the stop token.
+        rejected_ids: [R] token ids, ending with the stop token.
+        prompt_fates: [P] `Fate` of each token; nothing in the prompt trains.
+        chosen_fates: [C] `Fate` of each token; a completion of several turns also has user and tool turns.
+        rejected_fates: [R] `Fate` of each token, like chosen_fates.
+        neutralised: As in `Encoded`; tokens of the prompt count once.
+        thinks: As in `Encoded`, for the chosen side.
+        lost: As in `Encoded`, for both sides.
     """
 
     prompt_ids: list[int]
@@ -60,30 +64,44 @@ class EncodedPair(NamedTuple):
     lost: tuple[Loss, ...]
 
 
-def encode(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> Encoded:
     """Tokenize one conversation.
 
     Args:
         tokenizer: A fast tokenizer with a chat template, with or without {% generation %} tags.
         messages, template_kwargs, tools, today: As `smolpost.chat.render.render`.
-        policy: What trains; the ids are the same under each.
-    Returns:
-        Encoded.
+        policy: What trains; it does not change the ids.
     Raises:
-        UserError: The template refuses the messages, or does not tell where a turn that trains begins and ends.
+        UserError: The template refuses the messages, or the edges of a turn that trains cannot be found.
     """
     conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today)
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, policy)])[0].encoded()
 
 
-def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode_batch(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: list[list[Message]],
+    *,
+    template_kwargs: list[dict[str, Any] | None] | None = None,
+    tools: list[list[Tool] | None] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> list[Encoded]:
     """`encode` for many conversations in one call of the fast tokenizer.
 
     Args:
         conversations: [B] lists of messages.
         template_kwargs: [B] dicts or None, or None for all.
         tools: [B] lists or None, or None for all.
-        today, policy: As `encode`, for all.
+        today, policy: As `encode`, for all rows.
     Returns:
         [B] Encoded.
     Raises:
@@ -102,20 +120,28 @@ def encode_batch(tokenizer, conversations, *, template_kwargs=None, tools=None, 
     return [tokens.encoded() for tokens in _tokenize(tokenizer, rows)]
 
 
-def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None, today, policy=REPLIES):
+def encode_pair(
+    tokenizer: "PreTrainedTokenizerBase",
+    chosen: list[Message],
+    rejected: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> EncodedPair:
     """Tokenize a preference pair given as two full conversations.
 
-    The prompt is the longest common prefix of messages, with the generation prompt where both continue with a trained
-    reply. Prompt and completion together are `encode` of the conversation up to its trailing line break.
+    The prompt is the longest common prefix of messages. If both sides continue with a trained reply, it ends with the
+    generation prompt. Prompt and completion together equal `encode` of the conversation without its trailing line
+    break.
 
     Args:
         tokenizer, template_kwargs, tools, today: As `encode`.
-        chosen, rejected: Messages. Where one side is a prefix of the other, its last message is its completion.
-        policy: What is scored of each completion.
-    Returns:
-        EncodedPair.
+        chosen, rejected: Messages. If one side is a prefix of the other, its last message is its completion.
+        policy: Which tokens of each completion are scored.
     Raises:
-        UserError: As `encode`, or the sides share no message, or the template rewrites earlier turns.
+        UserError: As `encode`, or the sides do not share a first message, or the template rewrites earlier turns.
     """
     chosen, rejected = clean_messages(chosen), clean_messages(rejected)
     num_common = _num_common(chosen, rejected)
@@ -142,8 +168,15 @@ def encode_pair(tokenizer, chosen, rejected, *, template_kwargs=None, tools=None
     )
 
 
-def encode_prompt(tokenizer, messages, *, template_kwargs=None, tools=None, today):
-    """The ids of a conversation up to where its next reply begins: what precedes that reply in training.
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+) -> list[int]:
+    """[L] ids of a conversation up to the start of its next reply: the ids that precede that reply in training.
 
     Args, Raises: As `encode`.
     """
@@ -151,8 +184,16 @@ def encode_prompt(tokenizer, messages, *, template_kwargs=None, tools=None, toda
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, Policy(roles=()))])[0].ids
 
 
-def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None, today, policy=REPLIES):
-    """`encode` by differences of renderings alone, whatever the template's {% generation %} tags say.
+def trained_by_prefixes(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> Encoded:
+    """`encode` by differences of renderings only; the template's {% generation %} tags are ignored.
 
     Raises:
         UserError: As `encode`, or the template rewrites earlier turns.
@@ -161,10 +202,17 @@ def trained_by_prefixes(tokenizer, messages, *, template_kwargs=None, tools=None
     return _tokenize(tokenizer, [lay_out(tokenizer, conversation, policy, by_prefixes=True)])[0].encoded()
 
 
-def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today):
-    """Refuse a template whose {% generation %} tags mark something else than the replies after their prompts.
+def check_spans(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+) -> None:
+    """Refuse a template whose {% generation %} tags do not enclose exactly the replies after their prompts.
 
-    Replies whose prompts do not tell where they stand, as the template rewrites earlier turns, are left to the tags.
+    A reply that cannot be found by its prompt, because the template rewrites earlier turns, is not checked.
 
     Raises:
         UserError: Names the first reply that differs by more than white space; or as `encode`.
@@ -174,7 +222,7 @@ def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today)
     stops = vocabulary_of(tokenizer).stops
     tagged = generation_spans(conversation, text, marked, stops)
     if not one_each(tagged, conversation) or len(tagged) > MAX_BY_PREFIXES:
-        return  # nobody goes by the tags, or nothing else can be told
+        return  # the tags are not used, or there is nothing to compare them with
     tags = {span.message: span for span in tagged}
     for told in prefix_spans(conversation, text, stops)[0]:
         if differ(text, told, tags[told.message]):
@@ -183,8 +231,8 @@ def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today)
             )
             raise UserError(
                 f"messages[{told.message}]: the template's generation span is {tagged_ends}, but the reply after its "
-                f"prompt is {ends}; put the tags around the reply and its stop token, or take all of them out of the "
-                "template, and replies are found by their prompts"
+                f"prompt is {ends}; put the tags around the reply and its stop token, or remove all tags from the "
+                "template, so that replies are found by their prompts"
             )
 
 
@@ -193,17 +241,17 @@ def check_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today)
 
 @dataclass
 class _Tokens:
-    ids: list
-    fates: list
+    ids: list[int]
+    fates: list[int]
     layout: Layout
     num_before: int = 0  # tokens that begin before the layout's boundary
 
-    def encoded(self):
+    def encoded(self) -> Encoded:
         return Encoded(self.ids, self.fates, len(self.layout.neutral), self.layout.thinks, self.layout.lost)
 
 
-def _tokenize(tokenizer, layouts):
-    """One tokenizer call for the pieces of all rows: [B] Layout to [B] _Tokens."""
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", layouts: list[Layout]) -> list[_Tokens]:
+    """[B] Layout to [B] _Tokens, in one tokenizer call for the pieces of all rows."""
     vocabulary = vocabulary_of(tokenizer)
     painted = [_painted(layout) for layout in layouts]
     pieces = [piece for row in painted for piece, _ in row]
@@ -222,8 +270,8 @@ def _tokenize(tokenizer, layouts):
     return tokens
 
 
-def _painted(layout):
-    """[(TextPiece, the ranges that reach into it)]."""
+def _painted(layout: Layout) -> list[tuple[TextPiece, list[tuple[int, int, Fate]]]]:
+    """[(TextPiece, the ranges that overlap it)]."""
     painted, first = [], 0
     for start, end, plain in layout.pieces:
         while first < len(layout.ranges) and layout.ranges[first][1] <= start:
@@ -239,7 +287,13 @@ def _painted(layout):
     return painted
 
 
-def _fates(piece, ranges, ids, num_before, vocabulary):
+def _fates(
+    piece: TextPiece,
+    ranges: list[tuple[int, int, Fate]],
+    ids: list[int],
+    num_before: Callable[[int], int] | None,
+    vocabulary: Vocabulary,
+) -> list[int]:
     """A token has the fate of its first character."""
     fates = [Fate.TEMPLATE.value] * len(ids)
     for start, end, fate in ranges:
@@ -248,8 +302,8 @@ def _fates(piece, ranges, ids, num_before, vocabulary):
         forbidden = vocabulary.special_ids if fate is Fate.SYSTEM else vocabulary.added_ids
         if fate in _OWN and not forbidden.isdisjoint(ids[i:j]):
             raise UserError(
-                f"the text {piece.text[start - piece.start if start > piece.start else 0 :][:60]!r} comes out as a "
-                "control token of the tokenizer, which its normalisation makes of it; take it out of the row"
+                f"the text {piece.text[start - piece.start if start > piece.start else 0 :][:60]!r} becomes a "
+                "control token of the tokenizer by its normalisation; remove the text from the row"
             )
     return fates
 
@@ -257,24 +311,24 @@ def _fates(piece, ranges, ids, num_before, vocabulary):
 _OWN = (Fate.SYSTEM, Fate.USER, Fate.TOOL)
 
 
-def _num_common(chosen, rejected):
-    """Number of leading messages both sides share, leaving each at least its last message."""
+def _num_common(chosen: list[Message], rejected: list[Message]) -> int:
+    """Number of leading messages that both sides share; at least the last message of each side is not counted."""
     num = 0
     while num < min(len(chosen), len(rejected)) - 1 and chosen[num] == rejected[num]:
         num += 1
     if num == 0:
         raise UserError(
-            "chosen and rejected share no first message; a pair is two full conversations that begin with one prompt"
+            "chosen and rejected do not share a first message; a pair is two full conversations with the same prompt"
         )
     return num
 
 
-def _common_prompt_length(common, rows):
-    """Length in characters of the prompt that both renderings begin with."""
+def _common_prompt_length(common: Conversation, rows: list[Layout]) -> int:
+    """Characters of the prompt with which both renderings begin."""
     common = without_flags(common)
     prompt = replace(common, add_generation_prompt=True).text()
     if not all(len(prompt) in row.trained_starts for row in rows):
-        # A side continues with a user, a tool or an untrained turn: the sides part before its header.
+        # A side continues with a turn that is not a trained reply: the sides differ from its header on.
         prompt = common.text()
     for row in rows:
         check_prefix(row.text, prompt)

@@ -1,7 +1,7 @@
-"""Reasoning and answer of a reply, however the think block was written or cut.
+"""Splits a reply into reasoning and answer, also if its think block is unusual or truncated.
 
-A think block is structure only where the format puts it: it opens the reply, or a lone `</think>` at the start of a
-line ends reasoning whose opening tag stood in the prompt. The tags anywhere else are words of the author.
+A think block is structure only at the start of a reply. A lone `</think>` at the start of a line also ends reasoning:
+its opening tag was in the prompt. Anywhere else the tags are only text.
 """
 
 import re
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"
 _OPENING = re.compile(rf"\s*({OPEN})")
-# A reasoning that talks about the tags mentions them inside its lines; the one that ends it stands at a line's edge.
+# Reasoning about the tags mentions them inside its lines; the tag that ends the block is at the edge of a line.
 _AT_EDGE = re.compile(rf"(?m)^[ \t]*({CLOSE})|({CLOSE})(?=[ \t]*(?:\r?\n|\Z))")
 _AT_START = re.compile(rf"(?m)^[ \t]*({CLOSE})")
 
 
 class ThinkBlock(NamedTuple):
-    """A block in a reply, by places of characters.
+    """A think block of a reply, as character positions.
 
     Attributes:
-        start, end: With its tags; `end` is the end of the reply where length cut the block.
-        inner_start, inner_end: Between its tags.
+        start, end: The block with its tags; `end` is the end of the reply if the block never closes.
+        inner_start, inner_end: The text between its tags.
     """
 
     start: int
@@ -28,11 +28,11 @@ class ThinkBlock(NamedTuple):
     end: int
 
 
-def think_blocks(text, *, opened_in_prompt=False):
-    """The blocks that open a reply, ascending; nothing but white space stands between them.
+def think_blocks(text: str, *, opened_in_prompt: bool = False) -> list[ThinkBlock]:
+    """The blocks that open a reply, ascending; only white space is between them.
 
-    A block of one line ends at its first `</think>`. A longer one ends at the first that begins or ends a line, and
-    only where there is none at the first of all.
+    A block of one line ends at its first `</think>`. A longer block ends at the first `</think>` that begins or ends
+    a line; if there is none, at the first `</think>`.
 
     Args:
         text: The reply, as decoded without its stop token.
@@ -53,7 +53,7 @@ def think_blocks(text, *, opened_in_prompt=False):
     return blocks
 
 
-def _block(text, start, inner_start):
+def _block(text: str, start: int, inner_start: int) -> ThinkBlock:
     close = text.find(CLOSE, inner_start)
     if close < 0:
         return ThinkBlock(start, inner_start, len(text), len(text))
@@ -62,16 +62,16 @@ def _block(text, start, inner_start):
     return ThinkBlock(start, inner_start, close, close + len(CLOSE))
 
 
-def split_reasoning(text, *, opened_in_prompt=False):
+def split_reasoning(text: str, *, opened_in_prompt: bool = False) -> tuple[str | None, str]:
     """Split a reply into its reasoning and its answer, as `think_blocks` finds them.
 
-    The reasoning of several blocks is joined by a line break. A reply that ends inside its block was cut by length: all
-    of it is reasoning. The smollm3 template renders this answer in no-think mode.
+    The reasoning of several blocks is joined by line breaks. If a reply ends inside a block, its length was limited and
+    all of the rest is reasoning. The smollm3 template renders this answer in no-think mode.
 
     Args: As `think_blocks`.
     Returns:
-        (reasoning, answer): reasoning is None without a think block and "" for an empty one; both without the line
-        breaks that set the block apart, Windows' among them.
+        (reasoning, answer): reasoning is None without a think block, and "" for an empty block. Both come without the
+        line breaks around the block, also Windows line breaks.
     """
     blocks = think_blocks(text, opened_in_prompt=opened_in_prompt)
     inner = [text[block.inner_start : block.inner_end].strip("\r\n") for block in blocks]
@@ -79,17 +79,16 @@ def split_reasoning(text, *, opened_in_prompt=False):
     return ("\n".join(part for part in inner if part) if inner else None), answer.lstrip("\r\n")
 
 
-def ends_thinking(text, *, opened_in_prompt=False):
-    """Whether a reply ended inside a think block, so that there is no answer; the arguments are those of
-    `think_blocks`."""
+def ends_thinking(text: str, *, opened_in_prompt: bool = False) -> bool:
+    """Whether a reply ended inside a think block, so that it has no answer; arguments as `think_blocks`."""
     blocks = think_blocks(text, opened_in_prompt=opened_in_prompt)
     return bool(blocks) and blocks[-1].inner_end == blocks[-1].end
 
 
-def reasoning_ranges(text):
-    """Where a reply's reasoning stands, as `think_blocks` finds it, with its tags.
+def reasoning_ranges(text: str) -> list[tuple[int, int]]:
+    """The non-empty think blocks of a reply, with their tags.
 
     Returns:
-        [(start, end)] ascending; blocks with nothing but white space in them are left out.
+        [(start, end)] ascending; blocks that contain only white space are left out.
     """
     return [(b.start, b.end) for b in think_blocks(text) if text[b.inner_start : b.inner_end].strip()]

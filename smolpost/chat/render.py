@@ -1,40 +1,47 @@
-"""Conversations to text: which template, with which variables, and which characters the policy wrote.
+"""Conversations to text: the template, its variables, and the spans that the policy has to produce.
 
-The template alone decides the text. What is added here is what Arrow and JSON files do to rows on the way: keys
-filled with None count as missing, and tool-call arguments kept as JSON strings become the objects they mean.
+The template alone decides the text. Before that, two effects of Arrow and JSON files on rows are undone: keys that
+have None count as missing, and tool-call arguments written as JSON strings become objects.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # OpenAI's: role, content, tool_calls, ...
+Tool = dict[str, Any] | Callable  # a JSON schema, or a documented function
+
 _FOLDER = Path(__file__).parent / "templates"
 
-# SmolTalk2's columns: a row may carry them whether or not the template reads them.
+# SmolTalk2's columns: a row may have them even if the template does not read them.
 _ROW_KWARGS = ("custom_instructions", "enable_thinking", "python_tools", "xml_tools")
 
 #: Roles of tool results.
 RESULT_ROLES = ("tool", "function", "ipython")
 
-# A template is a program: what it does with a value it did not expect is not always a TemplateError.
+# A template is a program: with unexpected values it may raise other errors than a TemplateError.
 TEMPLATE_ERRORS = (jinja2.exceptions.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-def _names():
+def _names() -> dict[str, Path]:
     """This package's templates: name -> file."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.jinja"))}
 
 
-def load_template(name):
+def load_template(name: str | Path) -> str:
     """The text of a chat template.
 
     Args:
@@ -51,85 +58,101 @@ def load_template(name):
     return path.read_text(encoding="utf-8")
 
 
-def has_foreign_tags(tokenizer):
-    """Whether the chat template has {% generation %} tags and is none of this package's, whose tags are right."""
+def has_foreign_tags(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template has {% generation %} tags and is not one of this package's, whose tags are tested."""
     template = _template_of(tokenizer)
     return _has_generation_tags(template) and template not in map(load_template, _names())
 
 
-def template_hash(text):
-    """16 hex digits (sha256) that name a template's text in manifests and cache keys."""
+def template_hash(text: str) -> str:
+    """16 hex digits of the SHA-256 of a template's text, for manifests and cache keys."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def render(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
+def render(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> str:
     """The text of a conversation under the tokenizer's chat template.
 
     Args:
-        tokenizer: Only its `chat_template` is used; the text of a template will do.
-        messages: OpenAI-style messages; a key holding None counts as missing.
+        tokenizer: Only its `chat_template` is used; the text of a template works too.
+        messages: OpenAI-style messages; a key with None counts as missing.
         template_kwargs: SmolTalk2's `chat_template_kwargs` (custom_instructions, enable_thinking, python_tools,
             xml_tools) or other variables of the template; None, "" and [] mean "not given".
         tools: JSON schemas (dicts) or documented functions, as `apply_chat_template` takes them.
-        today: The date the header shows, a fixed text, also where the template asks for the clock's
-            (`smolpost.chat.clock`): cached tokens would change every day.
-        add_generation_prompt: End with what precedes a reply at inference.
+        today: The date in the text. The clock is never used (`smolpost.chat.clock`), because cached tokens would
+            change every day.
+        add_generation_prompt: End with the generation prompt, which precedes a reply at inference.
     Raises:
         UserError: The template refuses the messages, or an argument has the wrong type.
     """
     return conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt).text()
 
 
-def render_spans(tokenizer, messages, *, template_kwargs=None, tools=None, today, add_generation_prompt=False):
-    """`render`, with the characters the policy has to produce, as the template's {% generation %} tags say.
+def render_spans(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """`render`, and the characters that the policy has to produce, from the template's {% generation %} tags.
 
     Returns:
-        text, and a list of (start, end) into it, ascending and disjoint: one per trained assistant message, from the
+        The text, and [(start, end)] into it, ascending and disjoint: one for each trained assistant message, from the
         first character after the generation prompt up to and including the stop token.
     Raises:
-        UserError: As `render`, or the template marks no generation spans.
+        UserError: As `render`, or the template has no {% generation %} tags.
     """
     conversation = conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt)
     if not conversation.marks_spans:
         raise UserError(
-            "the chat template marks no {% generation %} spans; "
-            "use smollm3 or chatml, or add the tags around each reply"
+            "the chat template has no {% generation %} tags; use smollm3 or chatml, or add the tags around each reply"
         )
     return conversation.render()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Everything a template is given for one conversation.
+    """Everything that a template gets for one conversation.
 
     Attributes:
         template: Text of the chat template.
-        messages: Clean messages, tool calls as objects.
+        messages: Clean messages; arguments of tool calls are objects.
         variables: The row's own variables, checked, without None.
         tools: JSON schemas, or None.
-        today: The date, wherever the template asks for it.
+        today: The date, for every way in which the template may ask for it.
         special: The tokenizer's special tokens by name.
         add_generation_prompt: As `render`.
     """
 
     template: str
-    messages: list[dict]
-    variables: dict
-    tools: list[dict] | None
+    messages: list[Message]
+    variables: dict[str, Any]
+    tools: list[dict[str, Any]] | None
     today: str
-    special: dict
+    special: dict[str, str]
     add_generation_prompt: bool = False
 
     @property
-    def marks_spans(self):
+    def marks_spans(self) -> bool:
         """Whether the template has {% generation %} tags."""
         return _has_generation_tags(self.template)
 
-    def text(self):
+    def text(self) -> str:
+        """The rendering; raises as `render`."""
         return self.render()[0]
 
-    def render(self):
-        """The text, and the (start, end) of the template's generation spans in it.
+    def render(self) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and [(start, end)] of the template's generation spans in it.
 
         Raises:
             UserError: The template refuses the messages, or fails on them; the line names the message.
@@ -139,7 +162,11 @@ class Conversation:
         except TEMPLATE_ERRORS as error:
             raise UserError(self._complaint(error)) from error
 
-    def _render(self):
+    def _render(self) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import (
+            render_jinja_template,
+        )
+
         texts, spans = render_jinja_template(
             conversations=[self.messages],
             tools=self.tools,
@@ -150,14 +177,14 @@ class Conversation:
         )
         return texts[0], spans[0] if self.marks_spans else []
 
-    def _complaint(self, error):
-        """One line that names the message: the first one that every longer part of the conversation fails with."""
+    def _complaint(self, error: Exception) -> str:
+        """One line that names the message: the first one with which the rendering fails."""
         text = " ".join(str(error).split())
         if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
-            return f"the chat template is no valid jinja: {text}; mend it or use smollm3"
+            return f"the chat template is not valid jinja: {text}; correct it or use smollm3"
         if re.fullmatch(r"'\w+' is undefined", text):
             return (
-                f"{text}: the chat template reads it, and neither the tokenizer nor the row has it; give it in "
+                f"{text}: the chat template reads it, but neither the tokenizer nor the row has it; add it to "
                 "chat_template_kwargs, or use another template"
             )
         if isinstance(error, jinja2.exceptions.TemplateError) and ("messages[" in text or len(self.messages) < 2):
@@ -166,9 +193,11 @@ class Conversation:
         place = next((f"messages[{i}]: " for i in lengths if self._renders(i)), "")
         if isinstance(error, jinja2.exceptions.TemplateError):
             return f"{place}{text}"
-        return f"{place}the chat template fails ({type(error).__name__}: {text}); mend the row or use another template"
+        return (
+            f"{place}the chat template fails ({type(error).__name__}: {text}); correct the row or use another template"
+        )
 
-    def _renders(self, num_messages):
+    def _renders(self, num_messages: int) -> bool:
         try:
             replace(self, messages=self.messages[:num_messages])._render()
         except TEMPLATE_ERRORS:
@@ -177,15 +206,22 @@ class Conversation:
 
 
 @cache
-def _has_generation_tags(template):
+def _has_generation_tags(template: str) -> bool:
     return re.search(r"{%-?\s*generation", template) is not None
 
 
-def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_generation_prompt=False):
-    """A Conversation, checked; the arguments are those of `render`.
+def conversation_of(
+    tokenizer: "PreTrainedTokenizerBase | str",
+    messages: list[Message],
+    template_kwargs: dict[str, Any] | None,
+    tools: list[Tool] | None,
+    today: str,
+    add_generation_prompt: bool = False,
+) -> Conversation:
+    """A checked Conversation; the arguments are those of `render`.
 
     Raises:
-        UserError: There is no template, an argument has the wrong type, or a tool result answers no call.
+        UserError: There is no template, an argument has the wrong type, or a tool result comes before any call.
     """
     template = _template_of(tokenizer)
     messages = _as_the_template_reads(messages)
@@ -195,7 +231,7 @@ def conversation_of(tokenizer, messages, template_kwargs, tools, today, add_gene
     return Conversation(template, messages, variables, _schemas(tools), today, special, add_generation_prompt)
 
 
-def _template_of(tokenizer):
+def _template_of(tokenizer: "PreTrainedTokenizerBase | str") -> str:
     if isinstance(tokenizer, str):
         return tokenizer
     if not tokenizer.chat_template:
@@ -203,8 +239,8 @@ def _template_of(tokenizer):
     return tokenizer.get_chat_template()
 
 
-def clean_messages(messages):
-    """Messages without the keys that hold None, as Arrow fills them where rows of a dataset differ.
+def clean_messages(messages: list[Message]) -> list[Message]:
+    """Messages without the keys that have None; Arrow adds such keys if the rows of a dataset differ.
 
     Raises:
         UserError: A message is not a dict.
@@ -215,21 +251,21 @@ def clean_messages(messages):
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def text_of(content):
-    """The text of a message's content: a string, or the text parts of a list one after another."""
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, or the joined text parts of a list."""
     if isinstance(content, str):
         return content
     return "".join(part_text(part) for part in content) if isinstance(content, list | tuple) else ""
 
 
-def part_text(part):
-    """The text of one part of a content; "" where it is no text part."""
+def part_text(part: Any) -> str:
+    """The text of one part of a content; "" if it is not a text part."""
     text = part.get("text") if isinstance(part, dict) else part
     return text if isinstance(text, str) else ""
 
 
-def _as_the_template_reads(messages):
-    """Clean messages whose tool calls hold objects, which is also how servers hand a history to the template."""
+def _as_the_template_reads(messages: list[Message]) -> list[Message]:
+    """Clean messages whose tool calls have objects as arguments; servers also pass them to templates in this form."""
     messages = clean_messages(messages)
     for message in messages:
         if message.get("tool_calls"):
@@ -239,8 +275,8 @@ def _as_the_template_reads(messages):
     return messages
 
 
-def _with_parsed_arguments(call):
-    """A tool call whose arguments are the object their JSON string means; text that is no JSON object stays."""
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments parsed from their JSON string; text that is not a JSON object stays."""
     if call.get("function"):
         return {**call, "function": _with_parsed_arguments(call["function"])}
     arguments = call.get("arguments")
@@ -254,8 +290,8 @@ def _with_parsed_arguments(call):
     return call
 
 
-def _check_order(messages):
-    """Refuse a tool result before any assistant turn: nobody made the call that it answers."""
+def _check_order(messages: list[Message]) -> None:
+    """Refuse a tool result before any assistant turn: there is no call that it could answer."""
     for i, role in enumerate(message.get("role") for message in messages):
         if role == "assistant":
             return
@@ -266,18 +302,20 @@ def _check_order(messages):
             )
 
 
-def _schemas(tools):
-    """Tools as JSON schemas; None where there are none."""
+def _schemas(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
+    """Tools as JSON schemas; None without tools."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
     for i, tool in enumerate(tools or []):
         if not isinstance(tool, dict) and not callable(tool):
             raise UserError(f"tools[{i}]={tool!r:.80} is not a JSON schema; pass finished strings as xml_tools")
     return [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools or []] or None
 
 
-def _checked_variables(template_kwargs, template):
-    """The template's variables, without the keys that hold None.
+def _checked_variables(template_kwargs: dict[str, Any] | None, template: str) -> dict[str, Any]:
+    """The template's variables, without the keys that have None.
 
-    None must never reach a template as a value: a test for truth would read it as "thinking off".
+    None must never reach a template as a value: a truth test would read it as "thinking off".
     """
     variables = {key: value for key, value in (template_kwargs or {}).items() if value is not None}
     thinking = variables.get("enable_thinking", True)

@@ -1,33 +1,37 @@
-"""What of a conversation its rendering shows. A template is a program that may leave out what it does not know: calls,
-reasoning, the system's words. Whoever trains has to hear of it.
+"""Finds what a rendering leaves out of its conversation.
 
-What a reply says is compared up to white space, as templates set line breaks of their own; of other texts, which some
-templates write as JSON, the longest words are looked for.
+A template may drop what it does not know, such as calls, reasoning or the system message. The user must be told.
+Replies are compared up to white space, because templates add line breaks. Other texts may be written as JSON, so only
+their longest words are searched for.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolpost.chat.reasoning import think_blocks
-from smolpost.chat.render import RESULT_ROLES, render, text_of
-from smolpost.chat.spans import assistant_turns
+from smolpost.chat.render import RESULT_ROLES, Conversation, Message, render, text_of
+from smolpost.chat.spans import Span, assistant_turns
 from smolpost.errors import UserError
 
-_FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # a word to the template, such as /no_think
-_BREAKS = re.compile(r'[\s"\\]+')  # what JSON writes otherwise
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # such as /no_think, which the template reads
+_BREAKS = re.compile(r'[\s"\\]+')  # what JSON writes differently
 _NUM_WORDS = 3
 _QUESTION = [{"role": "user", "content": "?"}]
 
 
 class Loss(NamedTuple):
-    """Something that a conversation holds and its rendering does not.
+    """Something that is in a conversation and not in its rendering.
 
     Attributes:
-        kind: Of a reply that trains: "call", "text", "text beside calls", "reasoning" or, where other replies follow,
-            "earlier reasoning", and "all" where nothing but its stop token is left. Of the conversation: "system",
+        kind: In a reply that trains: "call", "text", "text beside calls", "reasoning" (in the last reply), "earlier
+            reasoning" (in another one), or "all" if only the stop token is left. In the conversation: "system",
             "user", "tool results" or "tools".
-        message: Index of the reply, or of the first message of its kind; None for tools.
-        what: A few words of it.
+        message: Index of the reply, or of the first message of that kind; None for tools.
+        what: Its text, or the name of a call or tool.
     """
 
     kind: str
@@ -35,14 +39,16 @@ class Loss(NamedTuple):
     what: str
 
 
-def losses(conversation, text, spans, replies, stops):
-    """What the rendering leaves out, as a tuple of Loss; of the conversation, one of each kind.
+def losses(
+    conversation: Conversation, text: str, spans: list[Span], replies: list[int], stops: list[str]
+) -> tuple[Loss, ...]:
+    """What the rendering leaves out; for texts outside the replies, one Loss of each kind.
 
     Args:
         conversation: A `smolpost.chat.render.Conversation`.
         text: Its rendering.
-        spans: [smolpost.chat.spans.Span] of its replies. Where one has none, all of the text is searched.
-        replies: Indices of the replies that train. Without any, nobody trains on what is lost.
+        spans: [smolpost.chat.spans.Span] of its replies. For a reply without a span, the complete text is searched.
+        replies: Indices of the replies that train. Without any, nothing is reported.
         stops: Tokens of which one ends each reply.
     """
     if not replies:
@@ -57,7 +63,7 @@ def losses(conversation, text, spans, replies, stops):
     return (*found, *_of_others(conversation, _between(text, spans)))
 
 
-def _of_reply(message, shown, is_last):
+def _of_reply(message: Message, shown: str, is_last: bool) -> Iterator[tuple[str, str]]:
     """(kind, what) of each loss."""
     content = text_of(message.get("content"))
     blocks = think_blocks(content) if "think>" in content else []
@@ -73,20 +79,20 @@ def _of_reply(message, shown, is_last):
     yield from (("reasoning" if is_last else "earlier reasoning", thought) for thought in lost_thoughts[:1])
 
 
-def _call(call):
-    """A call's name, and what every way to write it holds: the names of function and arguments."""
+def _call(call: dict[str, Any]) -> tuple[str, list[str]]:
+    """A call's name, and what it contains in every format: the names of the function and of its arguments."""
     function = call.get("function") or call
     arguments = function.get("arguments")
     names = [function.get("name"), *(arguments if isinstance(arguments, dict) else ())]
     return str(names[0]), [name for name in names if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.A)]
 
 
-def _holds(shown, part):
+def _holds(shown: str, part: str) -> bool:
     part = part.strip()
     return part in shown or "".join(part.split()) in "".join(shown.split())
 
 
-def _of_others(conversation, text):
+def _of_others(conversation: Conversation, text: str) -> Iterable[Loss]:
     kinds = {"system": "system", "user": "user", **dict.fromkeys(RESULT_ROLES, "tool results")}
     texts = [(kinds.get(m.get("role")), i, text_of(m.get("content"))) for i, m in enumerate(conversation.messages)]
     variables = conversation.variables
@@ -101,14 +107,14 @@ def _of_others(conversation, text):
     return lost.values()
 
 
-def _mentions(text, said):
+def _mentions(text: str, said: str) -> bool:
     if said in text:
         return True
     words = {word for word in _BREAKS.split(_FLAG.sub(" ", said)) if word}
     return all(word in text for word in sorted(words, key=len)[-_NUM_WORDS:])
 
 
-def _between(text, spans):
+def _between(text: str, spans: list[Span]) -> str:
     """The text without the replies."""
     parts, done = [], 0
     for span in spans:
@@ -117,14 +123,14 @@ def _between(text, spans):
     return "".join([*parts, text[done:]])
 
 
-def thinks_unasked(tokenizer, today):
-    """Whether the chat template has a think and a no-think mode by `enable_thinking`, and thinks without it."""
+def thinks_unasked(tokenizer: "PreTrainedTokenizerBase", today: str) -> bool:
+    """Whether the chat template has two modes, chosen by `enable_thinking`, and thinks if it is not given."""
 
-    def prompt(**variables):
+    def prompt(**variables: bool) -> str:
         options = {"template_kwargs": variables, "today": today, "add_generation_prompt": True}
         return render(tokenizer, _QUESTION, **options)
 
     try:
         return prompt() == prompt(enable_thinking=True) != prompt(enable_thinking=False)
-    except UserError:  # it reads what only rows have
+    except UserError:  # it reads variables that only rows have
         return False

@@ -1,18 +1,19 @@
-"""Where the replies of a rendered conversation stand, derived in two independent ways.
+"""Finds the replies in a rendered conversation, in two independent ways.
 
-The template's {% generation %} tags say it, and so do differences of renderings: a reply is what the conversation
-gains over the generation prompt of the messages before it. The second way needs no tags, so any model's own template
-can be trained; where there are tags, each way checks the other.
+The first way uses the template's {% generation %} tags. The second way uses differences of renderings: a reply is what
+the rendering adds to the generation prompt of the messages before it. It does not need tags, so it works with any
+model's own template. If there are tags, each way checks the other.
 """
 
 from dataclasses import replace
 from typing import NamedTuple
 
+from smolpost.chat.render import Conversation, Message
 from smolpost.errors import UserError
 
 
 class EndlessTurn(UserError):
-    """A turn that trains ends without a stop token, so that a model could not learn to stop."""
+    """A turn that trains ends without a stop token, so a model could not learn to stop."""
 
 
 class Span(NamedTuple):
@@ -20,8 +21,8 @@ class Span(NamedTuple):
 
     Attributes:
         start: First character after the generation prompt.
-        end: Past the last character of the stop token.
-        message: Index of the assistant message; None where the template marks no span per message.
+        end: Position after the stop token.
+        message: Index of the assistant message; None if the template does not mark one span for each message.
     """
 
     start: int
@@ -29,15 +30,16 @@ class Span(NamedTuple):
     message: int | None
 
 
-def generation_spans(conversation, text, spans, stops):
+def generation_spans(
+    conversation: Conversation, text: str, spans: list[tuple[int, int]], stops: list[str]
+) -> list[Span]:
     """The template's own spans as [Span], ascending.
 
-    Tags often stand around the line breaks beside a reply, too. These belong to its header, or follow its stop token.
+    Tags often enclose the line breaks beside a reply too. These belong to the header, or come after the stop token.
 
     Args:
-        conversation: A `smolpost.chat.render.Conversation`.
-        text, spans: As its `render` gave them.
-        stops: Tokens of which one ends each reply.
+        text, spans: The result of the conversation's `render`.
+        stops: Texts of the tokens that may end a reply.
     """
     replies = assistant_turns(conversation.messages)
     if len(replies) != len(spans):
@@ -46,7 +48,7 @@ def generation_spans(conversation, text, spans, stops):
     return [_without_line_breaks(conversation, text, span, stops) for span in found]
 
 
-def _without_line_breaks(conversation, text, span, stops):
+def _without_line_breaks(conversation: Conversation, text: str, span: Span, stops: list[str]) -> Span:
     inner = text[span.start : span.end]
     end = span.start + len(inner.rstrip())
     if end < span.end and text.endswith(tuple(stops), 0, end):
@@ -61,21 +63,20 @@ def _without_line_breaks(conversation, text, span, stops):
     return span if differ(text, told, span) else told
 
 
-def differ(text, one, other):
+def differ(text: str, one: Span, other: Span) -> bool:
     """Whether two spans of a reply differ by more than white space."""
     edges = ((one.start, other.start), (one.end, other.end))
     return any(text[min(pair) : max(pair)].strip() for pair in edges)
 
 
-def prefix_spans(conversation, text, stops):
-    """The replies by differences of renderings, as [Span], ascending.
+def prefix_spans(conversation: Conversation, text: str, stops: list[str]) -> tuple[list[Span], dict[int, UserError]]:
+    """The replies by differences of renderings.
 
     Args:
-        conversation: A `smolpost.chat.render.Conversation`.
-        text: Its rendering.
-        stops: Tokens of which one ends each reply.
+        text: The conversation's rendering.
+        stops: Texts of the tokens that may end a reply.
     Returns:
-        [Span], and {message: UserError, why its span cannot be told}.
+        [Span] ascending, and {message: UserError} for replies whose span cannot be found.
     """
     spans, unknown = [], {}
     for i in assistant_turns(conversation.messages):
@@ -88,12 +89,12 @@ def prefix_spans(conversation, text, stops):
     return spans, unknown
 
 
-def turn_end(conversation, text, i, stops):
-    """Past the last character of message i's stop token.
+def turn_end(conversation: Conversation, text: str, i: int, stops: list[str]) -> int:
+    """Position after the stop token of message i.
 
     Raises:
-        UserError: The rendering up to message i is no beginning of the text.
-        EndlessTurn: It ends without a stop token.
+        UserError: The text does not begin with the rendering up to message i.
+        EndlessTurn: The turn ends without a stop token.
     """
     turn = replace(conversation, messages=conversation.messages[: i + 1], add_generation_prompt=False).text()
     check_prefix(text, turn)
@@ -103,8 +104,8 @@ def turn_end(conversation, text, i, stops):
     return end
 
 
-def check_stop(text, span, stops):
-    """Refuse a reply that ends without a stop token. One that its span leaves outside is the tags' fault.
+def check_stop(text: str, span: Span, stops: list[str]) -> None:
+    """Refuse a reply without a stop token at its end. A stop token right after the span is accepted.
 
     Raises:
         EndlessTurn: Names what the reply ends with.
@@ -113,29 +114,33 @@ def check_stop(text, span, stops):
         raise _endless(text, span.end, span.message, stops)
 
 
-def _endless(text, end, i, stops):
+def _endless(text: str, end: int, i: int | None, stops: list[str]) -> EndlessTurn:
     return EndlessTurn(
-        f"messages[{i}]: the chat template ends the turn with {text[max(0, end - 12) : end]!r}, which is no stop token "
-        "of the tokenizer, so a model could not learn to stop; use a template that ends turns with one of its control "
-        f"tokens ({', '.join(stops[:4]) or 'it has none: add one to the checkpoint'})"
+        f"messages[{i}]: the chat template ends the turn with {text[max(0, end - 12) : end]!r}, which is not a stop "
+        "token of the tokenizer, so a model could not learn to stop; use a template that ends turns with one of its "
+        f"control tokens ({', '.join(stops[:4]) or 'it has none: add one to the checkpoint'})"
     )
 
 
-def assistant_turns(messages):
+def assistant_turns(messages: list[Message]) -> list[int]:
     """Indices of the assistant messages."""
     return [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
 
 
-def check_prefix(text, prefix):
-    """Refuse a template whose renderings do not extend each other."""
+def check_prefix(text: str, prefix: str) -> None:
+    """Refuse a template whose renderings do not extend each other.
+
+    Raises:
+        UserError: The text does not begin with the prefix.
+    """
     if not text.startswith(prefix):
         raise UserError(
-            "the chat template renders earlier turns differently once later ones follow; use one whose renderings "
-            "extend each other, such as smollm3, or train the last turn only"
+            "the chat template renders earlier turns differently when later turns follow; use a template that does "
+            "not, such as smollm3, or train the last turn only"
         )
 
 
-def _reply(conversation, text, i, stops):
+def _reply(conversation: Conversation, text: str, i: int, stops: list[str]) -> tuple[int, int]:
     before = replace(conversation, messages=conversation.messages[:i], add_generation_prompt=True).text()
     check_prefix(text, before)
     end = turn_end(conversation, text, i, stops)

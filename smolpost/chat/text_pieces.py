@@ -1,13 +1,14 @@
 """Pieces of text to token ids and character offsets, with control tokens that are only text.
 
-Two copies of a tokenizer's backend do it: one as it is, and one that matches no added token.
+Two copies of a tokenizer's backend do this: one unchanged, and one that does not match added tokens.
 """
 
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,19 +16,23 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smolpost.chat.controls import STRUCTURE
+from smolpost.chat.render import Conversation
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _known = WeakKeyDictionary()
 
 
 class TextPiece(NamedTuple):
-    """A stretch of a rendering that is tokenized by itself.
+    """A part of a rendering that is tokenized separately.
 
     Attributes:
         text: Its characters.
-        start: Its first character's place in the rendering.
-        plain: True where no added token of the tokenizer may be matched.
-        offsets: True where the tokens' places are needed.
+        start: Position of its first character in the rendering.
+        plain: Added tokens of the tokenizer must not be matched.
+        offsets: The positions of the tokens are needed.
     """
 
     text: str
@@ -36,8 +41,8 @@ class TextPiece(NamedTuple):
     offsets: bool
 
 
-def vocabulary_of(tokenizer):
-    """The `Vocabulary` of a fast tokenizer, built once as long as no token is added to it."""
+def vocabulary_of(tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
+    """The `Vocabulary` of a fast tokenizer; built again only when tokens were added to the tokenizer."""
     size, vocabulary = _known.get(tokenizer, (None, None))
     if size != len(tokenizer):
         vocabulary = Vocabulary(tokenizer)
@@ -46,17 +51,17 @@ def vocabulary_of(tokenizer):
 
 
 class Ranges:
-    """Ranges of a text, asked whether one of them is met, in time that grows with the logarithm of their number.
+    """Ranges of a text that answer in logarithmic time whether one of them overlaps another range.
 
     Args:
-        ranges: [(start, end)] ascending by start, none of them empty; they may overlap.
+        ranges: [(start, end)] ascending by start, not empty; they may overlap.
     """
 
-    def __init__(self, ranges):
+    def __init__(self, ranges: list[tuple[int, int]]):
         self._starts = [start for start, _ in ranges]
-        self._ends = [*accumulate((end for _, end in ranges), max)]  # of a range and all before it
+        self._ends = [*accumulate((end for _, end in ranges), max)]  # largest end of a range and all before it
 
-    def meet(self, start, end):
+    def meet(self, start: int, end: int) -> bool:
         """Whether a range has a character in common with [start, end)."""
         before = bisect_left(self._starts, end)  # ranges that begin before its end
         return start < end and before > 0 and self._ends[before - 1] > start
@@ -66,13 +71,13 @@ class Vocabulary:
     """Added tokens of a tokenizer, and how text is tokenized with and without them.
 
     Attributes:
-        added: Matches any added token in text, white space apart: runs of blanks are no control tokens.
+        added: Matches any added token in text, except white space: runs of blanks are not control tokens.
         special: Matches the added tokens that are special.
-        added_ids, special_ids: Their ids, the unknown token's left out.
-        stops: The added tokens' texts that may end a turn: those that are no structure of a reply. Longest first.
+        added_ids, special_ids: Their ids, without the unknown token's.
+        stops: Texts of the added tokens that may end a turn, which are all but a reply's structure. Longest first.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._backend = tokenizer.backend_tokenizer
         tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         texts = sorted((token.content for token in tokens.values()), key=len, reverse=True)
@@ -83,7 +88,7 @@ class Vocabulary:
         self.special_ids = {i for i, token in tokens.items() if token.special} - {tokenizer.unk_token_id}
 
     @cached_property
-    def _usual(self):
+    def _usual(self) -> Tokenizer:
         copy = Tokenizer.from_str(self._backend.to_str())
         # Post-processors move the offsets of blanks; with add_special_tokens=False they do nothing else.
         copy.post_processor = None
@@ -92,21 +97,21 @@ class Vocabulary:
         return copy
 
     @cached_property
-    def _plain(self):
+    def _plain(self) -> Tokenizer:
         copy = Tokenizer.from_str(self._usual.to_str())
         tokens = copy.get_added_tokens_decoder().values()
         copy.add_special_tokens([AddedToken(t.content, special=True, normalized=t.normalized) for t in tokens])
         copy.encode_special_tokens = True
         return copy
 
-    def tokenize(self, pieces):
+    def tokenize(self, pieces: list[TextPiece]) -> list[tuple[list[int], Callable[[int], int] | None]]:
         """Token ids of pieces.
 
         Args:
             pieces: [P] TextPiece.
         Returns:
-            [P] (ids, num_before): num_before(place) is how many of the tokens begin before a place in the rendering;
-            None where not asked for.
+            [P] (ids, num_before). num_before(place) is the number of the piece's tokens that begin before a place in
+            the rendering; None if the piece does not need offsets.
         """
         results = [None] * len(pieces)
         for plain in (False, True):
@@ -116,15 +121,15 @@ class Vocabulary:
             for i, encoding in zip(chosen, encodings, strict=True):
                 ids = encoding.ids
                 results[i] = ids, self._counter(backend, pieces[i], ids) if pieces[i].offsets else None
-        # What follows the last reply of every row: tokenized once, and given out as lists of their own.
+        # Every row ends with a line break after its last reply. It is tokenized once; each row gets its own list.
         return [(list(self._line_break), None) if result is None else result for result in results]
 
     @cached_property
-    def _line_break(self):
+    def _line_break(self) -> list[int]:
         return self._usual.encode("\n", add_special_tokens=False).ids
 
-    def _counter(self, backend, piece, ids):
-        """num_before of a piece: by the tokens' bytes where they are the text's, else by the tokenizer's offsets."""
+    def _counter(self, backend: Tokenizer, piece: TextPiece, ids: list[int]) -> Callable[[int], int]:
+        """num_before of a piece: from the tokens' bytes if they add up to the text, else from their offsets."""
         if self._num_bytes is not None:
             ends = self._num_bytes[ids].cumsum()
             if ends[-1] == len(piece.text.encode()):
@@ -133,29 +138,31 @@ class Vocabulary:
         return partial(_num_before, piece, starts)
 
     @cached_property
-    def _num_bytes(self):
-        """[ids] int64 bytes that each token of a byte-level vocabulary stands for; None for other vocabularies."""
+    def _num_bytes(self) -> np.ndarray | None:
+        """[ids] int64, bytes of each token of a byte-level vocabulary; None for other vocabularies."""
         added = self._backend.get_added_tokens_decoder()
         tokens = {i: token for token, i in self._backend.get_vocab(with_added_tokens=False).items() if i not in added}
         if not set(ByteLevel.alphabet()).issuperset("".join(tokens.values())):
             return None
         sizes = np.zeros(max([*tokens, *added]) + 1, np.int64)
         for i, token in tokens.items():
-            sizes[i] = len(token)  # a character of the vocabulary for each byte
+            sizes[i] = len(token)  # one character of the vocabulary for each byte
         for i, token in added.items():
             sizes[i] = len(token.content.encode())
         return sizes
 
-    def cut(self, text, edges, neutral):
-        """[(start, end, plain)]: the text cut at the edges, and around control tokens that are only text.
+    def cut(self, text: str, edges: list[int], neutral: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """The text cut into pieces at the edges, and around control tokens that are only text.
 
-        Such a string is tokenized with the text around it, up to the next token that is one: what the tokenizer would
-        do if it did not know the string.
+        A control token that is only text is tokenized together with the text around it, up to the next real control
+        token, as if the tokenizer did not know it.
 
         Args:
             text: A rendering.
-            edges: Ascending places where a piece ends and the next begins.
-            neutral: [(start, end)] of the strings, ascending.
+            edges: Ascending positions at which a piece ends and the next one begins.
+            neutral: [(start, end)] of the control tokens that are only text, ascending.
+        Returns:
+            [(start, end, plain)], ascending; plain as in `TextPiece`.
         """
         pieces, only_text = [], Ranges(neutral)
         for start, end in pairwise(sorted({0, *edges, len(text)})):
@@ -172,22 +179,22 @@ class Vocabulary:
         return [piece for piece in pieces if piece[0] < piece[1]]
 
 
-def _num_before(piece, starts, place):
-    """Tokens of a piece that begin before a place in the rendering."""
+def _num_before(piece: TextPiece, starts: list[int], place: int) -> int:
+    """Number of tokens of a piece that begin before a place in the rendering."""
     return bisect_left(starts, place - piece.start)
 
 
 class _ByteCounter:
-    """The same from where each token ends, in bytes: tracking offsets doubles the time of tokenizing.
+    """The same number, from the ends of the tokens in bytes: tracking offsets would double the time of tokenizing.
 
-    Places are mostly asked in ascending order, so each count of bytes goes on from the one before.
+    Places mostly come in ascending order, so each count of bytes continues from the previous one.
     """
 
-    def __init__(self, piece, ends):
-        self._piece, self._starts = piece, ends[:-1]  # a token begins where the one before it ends, the first one at 0
+    def __init__(self, piece: TextPiece, ends: np.ndarray):
+        self._piece, self._starts = piece, ends[:-1]  # a token begins at the end of the previous one, the first at 0
         self._place = self._num_bytes = 0
 
-    def __call__(self, place):
+    def __call__(self, place: int) -> int:
         place = min(max(place - self._piece.start, 0), len(self._piece.text))
         if place < self._place:
             self._place = self._num_bytes = 0
@@ -196,8 +203,8 @@ class _ByteCounter:
         return int(np.searchsorted(self._starts, self._num_bytes)) + 1 if place else 0
 
 
-def check_encodable(text, conversation):
-    """Refuse half surrogate pairs, which have no UTF-8 and so no tokens.
+def check_encodable(text: str, conversation: Conversation) -> None:
+    """Refuse halves of surrogate pairs, which UTF-8 and so the tokenizer cannot encode.
 
     Raises:
         UserError: Names the message, or the template's variable.
@@ -213,12 +220,12 @@ def check_encodable(text, conversation):
         }
         where = next((place for place, value in places.items() if _holds_surrogate(value)), "the chat template's text")
         raise UserError(
-            f"{where} holds {half}, half of a surrogate pair, which the tokenizer cannot encode; "
-            "remove it or write the whole character"
+            f"{where} has {half}, half of a surrogate pair, which the tokenizer cannot encode; "
+            "remove it or write the complete character"
         ) from error
 
 
-def _holds_surrogate(value):
+def _holds_surrogate(value: Any) -> bool:
     if isinstance(value, str):
         return any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):
@@ -226,7 +233,7 @@ def _holds_surrogate(value):
     return isinstance(value, list | tuple) and any(map(_holds_surrogate, value))
 
 
-def _matcher(tokens):
-    """Leftmost, longest match of one of the tokens, as tokenizers match them; of nothing where there are none."""
+def _matcher(tokens: list[str]) -> re.Pattern[str]:
+    """Matches the leftmost and longest of the tokens, as tokenizers do; matches nothing without tokens."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) if tokens else r"(?!)")

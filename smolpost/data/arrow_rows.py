@@ -1,4 +1,4 @@
-"""Parquet files, folders of `datasets.save_to_disk` and Hub datasets, cut into pieces and read.
+"""Parquet files, folders of `datasets.save_to_disk` and Hub datasets, cut into slices and read.
 
 Their rows come with one schema for all, where a missing key is None; `sources.read_slice` removes those keys.
 """
@@ -46,14 +46,14 @@ def group_starts(file: pq.ParquetFile) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
 
-def dataset_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
-    dataset = opened_dataset(source, piece.path)
+def dataset_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    dataset = opened_dataset(source, part.path)
     table = dataset.data
     step = rows_at_a_time(table.nbytes, table.num_rows)
     dataset = dataset.with_format("arrow")  # undecoded: only then JSON columns can be told from others
-    for begin in range(piece.begin, min(piece.end, len(dataset)), step):
-        found = dataset[begin : min(begin + step, piece.end)]
-        yield from table_rows(found, piece.path, begin + 1, source.max_row_bytes)
+    for begin in range(part.begin, min(part.end, len(dataset)), step):
+        found = dataset[begin : min(begin + step, part.end)]
+        yield from table_rows(found, part.path, begin + 1, source.max_row_bytes)
 
 
 class ParquetReader:
@@ -87,20 +87,20 @@ class ParquetReader:
             begin += len(found)
 
 
-# A reader stays open between pieces of one process: otherwise each of the pieces of a large row group would decode the
+# A reader stays open between slices of one process: otherwise each of the slices of a large row group would decode the
 # group from its start.
 _parked: dict[tuple, ParquetReader] = {}
 
 
-def parquet_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
-    with readable(piece.path, *PARQUET):
-        stat = os.stat(piece.path)
-        key = (os.getpid(), piece.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+def parquet_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    with readable(part.path, *PARQUET):
+        stat = os.stat(part.path)
+        key = (os.getpid(), part.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         reader = _parked.pop(key, None)
-        if reader is None or not reader.leads_to(piece.begin):
-            reader = ParquetReader(piece.path, piece.begin)
-        for begin, batch in reader.slices(piece.begin, piece.end):
-            yield from table_rows(batch, piece.path, begin + 1, source.max_row_bytes)
+        if reader is None or not reader.leads_to(part.begin):
+            reader = ParquetReader(part.path, part.begin)
+        for begin, batch in reader.slices(part.begin, part.end):
+            yield from table_rows(batch, part.path, begin + 1, source.max_row_bytes)
         _parked.clear()
         _parked[key] = reader
 
@@ -127,7 +127,7 @@ def table_rows(table: pa.Table | pa.RecordBatch, path: str, number: int, limit: 
             return
         fault = str(error)
         if not isinstance(error, UserError):
-            found = "text that is no UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
+            found = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a map with a key twice"
             fault = f"{path}:{number}: holds {found} ({one_line(error)}); write the row again"
         yield Row({}, path, number, fault=fault)
         return

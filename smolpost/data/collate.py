@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from smolpost.chat.fates import Fate
+
 IGNORE_INDEX = -100
 PARTS = ("prompt", "chosen", "rejected")  # of a preference pair, in the order they are laid out
 
@@ -15,9 +17,10 @@ def collate_packs(packs: list[dict]) -> dict:
     """Packs of documents, one after another.
 
     Args:
-        packs: Rows of a dataset by prepare_sft.
+        packs: Rows of a dataset by prepare_documents.
     Returns:
-        input_ids, labels, position_ids: [1, T] int64; labels are not shifted, positions restart with every document.
+        input_ids, labels, position_ids: [1, T] int64; labels are the ids of trained tokens, not shifted, and
+            IGNORE_INDEX elsewhere; positions restart with every document.
         document_lengths: Tokens of each document, plain ints, so that attention need not ask the device.
         token_weights: [T] float32 weight of each token's loss.
     """
@@ -25,9 +28,11 @@ def collate_packs(packs: list[dict]) -> dict:
     starts = lengths.cumsum(0) - lengths
     position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
     weights = torch.cat([as_weights(pack.get("seq_weights"), len(pack["seq_lengths"])) for pack in packs])
+    input_ids = torch.cat([as_ids(pack["input_ids"]) for pack in packs])
+    is_trained = torch.cat([as_ids(pack["fates"]) for pack in packs]) == Fate.TRAINED
     return {
-        "input_ids": torch.cat([as_ids(pack["input_ids"]) for pack in packs])[None],
-        "labels": torch.cat([as_ids(pack["labels"]) for pack in packs])[None],
+        "input_ids": input_ids[None],
+        "labels": input_ids.where(is_trained, IGNORE_INDEX)[None],
         "position_ids": position_ids[None],
         "document_lengths": lengths.tolist(),
         "token_weights": weights.repeat_interleave(lengths),
@@ -38,7 +43,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
     """Preference pairs as `prompt | chosen | rejected`, one after another.
 
     Args:
-        pairs: P rows of a dataset by prepare_apo.
+        pairs: P rows of a dataset by prepare_pairs.
     Returns:
         input_ids, position_ids: [1, T] int64; chosen and rejected both count on from their prompt.
         pair_lengths: (prompt, chosen, rejected) tokens of each pair, plain ints.
@@ -46,7 +51,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
             as scored in its prompt (a completion's shared beginning), in chosen, in rejected.
         side_tokens: [at least S] int64 into the scored tokens, side after side: pair 0 chosen, pair 0 rejected, pair 1
             chosen, ...; shared tokens belong to both sides.
-        sides: Alike, 0 to 2P - 1: the side each of them stands for.
+        sides: Same shape, 0 to 2P - 1: the side to which each of them belongs.
         side_lengths: [2P] int64 scored tokens of each side.
         pair_weights: [P] float32 weight of each pair's loss.
     """
@@ -58,7 +63,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
         prompt, chosen, rejected = (len(part) for part in parts)
         is_scored = torch.cat([torch.as_tensor(pair[f"{part}_mask"]) for part in PARTS]) != 0
         part_of = torch.arange(3).repeat_interleave(torch.tensor((prompt, chosen, rejected)))[is_scored]
-        # What precedes a token is the one before it, and for the first token of both sides the prompt's last.
+        # A token is predicted from the one before it; the first token of both sides from the prompt's last.
         before = torch.arange(-1, len(sequence) - 1)
         before[prompt + chosen] = prompt - 1
         scored = torch.arange(num_scored, num_scored + len(part_of))
@@ -92,5 +97,5 @@ def as_ids(values: Iterable[int]) -> torch.Tensor:
 
 
 def as_weights(values: Iterable[float] | None, number: int) -> torch.Tensor:
-    """[number] float32; all 1 where the rows were prepared without weights."""
+    """[number] float32; all 1 if the rows were prepared without weights."""
     return torch.ones(number) if values is None else torch.as_tensor(values, dtype=torch.float32)

@@ -31,7 +31,7 @@ def as_row(row: Row, source: Source) -> Row:
 
     Raises:
         UserError: The row cannot be read, a column is missing or not what source.columns says, or a key that changes
-            what the row means cannot be honoured. A row that fits no shape at all is left to `validate_row`.
+            what the row means cannot be followed. `validate_row` refuses rows of unknown shape.
     """
     if row.fault:
         raise UserError(row.fault)
@@ -54,7 +54,7 @@ def row_for(row: Row, source: Source, layout: str) -> Row:
 
 
 def renamed(row: Row, names: dict[str, str]) -> dict:
-    """The columns under their new names; a column that this row lacks is no error, as rows may lack optional ones."""
+    """The columns under their new names; a column that a row lacks is not an error."""
     content = {}
     for key, value in row.items():
         new = names.get(key, key)
@@ -89,7 +89,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     refuse(row, REFUSED_IN_ROWS, where)
     for key in DESIRED:
         if row.get(key) is False:
-            raise UserError(f"{where}: {key}=false marks an undesired reply, which would be trained on; delete the row")
+            raise UserError(f"{where}: {key}=false marks an undesired reply, and would be trained on; delete the row")
     content = dict(row)
     found = [key for key in CONVERSATIONS if isinstance(row.get(key), list)]
     tools = [(key, row[key]) for key in ("tools", "functions") if not is_empty(row.get(key))]
@@ -105,7 +105,7 @@ def in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict
     if tools:
         if any(value != tools[0][1] for _, value in tools):
             names = " and ".join(dict.fromkeys(name for name, _ in tools))
-            raise UserError(f"{where}: {names} hold different tools; keep one of them")
+            raise UserError(f"{where}: {names} have different tools; keep one of them")
         content["tools"] = own_tools(tools[0][1], f"{where}: tools")
         content.pop("functions", None)
     elif "tools" in content and is_empty(content["tools"]):
@@ -124,7 +124,8 @@ def row_marks(row: dict, where: str) -> dict[str, Any]:
     for key, value in marks.items():
         if isinstance(value, int | float) and value not in (0, 1):
             raise UserError(
-                f"{where}: {key}={value} may be the weight of the row's loss, which a row cannot have; expected true, "
+                f"{where}: {key}={value} may be meant as the weight of the row's "
+                "loss, which is not supported; expected true, "
                 "false or a list with one mark for each turn; set loss_weight of a source, or rename the column"
             )
     return marks
@@ -191,8 +192,10 @@ def with_system(row: dict, found: list[str], where: str) -> dict:
 
 
 def with_last_reply(messages: list) -> list:
-    """The messages, whose last turn is a reply where it is a user's right after another user's (SmolTalk2's split of
-    everyday conversations labels its last replies so)."""
+    """The messages; a last user turn right after another user turn becomes a reply.
+
+    SmolTalk2's split of everyday conversations labels its last replies in this way.
+    """
     return [*messages[:-1], {**messages[-1], "role": "assistant"}] if ends_in_two_users(messages) else messages
 
 

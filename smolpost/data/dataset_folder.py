@@ -38,8 +38,8 @@ def write_dataset(folder: Path, types: dict[str, str], chunks: Iterable[dict[str
                 lists.append(pa.ListArray.from_arrays(offsets, values))
             stream.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    # What Dataset.save_to_disk writes beside the data; the fingerprint keeps caches of different content apart, so it
-    # is made as `datasets` makes its own (xxh64): several times as fast as sha256, and nothing here is signed.
+    # What Dataset.save_to_disk writes beside the data. The fingerprint tells caches of different content apart, so it
+    # is made as in `datasets` (xxh64): much faster than SHA-256, and nothing here is signed.
     state = {
         "_data_files": [{"filename": file}],
         "_fingerprint": fingerprint,

@@ -1,11 +1,11 @@
-"""Which rows a mixture does without: duplicates, near duplicates, evaluation texts, other languages.
+"""Which rows a mixture does not use: duplicates, near duplicates, evaluation texts, other languages.
 
-What a row alone decides is computed by `features`, a plain function for any number of worker processes; what depends
-on the rows before it by `Hygiene.check`, in one process and in the rows' order. The first of several alike stays, so
-the result depends on the order of the rows and not on the number of workers.
+What depends on one row alone is computed by `features`, a plain function for any number of worker processes. What
+depends on earlier rows is decided by `HygieneFilter.check`, in one process and in the order of the rows. The first of a
+set of duplicates is kept, so the result depends on the order of the rows and not on the number of workers.
 
-System turns and tool results do not count: nothing in them was written by user or model, and a policy or an API's
-answer that many rows carry would make them all alike, as a date stamped into one would hide that two are.
+System turns and tool results are not compared, because neither the user nor the model wrote them. A policy or an API
+result that many rows share would make all of them near duplicates, and a date in it would hide exact ones.
 """
 
 import hashlib
@@ -23,8 +23,7 @@ from smolpost.data.overlap import SHORTEST_TEXT, EvaluationTexts, SignatureIndex
 from smolpost.data.sources import read_rows
 from smolpost.data.validate import message_text
 from smolpost.errors import UserError
-from smolpost.schema import Hygiene as Settings
-from smolpost.schema import Source
+from smolpost.schema import Hygiene, Source
 
 NEAR_WORDS = 5  # of the n-grams whose sets near duplicates share
 PERMUTATIONS = (16, 1024)  # fewer estimate a similarity to worse than 0.12, more cost memory for nothing
@@ -51,8 +50,8 @@ class Removal:
     detail: str
 
 
-class Hygiene:
-    """Decides row by row which ones go; see `Settings` (schema.Hygiene) for what is looked for.
+class HygieneFilter:
+    """Decides row by row which ones go; see `schema.Hygiene` for what is looked for.
 
     A kept row costs about 220 bytes under exact, and 1,000 to 1,200 under near with 128 permutations at 0.8; what says
     of its file and row is part of both and kept once.
@@ -67,7 +66,7 @@ class Hygiene:
             looked for.
     """
 
-    def __init__(self, settings: Settings, *, key: str = "hygiene"):
+    def __init__(self, settings: Hygiene, *, key: str = "hygiene"):
         check_settings(settings, key)
         _, self.searched = evaluation_texts(settings)
         check_searched(self.searched, settings, key)
@@ -77,7 +76,7 @@ class Hygiene:
         self.digest_size = DIGEST_SIZE if settings.exact else 0
 
     @staticmethod
-    def needed(settings: Settings) -> bool:
+    def needed(settings: Hygiene) -> bool:
         """Whether there is anything to look for."""
         return bool(settings.exact or settings.near or settings.against or settings.languages)
 
@@ -108,14 +107,14 @@ class Hygiene:
 # ---------------------------------------------------------------- one row
 
 
-def features(row: dict, settings: Settings) -> bytes:
+def features(row: dict, settings: Hygiene) -> bytes:
     """All of a row that does not depend on others, for worker processes; the same on every machine.
 
     The evaluation texts and the language models (up to 0.9 GB) are read once in each process.
 
     Args:
         row: As `rows.validate_row` accepts it.
-        settings: As `Hygiene` accepts them.
+        settings: As `HygieneFilter` accepts them.
     Returns:
         REMOVED, reason and detail on two lines; or KEPT, the digest where exact is on, and the signature where near is
         on and the text has words.
@@ -156,7 +155,7 @@ def message_turns(message: dict) -> Turns:
 
 
 def call_text(call: dict) -> str:
-    """A call's name and arguments, however they are stored; ids are drawn anew for every copy of a conversation."""
+    """A call's name and arguments, however they are stored; without its id, which differs between copies."""
     function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
@@ -182,8 +181,12 @@ def digest_of(turns: Turns) -> bytes:
     return digest.digest()
 
 
-def contamination(words: list[list[str]], settings: Settings) -> Removal | None:
-    """A turn shares n words in a row with an evaluation text, or is a whole one of fewer; words: of each turn."""
+def contamination(words: list[list[str]], settings: Hygiene) -> Removal | None:
+    """The removal of a row in which a turn shares n consecutive words with an evaluation text, or equals a shorter one.
+
+    Args:
+        words: The words of each turn.
+    """
     if not settings.against:
         return None
     texts, _ = evaluation_texts(settings)
@@ -195,10 +198,10 @@ def contamination(words: list[list[str]], settings: Settings) -> Removal | None:
     return None
 
 
-def wrong_language(turns: Turns, settings: Settings) -> Removal | None:
-    """The most likely language of the whole row is none of those that stay, by at least min_confidence.
+def wrong_language(turns: Turns, settings: Hygiene) -> Removal | None:
+    """The removal of a row whose most likely language is not one to keep, with at least min_confidence.
 
-    So a row too short to tell, or without words, stays.
+    A row that is too short to decide, or has no words, is kept.
     """
     if not settings.languages:
         return None
@@ -230,8 +233,8 @@ def language_detector():
     return LanguageDetectorBuilder.from_all_languages().build(), codes
 
 
-def evaluation_texts(settings: Settings) -> tuple[EvaluationTexts, dict[str, dict[str, int]]]:
-    """The texts of the evaluation files, every string of every row, and `Hygiene.searched`."""
+def evaluation_texts(settings: Hygiene) -> tuple[EvaluationTexts, dict[str, dict[str, int]]]:
+    """The texts of the evaluation files, every string of every row, and `HygieneFilter.searched`."""
     found = [(path, os.stat(path)) for path in settings.against]
     stamps = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
     return read_evaluation_texts(stamps, settings.ngram)
@@ -239,7 +242,11 @@ def evaluation_texts(settings: Settings) -> tuple[EvaluationTexts, dict[str, dic
 
 @lru_cache(maxsize=4)
 def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
-    """stamps: path, time and size of each file, so that one written anew is read anew."""
+    """The texts of evaluation files.
+
+    Args:
+        stamps: Path, time and size of each file, so that a changed file is read again.
+    """
     texts, searched = [], {}
     for path, _, _ in stamps:
         counts = searched[path] = {"rows": 0, "texts": 0, "short texts": 0}
@@ -256,7 +263,7 @@ def read_evaluation_texts(stamps: tuple[tuple[str, int, int], ...], ngram: int):
 # ---------------------------------------------------------------- settings
 
 
-def check_settings(settings: Settings, key: str) -> None:
+def check_settings(settings: Hygiene, key: str) -> None:
     if not 0 <= settings.near <= 1:
         raise UserError(f"{key}.near={settings.near} is outside [0, 1]; use a similarity such as 0.8, or 0 for off")
     if settings.ngram < 1:
@@ -273,7 +280,7 @@ def check_settings(settings: Settings, key: str) -> None:
         check_languages(settings.languages, key)
     for i, path in enumerate(settings.against):
         if not Path(path).is_file():
-            raise UserError(f"{key}.against[{i}]={path} is no file; expected JSONL or Parquet with evaluation rows")
+            raise UserError(f"{key}.against[{i}]={path} is not a file; expected JSONL or Parquet with evaluation rows")
 
 
 def check_installed(module: str, setting: str) -> None:
@@ -288,12 +295,12 @@ def check_languages(languages: list[str], key: str) -> None:
     for i, code in enumerate(languages):
         if code not in codes.values():
             raise UserError(
-                f"{key}.languages[{i}]={code} is no language the detector knows; use ISO 639-1 codes, "
+                f"{key}.languages[{i}]={code} is not a language of the detector; use ISO 639-1 codes, "
                 f"of {', '.join(sorted(codes.values()))}"
             )
 
 
-def check_searched(searched: dict[str, dict[str, int]], settings: Settings, key: str) -> None:
+def check_searched(searched: dict[str, dict[str, int]], settings: Hygiene, key: str) -> None:
     for path, counts in searched.items():
         if not counts["texts"]:
             raise UserError(

@@ -1,4 +1,4 @@
-"""JSON files that hold one list of rows, as LLaMA-Factory's do: cut into pieces that any process can read by itself."""
+"""JSON files that hold one list of rows, as LLaMA-Factory's do: cut into slices that any process can read."""
 
 import io
 import json
@@ -27,12 +27,12 @@ def begins_list(file: io.BufferedReader) -> bool:
 def cut_list(
     content: bytes, path: str, begin: int, skip: int, stop: int, rows_per_slice: int
 ) -> tuple[list[SourceSlice], int]:
-    """Pieces of the rows from skip to stop, and the number of rows.
+    """Slices of the rows from skip to stop, and the number of rows.
 
     Args:
         content: Of the file from byte `begin` on.
     Raises:
-        UserError: It is no list in JSON.
+        UserError: It is not a JSON list.
     """
     text = decoded(content, path)
     found, edges, place, offset, count = [], [], 0, begin, 0
@@ -56,12 +56,12 @@ def count_elements(content: bytes, path: str) -> int:
 
 
 def list_rows(content: bytes, path: str, limit: int, number: int = 1, *, inside: bool = False) -> Iterator[Row]:
-    """The rows of a whole file's bytes, or of a piece's.
+    """The rows of a whole file's bytes, or of a slice's.
 
     Args:
         limit: Bytes of a row, above which it is refused.
         number: Of the first row, from 1.
-        inside: The bytes are a piece, between the list's brackets.
+        inside: The bytes are a slice, between the list's brackets.
     """
     text = decoded(content, path)
     for i, (first, end) in enumerate(elements(text, path, inside), start=number):
@@ -90,7 +90,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
         except RecursionError:  # the row's fault
             end = closing(text, place)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: is no JSON ({error}); expected a list of objects") from error
+            raise UserError(f"{path}:{number}: is not JSON ({error}); expected a list of objects") from error
         yield place, end
         place, number = skipped(text, end), number + 1
         if text[place : place + 1] == ",":
@@ -100,7 +100,7 @@ def elements(text: str, path: str, inside: bool = False) -> Iterator[tuple[int, 
                 f"{path}:{number - 1}: is followed by {text[place : place + 20]!r}; expected , or the ] of a list"
             )
     if not inside and text[place + 1 :].strip(SPACE):
-        raise UserError(f"{path}: goes on after its list; expected one list, or one object per line")
+        raise UserError(f"{path}: continues after its list; expected one list, or one object per line")
 
 
 def closing(text: str, place: int) -> int:
@@ -124,6 +124,6 @@ def decoded(content: bytes, path: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is no UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8, for example with "
+            f"{path}: is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8, for example with "
             "`iconv -f WINDOWS-1252 -t UTF-8`"
         ) from error

@@ -1,4 +1,4 @@
-"""JSONL files, also compressed ones: cut into pieces by their line ends, without parsing, and read line by line, so
+"""JSONL files, also compressed ones: cut into slices by their line ends, without parsing, and read line by line, so
 that each row keeps exactly the keys it was written with. A file that is one list of rows is read by `json_list`."""
 
 import io
@@ -95,26 +95,26 @@ def row_ends(file, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.array([offset]), np.array([lines_before + 2])
 
 
-def jsonl_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
-    with open(piece.path, "rb") as file:
-        file.seek(text_begin(file.read(4), piece.path))
+def jsonl_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    with open(part.path, "rb") as file:
+        file.seek(text_begin(file.read(4), part.path))
         as_list = begins_list(file)
-        file.seek(piece.begin)
+        file.seek(part.begin)
         if as_list:
-            content = file.read(piece.end - piece.begin)
-            yield from list_rows(content, piece.path, source.max_row_bytes, piece.line, inside=True)
+            content = file.read(part.end - part.begin)
+            yield from list_rows(content, part.path, source.max_row_bytes, part.line, inside=True)
         else:
-            yield from parsed_rows(file, piece.path, source.max_row_bytes, piece.line, piece.end - piece.begin)
+            yield from parsed_rows(file, part.path, source.max_row_bytes, part.line, part.end - part.begin)
 
 
-def compressed_rows(source: Source, piece: SourceSlice) -> Iterator[Row]:
-    with uncompressed(piece.path) as file:
+def compressed_rows(source: Source, part: SourceSlice) -> Iterator[Row]:
+    with uncompressed(part.path) as file:
         if begins_list(file):
-            rows = list_rows(file.read(), piece.path, source.max_row_bytes)
-            yield from itertools.islice(rows, piece.begin, piece.end)
+            rows = list_rows(file.read(), part.path, source.max_row_bytes)
+            yield from itertools.islice(rows, part.begin, part.end)
             return
         yield from parsed_rows(
-            file, piece.path, source.max_row_bytes, 1, ANY_NUMBER, skip=piece.begin, most=piece.num_rows
+            file, part.path, source.max_row_bytes, 1, ANY_NUMBER, skip=part.begin, most=part.num_rows
         )
 
 
@@ -172,7 +172,7 @@ def text_begin(start: bytes, path: str) -> int:
 def uncompressed(path: str) -> Iterator[io.BufferedReader]:
     """The text of a compressed file, after its byte order mark."""
     compression = COMPRESSIONS[Path(path).suffix]
-    with readable(path, "whole compressed file", "compress it again"), pa.input_stream(path, compression) as stream:
+    with readable(path, "complete compressed file", "compress it again"), pa.input_stream(path, compression) as stream:
         file = io.BufferedReader(stream, WINDOW_BYTES)
         file.read(text_begin(file.peek(4)[:4], path))
         yield file

@@ -1,7 +1,7 @@
-"""The keys that rows and messages may carry: which are read, which are refused, and which only counted.
+"""The keys of rows and messages: which are read, which are refused, and which are only counted.
 
-A key that changes what a row means is either honoured or refused by name; every other key that nobody reads is counted
-in the ledger. A key without content (null, "", [], {}) says nothing.
+A key that changes what a row means is followed or refused by name. Every other unknown key is counted in the ledger.
+A key without content (null, "", [], {}) means nothing.
 """
 
 from smolpost.errors import UserError

@@ -1,4 +1,4 @@
-"""The rows of a mixture, tokenized and chosen, and the ledger that follows each of them to its end."""
+"""The tokenized and chosen rows of a mixture, and the ledger of what happened to each of them."""
 
 import json
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import new_source, percentiles
+from smolpost.data.settings import Rows
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, TrainStage
+from smolpost.schema import Mixture
 
-ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and what became of it
-DROPPED = "dropped.jsonl"  # the dropped ones again, to read
+ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and what happened to it
+DROPPED = "dropped.jsonl"  # the dropped rows, to read
 UNTRAINED = "without a trained token"
 OVERLONG = "overlong"
 REFUSED = "refused"
@@ -42,10 +43,10 @@ class Taken:
         names: Sources, as declared.
         source: [N] index into names.
         rows: [M] rows of tokens in the mixture's order.
-        removed: Row of tokens -> (reason, detail), before anything was taken.
-        removed_rows: [R] its rows of tokens, as often as they would have been taken.
+        removed: Row of tokens -> (reason, detail), for rows removed before anything was taken.
+        removed_rows: [R] those rows, as often as they would have been taken.
         available: Source -> its rows, taken or not.
-        searched: Evaluation file -> what of it the rows were held against (`hygiene.Hygiene.searched`).
+        searched: Evaluation file -> what the rows were compared with (`hygiene.HygieneFilter.searched`).
     """
 
     names: list[str]
@@ -66,18 +67,18 @@ class Taken:
         return f"{self.tokens.where(row)} (source {self.names[self.source[row]]})"
 
     def loss_weights(self, mixture: Mixture) -> np.ndarray | None:
-        """[M] float32 weight of each take's loss; None where all are 1."""
+        """[M] float32 weight of each take's loss; None if all are 1."""
         weights = np.array([mixture.sources[name].loss_weight for name in self.names], np.float32)
         return None if (weights == 1).all() else weights[self.source[self.rows]]
 
 
 @dataclass
 class Ends:
-    """What became of M taken rows.
+    """What happened to M taken rows.
 
     Attributes:
         fate_counts: [M, len(Fate)] tokens in the prepared rows by fate; all 0 for a dropped row.
-        reason: [M] why a row is dropped, "" where it is kept.
+        reason: [M] why a row is dropped, "" if it is kept.
         cut: [M] bool: truncated.
         split: [M] bool: in several pieces.
         shared: [M] tokens that serve both sides of a pair.
@@ -90,7 +91,7 @@ class Ends:
     shared: np.ndarray
 
 
-def ledger(stage: TrainStage, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str, dict]:
+def ledger(stage: Rows, mixture: Mixture, taken: Taken, ends: Ends) -> dict[str, dict]:
     """The report's entry of each source.
 
     Raises:
@@ -146,7 +147,7 @@ def count_names(lists: pa.ChunkedArray, rows: np.ndarray) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda entry: entry["values"])}
 
 
-def check_refused(stage: TrainStage, name: str, num_rows: int, faults: list[str]) -> None:
+def check_refused(stage: Rows, name: str, num_rows: int, faults: list[str]) -> None:
     """
     Raises:
         RefusedRows: Too many, with the first one's reason; or all.
@@ -158,7 +159,7 @@ def check_refused(stage: TrainStage, name: str, num_rows: int, faults: list[str]
 
 
 def duplicates(taken: Taken) -> np.ndarray:
-    """[N] bool: an earlier row has the same tokens; removed rows aside."""
+    """[N] bool: an earlier row has the same tokens; removed rows do not count."""
     found = np.ones(len(taken.tokens), bool)
     kept = np.setdiff1d(np.arange(len(found)), list(taken.removed))
     found[kept[np.unique(taken.tokens.content[kept], return_index=True)[1]]] = False
@@ -170,8 +171,12 @@ def count_values(values) -> dict[str, int]:
     return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
-def check_source(stage: TrainStage, mixture: Mixture, name: str, entry: dict) -> None:
-    """Refuse a source of which too little is left, or that is not what the recipe says it is."""
+def check_source(stage: Rows, mixture: Mixture, name: str, entry: dict) -> None:
+    """Refuse a source with too little left, or with another share of think rows than declared.
+
+    Raises:
+        UserError: Names the source and the numbers.
+    """
     reasons = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
     if not entry["tokens_trained"]:
         raise UserError(
@@ -195,7 +200,7 @@ def check_source(stage: TrainStage, mixture: Mixture, name: str, entry: dict) ->
 
 
 def refused_rows(folder: Path) -> list[str]:
-    """Why, for each row of a prepared folder that was refused."""
+    """The reason of each refused row of a prepared folder."""
     dropped = [json.loads(line) for line in (folder / DROPPED).read_text().splitlines()]
     return [entry["detail"] for entry in dropped if entry["reason"] == REFUSED]
 

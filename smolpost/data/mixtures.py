@@ -1,4 +1,4 @@
-"""A mixture: weighted sources, each subsampled by itself, then shuffled together."""
+"""A mixture: weighted sources, each subsampled separately, then shuffled together."""
 
 from dataclasses import replace
 
@@ -16,18 +16,20 @@ from smolpost.schema import Hygiene, Mixture, Source
 def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, Row]]:
     """All rows of a mixture in memory, each with its source's name: for vocabularies, prompts and held-out rows.
 
-    A weight of 1 takes a source's rows in file order; any other takes round(weight * rows) of them after a shuffle,
-    repeating that order where the weight is above 1. Which rows a source gives depends on the seed and its own name
-    alone, and the shuffled order on the set of sources, not on the order in which they are declared.
+    A weight of 1 takes a source's rows in file order. Any other weight shuffles them and takes round(weight * rows);
+    above 1, the shuffled order repeats. The rows of a source depend only on the seed and its name. The order of the
+    mixture depends on the set of sources, not on the order in which they are declared.
 
     Args:
-        refused: Gets why rows are refused, which are then left out; without it the first one is an error.
+        refused: Gets the reasons of refused rows, which are then left out; None: the first refused row is an error.
     Raises:
         UserError: A setting is out of range or needs tokens, a weight keeps no row, or a row is refused.
     """
     check(mixture)
     if mixture.hygiene != Hygiene():
-        raise UserError("hygiene cleans what training stages tokenize, and this mixture is read as text; remove it")
+        raise UserError(
+            "hygiene applies to tokenized rows of training stages, and this mixture is read as text; remove it"
+        )
     for name, source in mixture.sources.items():
         for key in ("max_tokens", "share"):
             if getattr(source, key) is not None:
@@ -96,7 +98,9 @@ def check(mixture: Mixture) -> None:
     shares = {name: source.share for name, source in mixture.sources.items() if source.share is not None}
     if shares and len(shares) < len(mixture.sources):
         without = ", ".join(name for name in mixture.sources if name not in shares)
-        raise UserError(f"sources {without} have no share, and others have; give all of them one, or none")
+        raise UserError(
+            f"sources {without} have no share, but other sources have one; give a share to all sources, or to none"
+        )
     if shares and (min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6):
         raise UserError(f"the sources' shares {shares} are not all above 0 with a sum of 1; change them")
 
@@ -121,8 +125,8 @@ def choose(source: Source, name: str, seed: int, num_rows: int) -> np.ndarray:
 def within_shares(mixture: Mixture, sizes: dict[str, np.ndarray]) -> dict[str, int]:
     """How many rows of each source are taken, from its first on.
 
-    A source's max_tokens ends it before the row that would go beyond. Shares then cut all but the scarcest source,
-    which is taken whole: of the rest, each gives the rows that come nearest to its share.
+    A source ends before the row that would exceed its max_tokens. Shares then cut all sources except the scarcest,
+    which is used completely: each of the others gives the number of rows that comes nearest to its share.
 
     Args:
         sizes: Source -> [K] tokens of its rows, in its order.
@@ -149,7 +153,7 @@ def within_shares(mixture: Mixture, sizes: dict[str, np.ndarray]) -> dict[str, i
 
 
 def order(mixture: Mixture, counts: dict[str, int]) -> np.ndarray:
-    """[M] the mixture's order of the rows of all sources, which lie one source after another as declared."""
+    """[M] the mixture's order, as indices into the rows of all sources, joined in the order of declaration."""
     ends = dict(zip(counts, np.cumsum(list(counts.values())), strict=True))
     if not mixture.shuffle:
         return np.arange(sum(counts.values()))

@@ -25,7 +25,7 @@ RECALL = 0.99  # least share of the pairs at the threshold that the bands find
 
 
 class Separated(dict):
-    """Code point -> what stands for it between words; filled as characters come up."""
+    """Code point -> its replacement between words; filled as characters occur."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -93,10 +93,10 @@ class SignatureIndex:
     """Signatures of kept rows, and which of them are similar to another.
 
     Locality-sensitive hashing (Mining of Massive Datasets, chapter 3): similar signatures agree on all values of some
-    band. `heads` is a hash table per band without keys, from a slot to the row added last, `links` goes on to the row
-    before it; rows that share a slot by chance are sorted out as all others are, by their signatures. So a row costs
-    4P bytes for its signature and 8B to 12B for its bands, 764 at most for 128 permutations and a threshold of 0.8;
-    datasketch's MinHashLSH, with a Python set per slot, takes about five times as much.
+    band. Each band has a hash table without keys: `heads` maps a slot to the row added last, and `links` leads to the
+    row before it. Signatures are compared afterwards, so rows that share a slot by chance do no harm. A row costs 4P
+    bytes for its signature and 8B to 12B for its bands: at most 764 for 128 permutations and a threshold of 0.8.
+    datasketch's MinHashLSH, with a Python set for each slot, takes about five times as much.
 
     Args:
         permutations: P.
@@ -114,11 +114,11 @@ class SignatureIndex:
         self.grow(1 << 10)
 
     def add(self, signature: np.ndarray) -> tuple[int, float] | None:
-        """Keep a signature that is similar to none; [P] uint32.
+        """Keep a signature, [P] uint32, unless it is similar to a kept one.
 
         Returns:
-            None where it was kept; otherwise the most similar one, as the count of those kept before it, and the
-            share of equal values.
+            None if it was kept; otherwise the number of the most similar kept one, from 0, and the share of equal
+            values.
         """
         slots = self.slots(signature)
         candidates = self.candidates(slots)
@@ -152,7 +152,7 @@ class SignatureIndex:
         return (banded * self.multipliers).sum(axis=-1) >> self.shift
 
     def grow(self, capacity: int) -> None:
-        """Room for as many rows, a power of two; the tables are built anew."""
+        """Make room for `capacity` rows, a power of two; the tables are built again."""
         kept = self.signatures[: self.size]
         self.signatures = np.empty((capacity, kept.shape[1]), np.uint32)  # pages not yet written take no memory
         self.signatures[: self.size] = kept

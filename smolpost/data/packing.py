@@ -1,6 +1,6 @@
-"""Which tokens of which documents share a row: a plan of pieces, made from lengths alone.
+"""Plans which parts of which documents share a pack, from their lengths alone.
 
-A plan never touches tokens, so a strategy can be compared on a whole dataset in a second.
+A plan never touches tokens, so strategies can be compared on a complete dataset in a second.
 """
 
 from bisect import bisect_left, insort
@@ -111,8 +111,8 @@ def best_fit_decreasing(lengths, capacity: int) -> PackPlan:
 def place_classes(sizes: list[int], counts: list[int], capacity: int) -> np.ndarray:
     """Best-fit decreasing on classes of equal documents.
 
-    Packs of equal room are interchangeable, and a pack that took one document of a class is still the fullest with
-    room for the next: so a class fills whole ranges of packs at a time.
+    Packs with equal space are interchangeable. A pack that took one document of a class is still the fullest pack with
+    space for the next one. So a class fills ranges of packs at a time.
 
     Args:
         sizes: Distinct lengths, falling, none above the capacity.

@@ -91,7 +91,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
         and not any(part.startswith((".", "__")) for part in name.parts)
     ]
     if not names:
-        raise UserError(f"{folder}: holds no data file; {EXPECTED}")
+        raise UserError(f"{folder}: has no data file; {EXPECTED}")
 
     def matching(pattern: str) -> list[str]:
         return [name for name in names if re.match(glob_translate(pattern), name)]
@@ -99,7 +99,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     # The public get_data_patterns looks at every file, so that a train_log.txt would become the split train.
     try:
         patterns = data_files._get_data_files_patterns(matching)
-    except ValueError as error:  # data/{split}-00000-of-00001 with a split that is no word
+    except ValueError as error:  # data/{split}-00000-of-00001 with a split that is not a word
         raise UserError(f"{folder}: {one_line(error)}; rename the files") from error
     found = {split: dict.fromkeys(itertools.chain(*map(matching, of))) for split, of in patterns.items()}
     return {str(split): [folder / name for name in sorted(files)] for split, files in found.items()}
@@ -108,7 +108,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 def matching_files(pattern: str) -> list[Path]:
     files = [Path(path) for path in sorted(glob(pattern, recursive=True)) if Path(path).is_file()]
     if not files:
-        raise UserError(f"{pattern}: matches no file; check the pattern (** stands for any number of folders)")
+        raise UserError(f"{pattern}: matches no file; check the pattern (** matches any number of folders)")
     return files
 
 
@@ -128,7 +128,7 @@ def readable(path: str, kind: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is no {kind} that can be read ({one_line(error)}); {remedy}") from error
+        raise UserError(f"{path}: is not a readable {kind} ({one_line(error)}); {remedy}") from error
 
 
 def one_line(error: Exception) -> str:

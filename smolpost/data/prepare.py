@@ -10,43 +10,43 @@ import numpy as np
 
 from smolpost.chat.layout import ROLES
 from smolpost.data import mixtures
-from smolpost.data.hygiene import Hygiene, Removal, features
+from smolpost.data.hygiene import HygieneFilter, Removal, features
 from smolpost.data.ledger import REFUSED, Taken, check_refused
-from smolpost.data.prepare_apo import prepare_apo
-from smolpost.data.prepare_sft import prepare_sft
-from smolpost.data.shards import SHARD_ROWS, Shard, Tokenize, tokenize_shards
-from smolpost.data.sources import slices
+from smolpost.data.prepare_documents import prepare_documents
+from smolpost.data.prepare_pairs import prepare_pairs
+from smolpost.data.settings import Rows
+from smolpost.data.shards import Tokenize, TokenShard, shard_slices, tokenize_shards
 from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.progress import Progress
-from smolpost.schema import Mixture, Source, TrainStage
+from smolpost.schema import Mixture, Source
 
 
-def prepare(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
+def prepare(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
     """Make the rows that a stage trains on.
 
-    The result depends on the rows, the settings and the tokenizer, not on the number of workers. What was tokenized
-    stays in the shards, so that the same call goes on where one was killed, and other packing tokenizes nothing.
+    The result depends on the rows, the settings and the tokenizer, not on the number of workers. Tokenized rows stay in
+    the shards, so the same call continues after a kill, and another packing does not re-tokenize.
 
     Args:
         tokenizer: Its chat template is the stage's.
-        shards: Source's name -> folder of its tokenized rows.
-        folder: Exists and is empty; becomes a `datasets` folder with data_report.json, rows.parquet and dropped.jsonl.
+        shards: Name of a source -> folder of its tokenized rows.
+        folder: Must exist and be empty; becomes a `datasets` folder with data_report.json, rows.parquet, dropped.jsonl.
     Returns:
         The report.
     Raises:
         RefusedRows: More rows of a source are refused than the stage allows to drop.
-        UserError: A setting is refused, or the ledger: no trained token, too many dropped rows, another share of think
-            rows than declared. The folder may hold a part.
+        UserError: A setting is refused, or a source has no trained token, too many dropped rows, or another share of
+            think rows than declared. The folder may then be incomplete.
     """
     check(stage)
     mixtures.check(mixture)
     taken = take(stage, mixture, tokenizer, shards)
-    return (prepare_apo if stage.kind == "apo" else prepare_sft)(stage, mixture, taken, folder)
+    return (prepare_pairs if stage.layout == "pairs" else prepare_documents)(stage, mixture, taken, folder)
 
 
-def check(stage: TrainStage) -> None:
-    known = ROLES if stage.kind == "sft" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
+def check(stage: Rows) -> None:
+    known = ROLES if stage.layout == "documents" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
     for role in stage.train_roles:
         if role not in known:
             raise UserError(f"train_roles={stage.train_roles}: {role} is not a choice; use some of {', '.join(known)}")
@@ -73,18 +73,18 @@ class Chosen:
     num_rows: int
 
 
-def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str], Path]) -> Taken:
+def take(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path]) -> Taken:
     """Tokenize what the mixture may need, remove what hygiene finds, take what the limits allow."""
     chosen, jobs = {}, []
     for name, source in mixture.sources.items():
-        parts = slices(source, SHARD_ROWS)
-        num_rows = sum(piece.num_rows for piece in parts)
+        parts = shard_slices(source)
+        num_rows = sum(part.num_rows for part in parts)
         order = mixtures.choose(source, name, mixture.seed, num_rows)
         chosen[name] = Chosen(order, np.unique(order), num_rows)
         jobs += shards_of(source, parts, chosen[name].rows, shards(name))
     checker = compare = None
-    if Hygiene.needed(mixture.hygiene):
-        checker = Hygiene(mixture.hygiene, key="hygiene")
+    if HygieneFilter.needed(mixture.hygiene):
+        checker = HygieneFilter(mixture.hygiene, key="hygiene")
         compare = partial(features, settings=mixture.hygiene)
     num_workers = stage.num_workers or len(os.sched_getaffinity(0))
     tokenize_shards(jobs, Tokenize(stage, tokenizer, compare), num_workers, f"tokenize {stage.data}")
@@ -95,16 +95,16 @@ def take(stage: TrainStage, mixture: Mixture, tokenizer, shards: Callable[[str],
     return select(stage, mixture, chosen, tokens, removed, checker.searched if checker else {})
 
 
-def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[Shard]:
-    edges = np.searchsorted(rows, [piece.first for piece in parts] + [np.iinfo(np.int64).max])
+def shards_of(source: Source, parts: list, rows: np.ndarray, folder: Path) -> list[TokenShard]:
+    edges = np.searchsorted(rows, [part.first for part in parts] + [np.iinfo(np.int64).max])
     found = []
-    for piece, start, stop in zip(parts, edges[:-1], edges[1:], strict=True):
+    for part, start, stop in zip(parts, edges[:-1], edges[1:], strict=True):
         if stop > start:
-            found.append(Shard(folder, source, piece, rows[start:stop] - piece.first))
+            found.append(TokenShard(folder, source, part, rows[start:stop] - part.first))
     return found
 
 
-def remove(checker: Hygiene, tokens: Tokens) -> dict[int, Removal]:
+def remove(checker: HygieneFilter, tokens: Tokens) -> dict[int, Removal]:
     """Row of tokens -> why hygiene removes it; the first of a set of duplicates is kept."""
     removed = {}
     with Progress("hygiene", len(tokens), "row") as progress:
@@ -116,7 +116,7 @@ def remove(checker: Hygiene, tokens: Tokens) -> dict[int, Removal]:
 
 
 def select(
-    stage: TrainStage,
+    stage: Rows,
     mixture: Mixture,
     chosen: dict[str, Chosen],
     tokens: Tokens,

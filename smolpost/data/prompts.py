@@ -38,7 +38,7 @@ def conversation(row: dict, mixture: str) -> list[dict]:
 
 
 def split_last_reply(messages: list[dict]) -> tuple[list[dict], str]:
-    """Messages before the last assistant turn, and that turn's text; all of them and "" where there is no such turn."""
+    """Messages before the last assistant turn, and its text; all messages and "" without an assistant turn."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         return messages, ""
@@ -47,16 +47,16 @@ def split_last_reply(messages: list[dict]) -> tuple[list[dict], str]:
 
 
 def mode_of(row: dict) -> str:
-    """think | no_think | text: the mode that a row asks its template for; conversations think where they do not say."""
+    """think | no_think | text: the mode that a row asks its template for; conversations think by default."""
     if not (row.get("chosen") or row.get("messages")):
         return "text"
     return "no_think" if stated_mode(row) is False else "think"
 
 
 def stated_mode(row: dict) -> bool | None:
-    """Whether a conversation says that it thinks, a pair by its chosen side; None where it does not say.
+    """The think mode that a conversation states, or the chosen side of a pair; None if it states none.
 
-    Words /think and /no_think of the system message go before `enable_thinking`, as in the smollm3 template.
+    The words /think and /no_think in the system message override `enable_thinking`, as in the smollm3 template.
     """
     first = (row.get("chosen") or row["messages"])[0]
     words = text_of(first.get("content")).split() if first.get("role") == "system" else []

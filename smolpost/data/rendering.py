@@ -1,7 +1,7 @@
-"""What prepare says of a row whose rendering is not what the row says: a fault, or a note in the ledger.
+"""Compares rows with their renderings: a difference is a fault of the row, or a note in the ledger.
 
-A reply that would train without its call, text or reasoning is refused. What a template may leave out by choice, and
-a mode that nobody chose, are noted.
+A reply that would train without its call, text or reasoning is refused. Parts that a template may leave out by design,
+and think modes that no row states, are noted.
 """
 
 from smolpost.chat import shown
@@ -9,23 +9,23 @@ from smolpost.chat.masks import Encoded, EncodedPair
 from smolpost.chat.shown import Loss
 from smolpost.data.prompts import stated_mode
 from smolpost.data.rows import Row
-from smolpost.schema import TrainStage
+from smolpost.data.settings import Rows
 
-#: Kind of loss in a reply that trains -> what is said of it; {} is a few words of what is lost.
+#: Kind of loss in a reply that trains -> the message; {} is a few words of what is lost.
 REFUSED = {
     "call": "leaves the call of {} out of the reply, which would train without it; use a template that writes "
     "tool_calls, such as smollm3",
     "all": "makes an empty reply of {}; use another template, or delete the row",
     "text": "leaves {} out of the reply, which would train without it; use another template",
     "reasoning": "leaves the reasoning {} out of the reply, which would train without it; use a template that writes "
-    "reasoning, such as smollm3, or set enable_thinking: false of the source where it is not to train",
+    "reasoning, such as smollm3, or set enable_thinking: false of the source if the reasoning should not train",
 }
 #: Note -> what is said of the rows that have it, after their number.
 NOTES = {
-    "mode": "do not say their mode and hold no think block, so they train as replies in think mode; set "
+    "mode": "do not state their mode and have no think block, so they train as replies in think mode; set "
     "enable_thinking: false of the source, or in each row's chat_template_kwargs",
-    "no-think reasoning": "hold reasoning that is left out, as they say enable_thinking: false",
-    "earlier reasoning": "train replies whose reasoning the chat template leaves out, as others follow",
+    "no-think reasoning": "have reasoning that is left out because they say enable_thinking: false",
+    "earlier reasoning": "train replies whose reasoning the chat template leaves out because other replies follow",
     "text beside calls": "have replies whose text the chat template leaves out beside their calls",
     "system": "have a system message that the chat template leaves out",
     "user": "have a user turn that the chat template leaves out",
@@ -56,13 +56,13 @@ def notes_of(row: Row, encoded: Encoded | EncodedPair, unasked: bool) -> tuple[s
     return tuple(noted)
 
 
-def thinks_unasked(tokenizer, stage: TrainStage) -> bool:
+def thinks_unasked(tokenizer, stage: Rows) -> bool:
     """Whether the stage trains rows that do not say their mode as think rows, with their reasoning."""
     return stage.train_reasoning and shown.thinks_unasked(tokenizer, stage.today)
 
 
 def note_of(row: Row, loss: Loss) -> str | None:
-    """The note that a loss is, or None where it refuses the row."""
+    """The note for a loss; None if the loss refuses the row."""
     if loss.kind in ("reasoning", "earlier reasoning") and stated_mode(row) is False:
         return "no-think reasoning"
     return loss.kind if loss.kind in NOTES else None

@@ -38,14 +38,13 @@ COUNTERS = ("masked", "dropped", "unread", "notes")  # of a source: name -> numb
 
 
 def new_source() -> dict:
-    """The entry of a source nothing is known of: tokens_read is trained + masked + truncated + dropped.
+    """An empty entry of a source. In a filled one, tokens_read = trained + masked + truncated + dropped.
 
-    Rows: available in the source; read, as often as they are taken; kept, of those; repeated, taken before; duplicate,
-    of the tokens of an earlier row. think_rows train a think block; texts are neither think nor no-think rows.
-    Tokens: unknown, of those read, stand for characters the tokenizer has no token for; neutralised were control
-    tokens in a row's own text; shared, of a pair's prompt, serve both of its sides. `masked` says why tokens_masked
-    are not trained, `unread` which keys of its rows nobody reads, and how many rows have them, `notes` what rendering
-    makes of how many of the kept ones (`rendering.NOTES`).
+    Rows: available in the source; read, counted as often as they are taken; kept; repeated, taken more than once;
+    duplicate, with the tokens of an earlier row. think_rows train a think block; texts are neither think nor no-think
+    rows. Tokens: unknown, characters without a token of the tokenizer; neutralised, control tokens in a row's own text;
+    shared, prompt tokens that serve both sides of a pair. `masked` counts tokens_masked by reason, `unread` the rows
+    with each key that is not read, `notes` the kept rows with each note on their rendering (`rendering.NOTES`).
     """
     return {**dict.fromkeys(COUNTS, 0), **{key: {} for key in COUNTERS}, "length_percentiles": {}}
 
@@ -62,7 +61,7 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
     Args:
         settings: What the rows were prepared with.
         sources: Name -> entry as by new_source, filled.
-        totals: Further numbers of the whole, e.g. packs.
+        totals: Further numbers of the mixture, e.g. packs.
     Returns:
         The report: {"settings", "sources", "totals"}.
     """
@@ -75,7 +74,7 @@ def write_report(folder: Path, settings: dict, sources: dict[str, dict], **total
 
 
 def format_report(report: dict) -> Group:
-    """A row per source and one for the whole, in rounded numbers that fit a terminal; data_report.json has them all."""
+    """A row for each source and one for the total, rounded to fit a terminal; data_report.json has all digits."""
     settings, totals = report["settings"], report["totals"]
     title = ", ".join(f"{key} {value}" for key, value in settings.items())
     tables: list[Blocks | str] = [source_table(report, TITLES, cells, title=title)]
@@ -86,7 +85,7 @@ def format_report(report: dict) -> Group:
 
 
 def unread_lines(report: dict) -> list[str]:
-    """A line for each source that has keys which nobody reads."""
+    """A line for each source with keys that are not read."""
     return [
         f"not read in {name}: "
         + ", ".join(f"{key} ({count:,} row{'s' * (count > 1)})" for key, count in entry["unread"].items())

@@ -15,9 +15,9 @@ class Row(dict):
 
     Attributes:
         path: File, folder or Hub id.
-        number: Row of it (JSONL: line), from 1.
-        fault: Why the row cannot be read or used, with its place; None for a good one.
-        unread: Its keys that nobody reads, those of its turns as messages.KEY.
+        number: Row in it (JSONL: line), from 1.
+        fault: Why the row cannot be read or used, with its place; None for a good row.
+        unread: Its keys that are not read; those of its turns as messages.KEY.
     """
 
     __slots__ = ("fault", "number", "path", "unread")
@@ -53,17 +53,17 @@ def parse_row(line: bytes, where: str) -> dict:
     """A line of JSON as the object it holds.
 
     Raises:
-        UserError: It is no UTF-8, no JSON as `parse_json` reads it, or no object.
+        UserError: It is not UTF-8, no JSON as `parse_json` reads it, or no object.
     """
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: is no UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}: Latin-1 or "
+            f"{where}: is not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}: Latin-1 or "
             "Windows-1252?); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
         ) from error
     if text.startswith("\ufeff"):
-        raise UserError(f"{where}: begins with a byte order mark amid the file; remove it")
+        raise UserError(f"{where}: has a byte order mark in the middle of the file; remove it")
     expected = "expected one JSON object per line, or a list of objects as the whole file"
     row = parse_json(text, where, expected)
     if not isinstance(row, dict):
@@ -76,12 +76,12 @@ def parse_json(text: str, where: str, expected: str = "expected JSON"):
     Python does not convert and nesting beyond MAX_DEPTH.
 
     Raises:
-        UserError: With where, what was found, and `expected` where it is no JSON at all.
+        UserError: Names where and what was found; also `expected` if the text is not JSON.
     """
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is no JSON ({error.msg} at column {error.pos + 1}); {expected}") from error
+        raise UserError(f"{where}: is not JSON ({error.msg} at column {error.pos + 1}); {expected}") from error
     except UserError as error:  # of the hooks, which do not know the place
         raise UserError(f"{where}: {error}") from error
     except ValueError as error:
@@ -106,7 +106,7 @@ def unique_keys(pairs: list[tuple]) -> dict:
 
 
 def refuse_constant(name: str):
-    raise UserError(f"holds {name}, which is no JSON; write null, a number or a string")
+    raise UserError(f"holds {name}, which is not JSON; write null, a number or a string")
 
 
 def finite(digits: str) -> float:
@@ -124,7 +124,7 @@ def check_surrogates(value, where: str) -> None:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise UserError(
-            f"{where}: holds {half}, half of a surrogate pair and no character; remove it or write both halves"
+            f"{where}: holds {half}, half of a surrogate pair, which is not a character; remove it or write both halves"
         ) from error
 
 

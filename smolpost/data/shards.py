@@ -1,4 +1,4 @@
-"""Tokenization in many processes: a file per piece of a source, each finished at once or not there."""
+"""Tokenization in many processes: one file for each shard of a source, written completely or not at all."""
 
 import contextlib
 import gc
@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,38 +18,51 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.data.row_shapes.shape import RowShape
-from smolpost.data.source_slice import SourceSlice
-from smolpost.data.sources import read_slice
+from smolpost.data.settings import Rows
+from smolpost.data.source_slice import SourceSlice, joined
+from smolpost.data.sources import read_slice, slices
 from smolpost.data.tokenize import SCHEMA, admitted, token_batches
 from smolpost.errors import UserError
+from smolpost.files import remove_parts, replacing
 from smolpost.progress import Progress
 from smolpost.registry import ROW_SHAPES
-from smolpost.schema import Source, TrainStage
+from smolpost.schema import Source
 from smolpost.signals import default_in_fork
 
-SHARD_ROWS = 256  # of a source, of which those that are taken are tokenized
+SHARD_ROWS = 256  # of a source: small enough to keep all workers busy, and to lose little to a kill
+MAX_SHARDS = 512  # of a source: shards of more rows, so that millions of rows make hundreds of files
+
+
+def shard_slices(source: Source) -> list[SourceSlice]:
+    """The rows of a source, cut into one slice for each shard; the cut does not depend on the number of workers.
+
+    Raises:
+        UserError: As `sources.slices`.
+    """
+    parts = slices(source, SHARD_ROWS)
+    return joined(parts, max(SHARD_ROWS, -(-sum(part.num_rows for part in parts) // MAX_SHARDS)))
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Some rows of a piece of a source, and the file their tokens go to.
+class TokenShard:
+    """Some rows of a slice of a source, and the file for their tokens.
 
     Attributes:
-        rows: Ascending, of the piece, from 0.
+        rows: Indices in the slice, from 0, ascending.
     """
 
     folder: Path
     source: Source
-    piece: SourceSlice
+    part: SourceSlice
     rows: np.ndarray
 
     @property
     def file(self) -> Path:
         rows = hashlib.sha256(self.rows.astype(np.int64).tobytes()).hexdigest()[:12]
-        return self.folder / f"{self.piece.first:010d}-{self.piece.num_rows}-{rows}.arrow"
+        return self.folder / f"{self.part.first:010d}-{self.part.num_rows}-{rows}.arrow"
 
     def is_whole(self) -> bool:
-        """Whether the file is there and ends as an Arrow file does."""
+        """Whether the file exists and has the end of an Arrow file."""
         try:
             with pa.memory_map(str(self.file)) as file:
                 return pa.ipc.open_file(file).schema.equals(SCHEMA)
@@ -60,50 +72,41 @@ class Shard:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """What turns rows into tokens; travels to the workers once.
+    """Turns rows into tokens; sent to each worker once.
 
     Attributes:
-        features: What hygiene compares rows by, or None.
+        features: Computes what hygiene compares of a row; None without hygiene.
     """
 
-    stage: TrainStage
+    stage: Rows
     tokenizer: PreTrainedTokenizerBase
     features: Callable[[dict], bytes] | None = None
 
-    def __call__(self, shard: Shard) -> int:
-        """Make the shard's file. Returns its rows.
+    def __call__(self, shard: TokenShard) -> int:
+        """Make the shard's file; returns its number of rows.
 
         Raises:
-            UserError: The rows cannot be read, or all of a source's first full shard are refused: then the recipe is
-                wrong, not the rows.
+            UserError: The rows cannot be read, or all of the first SHARD_ROWS rows of a source are refused: then the
+                recipe is wrong, not the rows.
         """
-        shard.folder.mkdir(parents=True, exist_ok=True)
         taken = iter(shard.rows.tolist())
-        kind = self.stage.kind
-        rows = (admitted(row, shard.source, kind) for row in nth(read_slice(shard.source, shard.piece), taken))
-        num_refused, fault = 0, None
-        with tempfile.NamedTemporaryFile(dir=shard.folder, prefix=".part-", delete=False) as part:
-            try:
-                with pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
-                    for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
-                        writer.write_batch(batch)
-                        num_refused += len(batch) - batch["fault"].null_count
-                        fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
-                if num_refused == SHARD_ROWS and shard.piece.first == 0:
-                    raise UserError(f"{fault} (so are all of the first {SHARD_ROWS} rows)")
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, shard.file)
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        layout = self.stage.layout
+        rows = (admitted(row, shard.source, layout) for row in nth(read_slice(shard.source, shard.part), taken))
+        num_read, num_refused, fault = 0, 0, None
+        with replacing(shard.file) as part, pa.ipc.new_file(part, SCHEMA) as writer, garbage_kept():
+            for batch in token_batches(self.stage, rows, self.tokenizer, self.features):
+                writer.write_batch(batch)
+                num_read += len(batch)
+                num_refused += len(batch) - batch["fault"].null_count
+                fault = fault or next(filter(None, batch["fault"].to_pylist()), None)
+                if num_refused == num_read >= SHARD_ROWS and shard.part.first == 0:
+                    raise UserError(f"{fault} (so are all of the first {num_read} rows)")
         return len(shard.rows)
 
 
 @contextlib.contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Without collections of cyclic garbage, of which a shard makes little: they look at every token list again."""
+    """No collection of cyclic garbage: a shard makes little of it, and a collection visits every token list."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -124,16 +127,15 @@ def nth(values, places):
                 return
 
 
-def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, description: str) -> None:
-    """Make the files that are not there yet; the same files for any number of workers.
+def tokenize_shards(shards: list[TokenShard], tokenize: Tokenize, num_workers: int, description: str) -> None:
+    """Make the missing files; they are the same for any number of workers.
 
     Raises:
-        UserError: As `Tokenize`: of the first shard in their order, whichever worker came across it.
+        UserError: As `Tokenize`, for the first bad shard in their order, whichever worker finds it.
     """
     missing = [shard for shard in shards if not shard.is_whole()]
-    for folder in {shard.folder for shard in missing}:
-        for stale in folder.glob(".part-*"):  # of a killed process; the caller holds the lock
-            stale.unlink()
+    for folder in {shard.folder for shard in missing if shard.folder.is_dir()}:
+        remove_parts(folder)  # of a killed process; the caller holds the lock
     total = sum(len(shard.rows) for shard in shards)
     done = total - sum(len(shard.rows) for shard in missing)
     num_workers = min(num_workers, len(missing))
@@ -142,7 +144,7 @@ def tokenize_shards(shards: list[Shard], tokenize: Tokenize, num_workers: int, d
             for shard in missing:
                 progress.update(tokenize(shard))
             return
-        # As `datasets.map` does it: a forked worker has the tokenizer at once, where a spawned one imports for seconds.
+        # As in `datasets.map`: a forked worker has the tokenizer at once; a spawned one imports for seconds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         given = (tokenize, [*ROW_SHAPES.values()])
         with ProcessPoolExecutor(num_workers, context, initializer=receive, initargs=given) as pool:
@@ -171,10 +173,10 @@ def receive(tokenize: Tokenize, row_shapes: list[RowShape]) -> None:
 
 
 def end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End with the parent: a worker whose parent was killed would wait for work forever."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def tokenize_here(shard: Shard) -> int:
+def tokenize_here(shard: TokenShard) -> int:
     return _tokenize(shard)

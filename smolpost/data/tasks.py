@@ -5,19 +5,41 @@ character tokenizer.
 """
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 
 import numpy as np
 
 from smolpost.errors import UserError
-from smolpost.schema import TaskBlock, TaskFile
+from smolpost.schema import choice, count, number
 
+VERSION = 1  # raised when the same settings and seed give other rows
 KEYS = np.array(list(ascii_uppercase))
 VALUES = np.array(list(ascii_lowercase))
 NOISE = np.array(list(digits))
 CYCLE_NODES = 8
 SYSTEM = {"role": "system", "content": "/system_override"}  # the smollm3 template drops its header for it
+
+
+@dataclass
+class TaskBlock:
+    """Rows of one synthetic task at one difficulty."""
+
+    task: str = choice("recall", "copy", "chase")
+    rows: int = count()
+    length: int = count(64)  # characters of the user turn: copy the longest, recall exactly; chase ignores it
+    pairs: int = count(8)  # recall: key-value pairs in the context
+    queries: int = count(8)  # recall: keys asked for, drawn with replacement
+    hops: int = count(4)  # chase: edges to follow
+    think: bool = False  # chase: the reply writes the visited nodes in a think block
+    verbose: float = number("[0, 1]", 0.0)  # chase: share of replies whose answer names the start as well
+
+
+@dataclass
+class TaskFile:
+    blocks: dict[str, TaskBlock] = field(default_factory=dict)  # in file order
+    replay: float = number("[0, 1)", 0.0)  # share of a block's text that is drawn from earlier blocks instead
 
 
 # ---------------------------------------------------------------- one row of each task
@@ -156,9 +178,9 @@ def check_block(key: str, block: TaskBlock) -> None:
     if block.task not in ("copy", "recall", "chase"):
         raise UserError(f"{key}.task={block.task} is unknown; use copy, recall or chase")
     counts = {"copy": ("rows",), "recall": ("rows", "pairs", "queries"), "chase": ("rows", "hops")}[block.task]
-    for count in counts:
-        if getattr(block, count) < 1:
-            raise UserError(f"{key}.{count}={getattr(block, count)} is below 1; raise it")
+    for name in counts:
+        if getattr(block, name) < 1:
+            raise UserError(f"{key}.{name}={getattr(block, name)} is below 1; raise it")
     if not 0 <= block.verbose <= 1:
         raise UserError(f"{key}.verbose={block.verbose} is outside [0, 1]; it is the share of verbose answers")
     if block.task == "copy" and block.length < 3:

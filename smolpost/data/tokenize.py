@@ -15,37 +15,38 @@ from smolpost.data.columns import row_for
 from smolpost.data.prompts import mode_of
 from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
 from smolpost.data.rows import Row
+from smolpost.data.settings import DocumentRows, Rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import SFTStage, Source, TrainStage
+from smolpost.schema import Source
 
 BATCH_ROWS = 256  # of one tokenizer call, at most
-BATCH_CHARACTERS = 2**22  # alike: bounds the memory of a batch of long rows
-ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # of which a tokenizer has one, beside its end of a turn
+BATCH_CHARACTERS = 2**22  # of one tokenizer call, about: bounds the memory of a batch of long rows
+ENDS_OF_TEXT = ("<|end_of_text|>", "<|endoftext|>")  # a tokenizer has one of them, besides its end of a turn
 
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
         ("number", pa.int64()),  # row of path, from 1
-        ("ids", pa.list_(pa.int32())),  # sft: of the row; apo: of prompt, chosen and rejected, one after another
+        ("ids", pa.list_(pa.int32())),  # of the document; of a pair's prompt, chosen and rejected, one after another
         ("fates", pa.list_(pa.int8())),
-        ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of an sft row, of all of it
+        ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of a document, of all of it
         ("fate_counts", pa.list_(pa.int64(), len(Fate))),
         ("is_text", pa.bool_()),  # plain text, not a conversation
         ("think", pa.bool_()),  # reasoning trains; of a pair, on its chosen side
-        ("unknown", pa.int64()),  # tokens that stand for characters the tokenizer has no token for
+        ("unknown", pa.int64()),  # tokens for characters that the tokenizer does not know
         ("neutralised", pa.int64()),  # control tokens in the row's own text, which became plain text
         ("content", pa.uint64()),  # hash of ids and parts
         ("features", pa.binary()),  # what hygiene compares, or null
-        ("fault", pa.string()),  # why the row is refused, and then it has no tokens; or null
-        ("unread", pa.list_(pa.string())),  # its keys that nobody reads
+        ("fault", pa.string()),  # why the row is refused (it then has no tokens), or null
+        ("unread", pa.list_(pa.string())),  # its keys that are not read
         ("notes", pa.list_(pa.string())),  # what its rendering makes of it, of `rendering.NOTES`
     ]
 )
 
 
 def token_batches(
-    stage: TrainStage, rows: Iterable[Row], tokenizer, features: Callable[[dict], bytes] | None = None
+    stage: Rows, rows: Iterable[Row], tokenizer, features: Callable[[dict], bytes] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Batches of SCHEMA, a line per row, in order; a row that is refused says why in its line.
 
@@ -56,7 +57,7 @@ def token_batches(
     Raises:
         UserError: As `check_tags`.
     """
-    tokenize = tokenize_pairs if stage.kind == "apo" else tokenize_rows
+    tokenize = tokenize_pairs if stage.layout == "pairs" else tokenize_rows
     checked: set = set()
     for batch in batched(rows):
         tokenized = tokenize(stage, batch, tokenizer)
@@ -65,7 +66,7 @@ def token_batches(
         yield record_batch(batch, tokenized, tokenizer, features)
 
 
-def check_tags(stage: TrainStage, rows: Iterable[Row], tokenizer, checked: set) -> None:
+def check_tags(stage: Rows, rows: Iterable[Row], tokenizer, checked: set) -> None:
     """Refuse a template whose {% generation %} tags mark other things than replies.
 
     Rendering every row several times would take long, so the first one of each shape is asked.
@@ -78,7 +79,9 @@ def check_tags(stage: TrainStage, rows: Iterable[Row], tokenizer, checked: set) 
     if "all" in stage.train_roles or not has_foreign_tags(tokenizer):
         return
     for row in rows:
-        for messages in filter(None, map(row.get, ("chosen", "rejected") if stage.kind == "apo" else ("messages",))):
+        for messages in filter(
+            None, map(row.get, ("chosen", "rejected") if stage.layout == "pairs" else ("messages",))
+        ):
             if (shape := shape_of(row, messages)) in checked:
                 continue
             checked.add(shape)
@@ -95,10 +98,10 @@ def shape_of(row: Row, messages: list[dict]) -> tuple:
     return keys, mode_of(row), bool(row.get("tools")), len(messages) > 3, OPEN in str(messages[-1].get("content"))
 
 
-def admitted(row: Row, source: Source, kind: str) -> Row:
+def admitted(row: Row, source: Source, layout: str) -> Row:
     """`row_for`, or the row with its fault."""
     try:
-        return row_for(row, source, "pairs" if kind == "apo" else "documents")
+        return row_for(row, source, layout)
     except UserError as error:
         return Row({}, row.path, row.number, fault=str(error))
 
@@ -196,7 +199,7 @@ def content_hash(ids: np.ndarray, parts: np.ndarray) -> int:
 # ---------------------------------------------------------------- conversations and texts
 
 
-def tokenize_rows(stage: SFTStage, rows: list[Row], tokenizer) -> list[Tokenized]:
+def tokenize_rows(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Tokenized]:
     """Conversations and texts in one tokenizer call each."""
     shapes, faults = [], []
     for row in rows:
@@ -228,13 +231,13 @@ def sft_shape(row: Row) -> str:
     shape = validate_row(row, row.where)
     if shape == "preference":
         raise UserError(
-            f"{row.where}: is a preference row in an sft stage; expected messages or text; "
+            f"{row.where}: is a preference row, and the stage trains on documents; expected messages or text; "
             "take the source out of the mixture"
         )
     return shape
 
 
-def encode_chats(stage: SFTStage, rows: list[Row], tokenizer) -> list[Encoded | str]:
+def encode_chats(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Encoded | str]:
     """Each row's tokens, or why it is refused."""
     options = {"today": stage.today, "policy": policy_of(stage)}
     kwargs = [row.get("chat_template_kwargs") for row in rows]
@@ -268,14 +271,14 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
     ]
 
 
-def policy_of(stage: TrainStage) -> Policy:
+def policy_of(stage: Rows) -> Policy:
     return Policy(roles=tuple(stage.train_roles), reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
 
 
 # ---------------------------------------------------------------- pairs
 
 
-def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokenized]:
+def tokenize_pairs(stage: Rows, rows: list[Row], tokenizer) -> list[Tokenized]:
     tokenized, unasked = [], thinks_unasked(tokenizer, stage)
     for row in rows:
         try:
@@ -287,7 +290,7 @@ def tokenize_pairs(stage: TrainStage, rows: list[Row], tokenizer) -> list[Tokeni
     return tokenized
 
 
-def tokenize_pair(stage: TrainStage, row: Row, tokenizer, unasked: bool) -> Tokenized:
+def tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
     """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
 
     Args:
@@ -297,8 +300,8 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer, unasked: bool) -> Toke
     """
     if validate_row(row, row.where) != "preference":
         raise UserError(
-            f"{row.where}: has the columns {', '.join(row)} in an apo stage; expected chosen and rejected; "
-            "take the source out of the mixture"
+            f"{row.where}: has the columns {', '.join(row)}, and the stage trains on pairs; expected chosen and "
+            "rejected; take the source out of the mixture"
         )
     try:
         pair = encode_pair(
@@ -327,7 +330,7 @@ def tokenize_pair(stage: TrainStage, row: Row, tokenizer, unasked: bool) -> Toke
 
 
 def num_shared(ids: list[np.ndarray], fates: list[np.ndarray]) -> int:
-    """Tokens both completions begin with, scored alike; each side keeps at least its last token to itself."""
+    """Number of tokens with which both completions begin, with equal scoring; at least one token of each is left."""
     length = max(0, min(map(len, ids)) - 1)
     scored = [side[:length] == Fate.TRAINED for side in fates]
     differs = (ids[0][:length] != ids[1][:length]) | (scored[0] != scored[1])

@@ -1,4 +1,4 @@
-"""Tokenized rows as arrays: what is known of each row in memory, the tokens themselves wherever they lie."""
+"""Tokenized rows as arrays: facts about each row in memory, the tokens themselves memory-mapped."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from smolpost.chat.fates import Fate
 
 
 class Tokens:
-    """N tokenized rows, memory-mapped where they come from files.
+    """N tokenized rows, memory-mapped if they come from files.
 
-    A token is addressed by its place in the concatenation of all rows, of which only pieces are ever in memory.
+    A token is addressed by its position in the concatenation of all rows. Only parts of it are ever in memory.
 
     Args:
         batches: Of `tokenize.SCHEMA`, in order.
@@ -22,9 +22,9 @@ class Tokens:
         path: [N] str.
         number, unknown, neutralised, content, is_text, think: [N], as in `tokenize.SCHEMA`.
         features: [N] bytes or None.
-        unread: [N] lists of str, the row's keys that nobody reads.
-        notes: [N] lists of str, what its rendering makes of it.
-        faults: Refused row -> why; it has no tokens.
+        unread: [N] lists of str, the row's keys that are not read.
+        notes: [N] lists of str, notes on the row's rendering.
+        faults: Refused row -> reason; such a row has no tokens.
     """
 
     def __init__(self, batches: list[pa.RecordBatch]):
@@ -53,10 +53,11 @@ class Tokens:
         return np.diff(self.offsets)
 
     def where(self, row: int) -> str:
+        """PATH:NUMBER of a row, for messages."""
         return f"{self.path[row]}:{self.number[row]}"
 
     def pieces(self, starts: np.ndarray, stops: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Views of the ids and fates from each start to its stop, which lie in one row."""
+        """Views of the ids and fates from each start to its stop, both in the same row."""
         blocks = np.searchsorted(self._block_starts, starts, side="right") - 1
         first = self._block_starts[blocks]
         spans = list(zip(blocks.tolist(), (starts - first).tolist(), (stops - first).tolist(), strict=True))

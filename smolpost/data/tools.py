@@ -19,7 +19,7 @@ PYTHON_TYPES = {
 
 
 def own_calls(calls, where: str, unread: set[str]):
-    """Calls as {"id", "type", "function": {"name", "arguments"}}; what is no call stays, for `validate_row` to refuse.
+    """Calls as {"id", "type", "function": {"name", "arguments"}}; `validate_row` refuses anything else.
 
     Raises:
         UserError: A call has its arguments twice.
@@ -37,7 +37,7 @@ def own_call(call, where: str, unread: set[str]):
         return call
     given = [key for key in ARGUMENTS if key in inner]
     if len(given) > 1:
-        raise UserError(f"{where} has {' and '.join(given)}; expected its arguments in one of them")
+        raise UserError(f"{where} has {' and '.join(given)}; expected the arguments in one of them")
     function = {"name": inner["name"]} | ({"arguments": inner[given[0]]} if given else {})
     rest = {**call, **inner}
     unread |= {f"messages.tool_calls.{key}" for key in rest.keys() - {*CALL, *FUNCTION, *given} if rest[key]}

@@ -30,15 +30,15 @@ def known_roles(roles: dict[str, str]) -> tuple[str, ...]:
 
 
 def own_turns(messages: list, where: str, roles: dict[str, str], unread: set[str]) -> tuple[list, list]:
-    """The messages in our keys; what is no message stays as it is, for `validate_row` to refuse.
+    """The messages in our keys; anything else stays as it is, and `validate_row` refuses it.
 
     Args:
         roles: Role of the file -> one of ROLES, before ROLE_NAMES.
-        unread: Gets the names of keys that nobody reads, as messages.KEY.
+        unread: Gets the names of keys that are not read, as messages.KEY.
     Returns:
-        The messages, and the tools that single ones of them carried.
+        The messages, and the tools given in single messages.
     Raises:
-        UserError: A key that changes what the turn means cannot be honoured.
+        UserError: A key that changes what the turn means cannot be followed.
     """
     turns, tools, was_call = [], [], False
     for i, message in enumerate(messages):
@@ -115,7 +115,7 @@ def _content(message: dict, where: str) -> tuple[Any, str | None]:
         if inner is not None and not rest:  # written with its tags
             given[key] = inner
     if len({text.strip() for text in given.values()}) > 1:
-        raise UserError(f"{where}: {' and '.join(given)} hold different reasoning; keep one of them")
+        raise UserError(f"{where}: {' and '.join(given)} have different reasoning; keep one of them")
     return content, next(iter(given.values()), None)
 
 
@@ -150,11 +150,11 @@ def _is_in_content(reasoning: str, content, where: str) -> bool:
 
 
 def _calls(message: dict, where: str, unread: set[str]) -> list | None:
-    """The turn's calls in OpenAI's newer form; None where it has none."""
+    """The turn's calls in OpenAI's newer form; None without calls."""
     calls = message.get("tool_calls")
     given = {key for key in ("tool_calls", "function_call", "function_calls") if not is_empty(message.get(key))}
     if len(given) > 1:
-        raise UserError(f"{where}: has {' and '.join(sorted(given))}; expected its calls in one of them")
+        raise UserError(f"{where}: has {' and '.join(sorted(given))}; expected the calls in one of them")
     if "function_call" in given:
         calls = [message["function_call"]]
     elif "function_calls" in given:

@@ -84,7 +84,8 @@ def check_pair(row: dict, where: str) -> None:
         raise UserError(f"{where}: chosen and rejected are equal; expected two different replies; delete the row")
     if chosen[0] != rejected[0] or min(len(chosen), len(rejected)) < 2:
         raise UserError(
-            f"{where}: chosen and rejected share no prompt; expected two full conversations that begin with the same "
+            f"{where}: chosen and rejected do not share a prompt; expected two "
+            "full conversations that begin with the same "
             "messages; put the prompt's messages before both replies"
         )
     shared = next(i for i, pair in enumerate(zip_longest(chosen, rejected)) if pair[0] != pair[1])
@@ -117,19 +118,21 @@ def check_messages(messages, where: str, tools: list | None = None) -> None:
     if ends_in_two_users(messages):
         raise UserError(
             f"{where} ends in two user turns; the last one looks like a reply that is labelled user; "
-            "set the source's last_user_is_reply: true where it is one, or delete the row"
+            "set the source's last_user_is_reply: true if it is a reply, or delete the row"
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
 
 
 def check_reply(messages: list[dict], where: str) -> None:
-    """Both templates render a conversation that the assistant opens; but one without any reply to a user, which they
-    render too, is a text or has lost its prompt."""
+    """Refuse a conversation without a reply to a user: it is a text, or its prompt is missing.
+
+    Both templates would render it. A conversation that the assistant opens is allowed.
+    """
     roles = [message["role"] for message in messages]
     if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
         raise UserError(
-            f"{where} has no assistant turn after a user turn; expected a reply to someone; "
+            f"{where} has no assistant turn after a user turn; expected a reply to a user; "
             "add the user's turn, or put the words into a text column"
         )
 
@@ -159,7 +162,7 @@ def check_message(message, where: str, tools: list | None = None) -> None:
 
 
 def message_text(message: dict, where: str) -> str:
-    """The content's text, "" where it is missing; a list may hold strings and objects with text."""
+    """The content's text; "" if it is missing. A list may have strings and objects with text."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return content or ""
@@ -170,7 +173,7 @@ def message_text(message: dict, where: str) -> str:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise UserError(
-                f"{where}.content[{i}]={part!r:.80} is no text part; only text can be trained on (types "
+                f"{where}.content[{i}]={part!r:.80} is not a text part; only text can be trained on (types "
                 f"{', '.join((*TEXT_PARTS, *REASONING_PARTS))}); delete the row"
             )
     return "".join(texts)

@@ -1,7 +1,8 @@
-"""The doctor's checks of the collated batch and of the model that is trained on it. Each is worked out a second time by
-another way: labels by prefixes instead of generation spans, documents one by one instead of packed, a loss by hand.
+"""The doctor's checks of the collated batch and of the model that is trained on it.
 
-A check takes a Case and returns (passed, detail); it raises NotChecked where it has nothing to say.
+Each result is derived a second time in another way: labels by prefixes instead of generation spans, documents one by
+one instead of packed, a loss by hand. A check takes a Case and returns (passed, detail); it raises NotChecked if it
+does not apply.
 """
 
 from collections.abc import Iterator
@@ -21,18 +22,18 @@ from smolpost.errors import UserError
 
 
 class Derived(NamedTuple):
-    """A conversation's tokens, and which of them are replies that train: [L] each."""
+    """[L] ids of a conversation, and [L] whether each is in a reply that trains."""
 
     ids: np.ndarray
     is_reply: np.ndarray
 
 
-class Document(NamedTuple):
-    """A document of the collated batch, its row whole or a piece of it: [L] ids and labels.
+class CollatedDocument(NamedTuple):
+    """A document of the collated batch, with all or a part of its row: [L] ids and labels.
 
     Attributes:
-        replies: [L] the replies that train, by prefixes; None for a text and where the template rewrites turns.
-        is_whole: Whether the conversation is all there.
+        replies: [L] the replies that train, by prefixes; None for a text, or if the template rewrites turns.
+        is_whole: Whether it has all of the conversation.
     """
 
     row: dict
@@ -43,7 +44,7 @@ class Document(NamedTuple):
 
 
 def derived(case: Case, row: dict, messages: list[dict]) -> Derived | None:
-    """Replies by the differences of rendered prefixes; None where the template rewrites earlier turns."""
+    """Replies by the differences of rendered prefixes; None if the template rewrites earlier turns."""
     policy = Policy() if "all" in case.config.train_roles else policy_of(case.config)
     try:
         found = trained_by_prefixes(case.tokenizer, messages, **case.options(row), policy=policy)
@@ -53,7 +54,7 @@ def derived(case: Case, row: dict, messages: list[dict]) -> Derived | None:
 
 
 def runs(flags: np.ndarray) -> list[slice]:
-    """The stretches of flags that are set."""
+    """The runs of set flags."""
     found, place = [], 0
     for is_set, group in groupby(flags.tolist()):
         length = len(list(group))
@@ -63,8 +64,8 @@ def runs(flags: np.ndarray) -> list[slice]:
     return found
 
 
-def documents(case: Case) -> Iterator[Document]:
-    """Of the batch that the trainer's own collate makes of the prepared sample.
+def documents(case: Case) -> Iterator[CollatedDocument]:
+    """The documents of the batch that the trainer's collate function makes from the prepared sample.
 
     Raises:
         UserError: A document's tokens are not those of its text.
@@ -86,14 +87,14 @@ def documents(case: Case) -> Iterator[Document]:
                 raise UserError(f"{row.where}: its {length} tokens are not those of its text")
             for piece in pieces:
                 piece[0] = False  # nothing predicts it
-            # A short piece of a cut row may stand in several places.
+            # A short part of a cut row may occur at several places.
             replies = next((piece for piece in pieces if (piece == is_labelled).all()), pieces[0])
         is_whole = whole is not None and length == len(whole.ids)
-        yield Document(row, ids[span], labels[span], replies, is_whole)
+        yield CollatedDocument(row, ids[span], labels[span], replies, is_whole)
 
 
 def places(ids: np.ndarray, piece: np.ndarray) -> list[int]:
-    """Where a piece of the ids may begin."""
+    """The indices at which a part of the ids may begin."""
     size, text, place, found = ids.dtype.itemsize, ids.tobytes(), -1, []
     sought = piece.astype(ids.dtype).tobytes()
     while (place := text.find(sought, place + 1)) != -1:
@@ -109,11 +110,11 @@ def texts_of(case: Case, ids: np.ndarray, flags: np.ndarray) -> list[str]:
 def check_policy(case: Case) -> None:
     """
     Raises:
-        NotChecked: The policy is none that prefixes can tell.
+        NotChecked: Prefixes cannot derive this policy.
     """
     roles = case.config.train_roles
     if roles not in (["assistant"], ["all"]):
-        raise NotChecked(f"train_roles={roles}: prefixes tell replies only, not {', '.join(roles)} turns")
+        raise NotChecked(f"train_roles={roles}: prefixes give only replies, not {', '.join(roles)} turns")
 
 
 def check_earlier(case: Case) -> None:
@@ -126,7 +127,7 @@ def check_earlier(case: Case) -> None:
 
 
 def mask_is_policy(case: Case) -> tuple[bool, str]:
-    """The text under the labels of the collated batch is what the policy names."""
+    """The text under the labels of the collated batch is the text of the policy."""
     check_policy(case)
     check_earlier(case)
     check_tags(case.config, case.trainable, case.tokenizer, set())
@@ -167,7 +168,7 @@ def replies_stop(case: Case) -> tuple[bool, str]:
         last = list(last_tokens(case))
     except (NotChecked, UserError):  # there are no labels to look at, see mask
         return None not in ends, detail
-    stops = stop_tokens(case.stage.plan.stage, case.config, case.prepared_rows, case.start, case.tokenizer)
+    stops = stop_tokens(case.stage.entry, case.config, case.prepared_rows, case.start, case.tokenizer)
     trains = [is_cut or token in found.values() for token, is_cut in last]
     num_cut = sum(is_cut for _, is_cut in last)
     before, after = stops.report["generation"]["before"], stops.generation
@@ -177,9 +178,9 @@ def replies_stop(case: Case) -> tuple[bool, str]:
 
 
 def last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
-    """The last token of each reply where it trains, else -100; and whether the reply is cut off there."""
+    """The last token of each reply if it trains, else -100; and whether the reply is truncated there."""
     case.need("prepared_rows", "mask and lengths")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         for _, _, side, _ in pair_sides(case):
             yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
         return
@@ -205,7 +206,7 @@ def pair_sides(case: Case) -> Iterator[tuple[dict, str, np.ndarray, dict]]:
 
 
 def prompt_is_shared(case: Case) -> tuple[bool, str]:
-    """Prompt and completion are, token by token, the beginning of the side's own conversation, and nearly all of it."""
+    """Prompt and completion equal, token by token, the beginning and almost all of the side's own conversation."""
     check_earlier(case)
     faults, num_shared, num_tokens = [], 0, 0
     pairs = case.need("arrays", "pair mask")
@@ -223,7 +224,7 @@ def prompt_is_shared(case: Case) -> tuple[bool, str]:
 
 
 def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
-    """The scored text of the collated batch is the replies that come after the messages both sides share."""
+    """The scored text of the collated batch is the replies after the messages that both sides share."""
     check_policy(case)
     check_tags(case.config, case.trainable, case.tokenizer, set())
     faults, num_scored, num_checked, num_left = [], 0, 0, 0
@@ -245,7 +246,7 @@ def pair_mask_is_policy(case: Case) -> tuple[bool, str]:
 
 
 def num_shared_replies(case: Case, row: dict) -> int:
-    """Replies that train among the messages both sides begin with; each side keeps at least its last message."""
+    """Replies that train among the messages with which both sides begin, except each side's last message."""
     shared = []
     for one, other in zip(*(clean_messages(side)[:-1] for side in conversations(row)), strict=False):
         if one != other:
@@ -260,7 +261,7 @@ def num_shared_replies(case: Case, row: dict) -> int:
 def sides_differ(case: Case) -> tuple[bool, str]:
     sample = case.need("sample", "rows")
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
-    detail = f"{len(equal)} of {len(sample)} sampled pairs have two equal sides once rendered"
+    detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
     return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
 
 
@@ -286,7 +287,7 @@ def accumulation(case: Case) -> tuple[bool, str]:
     for other in ("packing", "pairs"):
         if other in case.failed:
             raise NotChecked(f"forward passes of several rows cannot be compared, see {other}")
-    if case.config.kind == "apo":
+    if case.config.layout == "pairs":
         return training_steps.apo_accumulation(case.need("pair_steps", "reference loss"), case.environment)
     return training_steps.sft_accumulation(
         case.config, case.model_to_run(), case.tokenizer, case.short_documents(), case.environment, case.folder

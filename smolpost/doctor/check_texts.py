@@ -1,6 +1,6 @@
 """The doctor's checks of rows, template and tokenizer; they need no model.
 
-A check takes a Case and returns (passed, detail); it raises NotChecked where it has nothing to say.
+A check takes a Case and returns (passed, detail); it raises NotChecked if it does not apply.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ from copy import copy
 
 import numpy as np
 
-from smolpost import schema
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.prompts import mode_of
@@ -31,7 +30,7 @@ def rows_are_valid(case: Case) -> tuple[bool, str]:
 
 
 def template_round_trip(case: Case) -> tuple[bool, str]:
-    """Decoded ids are the rendered text, and the text of the first turns begins that of more."""
+    """Decoded ids equal the rendered text, and a conversation's text begins with the text of its first turns."""
     unknown, texts, turns, faults = case.tokenizer.unk_token_id, 0, 0, []
     for row, sides in zip(case.need("sample", "rows"), case.ids, strict=True):
         for messages, ids in zip(conversations(row), sides, strict=False):
@@ -45,13 +44,13 @@ def template_round_trip(case: Case) -> tuple[bool, str]:
                 turns += 1
                 before = case.render(row, messages[:i])
                 if not text.startswith(before):
-                    faults.append(f"{row.where}: messages[:{i}] alone render otherwise: {difference(before, text)}")
+                    faults.append(f"{row.where}: messages[:{i}] alone render differently: {difference(before, text)}")
     detail = f"{texts} texts and {turns} shorter histories of them, {len(faults)} differ"
     return not faults, detail + (f"; {faults[0]}" if faults else "")
 
 
 def users_write_no_control_tokens(case: Case) -> tuple[bool, str]:
-    """A user who writes the tokenizer's control tokens writes text."""
+    """Control tokens that a user writes stay text."""
     added = case.tokenizer.added_tokens_decoder
     control = {i: token.content for i, token in added.items() if token.special or i == case.tokenizer.eos_token_id}
 
@@ -106,9 +105,9 @@ def same_template(case: Case) -> tuple[bool, str]:
 
 def written_by_init(case: Case, stored: str) -> bool:
     """Whether the start checkpoint has random weights and the template that its own stage gave it."""
-    name = case.config.init_from
-    parent = None if name == "checkpoint" else case.lineage.stages[name].plan.config
-    return isinstance(parent, schema.InitStage) and load_template(parent.template) == stored
+    parent = case.lineage.recipe.stages.get(case.config.init_from)
+    random = parent is not None and not parent.MAKES_MODEL
+    return random and load_template(parent.template) == stored
 
 
 def same_tokenizer(case: Case) -> tuple[bool, str]:
@@ -116,8 +115,8 @@ def same_tokenizer(case: Case) -> tuple[bool, str]:
     from transformers import AutoTokenizer
 
     stages, root = case.lineage.stages, case.config.init_from
-    while root != "checkpoint" and stages[root].plan.base and stages[root].plan.base != "checkpoint":
-        root = stages[root].plan.base
+    while root != "checkpoint" and stages[root].base and stages[root].base != "checkpoint":
+        root = stages[root].base
     folders = [stages[root].folder] if root in stages else []
     folders += [case.stage.prepared / "tokenizer"]
     own, others = vocabulary_hash(case.tokenizer), []
@@ -135,7 +134,7 @@ def vocabulary_hash(tokenizer) -> str:
 
 
 def same_generation_prompt(case: Case) -> tuple[bool, str]:
-    """What inference puts before a reply is what training put there, in both modes."""
+    """Inference and training put the same text before a reply, in both modes."""
     ask, faults, turns = {"role": "user", "content": "One or two?"}, [], 0
     for thinking, reply in ((True, "<think>\nOne.\n</think>\nOne."), (False, "One.")):
         kwargs = (case.probe["template_kwargs"] or {}) | {"enable_thinking": thinking}
@@ -164,7 +163,7 @@ def same_generation_prompt(case: Case) -> tuple[bool, str]:
 
 
 def begins(case: Case, messages: list[dict], options: dict, prompt: str) -> bool:
-    """Whether the tokens of a prompt, as inference makes them, begin those that training makes of prompt and reply."""
+    """Whether the training tokens of prompt and reply begin with the inference tokens of the prompt."""
     ids = case.tokenizer.encode(prompt, add_special_tokens=False)
     try:
         return encode(case.tokenizer, messages, **options).input_ids[: len(ids)] == ids

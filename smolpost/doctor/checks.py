@@ -1,7 +1,7 @@
-"""Whether a training stage would learn what it is meant to: a few of its rows, its template and its start checkpoint,
-taken through the code that trains and compared with what the messages say.
+"""Checks whether a training stage would learn what it should.
 
-A failing check stops no other one.
+A few of its rows, its template and its start checkpoint go through the training code, and the result is compared with
+the messages. A failing check does not stop the others.
 """
 
 import tempfile
@@ -18,74 +18,82 @@ from smolpost.doctor import check_batches, check_texts
 from smolpost.doctor.stage_sample import Case, NotChecked, one_line
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
-from smolpost.pipeline.steps import input_folders
+from smolpost.pipeline.steps import work_of
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
-SFT, APO = ("sft",), ("apo",)
-# Name -> kinds of stages it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
+DOCUMENTS, PAIRS = ("documents",), ("pairs",)
+# Name -> layouts of rows it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
-    "rows": (SFT + APO, check_texts.rows_are_valid, "do what the line says, or delete these rows of data={data}"),
+    "rows": (
+        DOCUMENTS + PAIRS,
+        check_texts.rows_are_valid,
+        "do what the line says, or delete these rows of data={data}",
+    ),
     "template": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_texts.template_round_trip,
         "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
     ),
     "stop token": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_batches.replies_stop,
         "end each reply with a control token of the tokenizer inside its generation span; stages.{stage}.template",
     ),
     "mask": (
-        SFT,
+        DOCUMENTS,
         check_batches.mask_is_policy,
-        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
+        "put {{% generation %}} around the reply and its stop token only; stages.{stage}.template",
     ),
-    "shared prompt": (APO, check_batches.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
+    "shared prompt": (PAIRS, check_batches.prompt_is_shared, "report this as a bug of smolpost, with the pair"),
     "pair mask": (
-        APO,
+        PAIRS,
         check_batches.pair_mask_is_policy,
         "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
     "control tokens": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_texts.users_write_no_control_tokens,
         "delete rows of data={data} in which users write such tokens, and report this as a bug of smolpost",
     ),
     "packing": (
-        SFT,
+        DOCUMENTS,
         check_batches.packed_equals_unpacked,
-        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps documents apart",
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which separates documents",
     ),
     "pairs": (
-        APO,
+        PAIRS,
         check_batches.pair_equals_two_sequences,
-        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which keeps the sides apart",
+        f"set model.attn_implementation={schema.PACKED_ATTENTION}, which separates the sides",
     ),
     "reference loss": (
-        APO,
+        PAIRS,
         check_batches.loss_at_reference,
         "report this as a bug of smolpost, with the stage's settings",
     ),
     "accumulation": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_batches.accumulation,
         "report this as a bug of smolpost, with the model's config.json",
     ),
-    "equal pairs": (APO, check_batches.sides_differ, "delete the pairs of data={data} whose sides render alike"),
+    "equal pairs": (
+        PAIRS,
+        check_batches.sides_differ,
+        "delete the pairs of data={data} whose sides render to the same text",
+    ),
     "chat parity": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_texts.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
-        "stages.{stage}.allow_template_change=true where the change is meant; a tokenizer has to stay the same, and a "
+        "stages.{stage}.allow_template_change=true if the change is intended; a tokenizer has to stay the same, and a "
         "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_batches.vocabulary,
         "resize and initialise the checkpoint's embeddings for its tokenizer; use a tokenizer that knows the text",
     ),
     "lengths": (
-        SFT + APO,
+        DOCUMENTS + PAIRS,
         check_texts.lengths,
         "raise stages.{stage}.max_seq_len, or set stages.{stage}.overlong=truncate or drop; keep rows within "
         "the model's context, or raise stages.{stage}.max_position_embeddings",
@@ -99,8 +107,8 @@ class Check:
 
     Attributes:
         status: pass | fail | skip.
-        detail: With the numbers; of a skipped check, the reason.
-        remedy: What to do about a fail, else "".
+        detail: The finding, with numbers; for a skipped check, the reason.
+        remedy: What to do after a fail, else "".
     """
 
     name: str
@@ -113,32 +121,26 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     """Check a training stage on a sample of its rows; nothing is kept.
 
     Args:
-        stage: Of kind sft or apo; its start checkpoint is finished.
+        stage: One that trains; its start checkpoint is finished.
         rows: Size of the sample, from the first 500 rows of each source that the mixture takes. At most 4 also run a
             model above 1e9 parameters on a CPU.
     Returns:
         The checks in their order.
     Raises:
-        UserError: The stage trains nothing, its start or its data are not there or cannot be trained, or rows is below
-            1.
+        UserError: The stage does not train, its start or data are missing or cannot be trained, or rows is below 1.
     """
-    from smolpost.training.start import check_start
-
-    config = stage.plan.config
-    if not isinstance(config, schema.TrainStage):
-        raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; doctor checks sft and apo stages")
+    config = stage.config
+    if stage.prepared is None:
+        raise UserError(f"stage={stage.name} of kind {config.kind} trains nothing; doctor checks training stages")
     if rows < 1:
         raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
     lineage.require_inputs(stage)
-    recipe = lineage.recipe
-    check_start(
-        stage.plan.stage, config, input_folders(stage, recipe)[config.init_from], recipe.model.attn_implementation
-    )
+    config.check_start(work_of(lineage, stage, stage.folder))
     found = []
     with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
         case = Case(lineage, stage, rows, Path(folder))
-        for name, (kinds, examine, remedy) in CHECKS.items():
-            if config.kind in kinds:
+        for name, (layouts, examine, remedy) in CHECKS.items():
+            if config.layout in layouts:
                 found.append(one_check(case, name, examine, remedy))
                 if found[-1].status == "fail":
                     case.failed.add(name)
@@ -150,15 +152,15 @@ def one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
         passed, detail = examine(case)
     except NotChecked as reason:
         return Check(name, "skip", str(reason))
-    except Exception as error:  # what breaks a check is a finding, and the others go on
+    except Exception as error:  # an exception is a finding; the other checks continue
         passed, detail = False, one_line(error)
     if passed:
         return Check(name, "pass", detail)
-    return Check(name, "fail", detail, remedy.format(stage=case.stage.plan.stage, data=case.config.data))
+    return Check(name, "fail", detail, remedy.format(stage=case.stage.entry, data=case.config.data))
 
 
 def exit_code(found: list[Check]) -> int:
-    """0, or 1 where a check failed."""
+    """1 if a check failed, else 0."""
     return int(any(check.status == "fail" for check in found))
 
 

@@ -1,4 +1,4 @@
-"""A training stage under examination: a sample of its rows and all that training would make of them."""
+"""A training stage under examination: a sample of its rows, and what training would make of them."""
 
 import json
 from collections import Counter
@@ -16,8 +16,8 @@ from smolpost.data import mixtures
 from smolpost.data.columns import row_for
 from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
-from smolpost.data.shards import SHARD_ROWS, nth
-from smolpost.data.sources import read_slice, slices
+from smolpost.data.shards import nth, shard_slices
+from smolpost.data.sources import read_slice
 from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
@@ -31,11 +31,11 @@ SHORT_TOKENS = 2048  # of the passes that the model is run on
 
 
 class NotChecked(Exception):
-    """A check that has nothing to say here, and why."""
+    """A check that does not apply; the text says why."""
 
 
 class Case:
-    """A stage under examination: its sample, and what is made of it when a check first asks.
+    """A stage under examination: its sample, and results that are computed when a check first needs them.
 
     Args:
         num_rows: Size of the sample.
@@ -51,7 +51,7 @@ class Case:
     def __init__(self, lineage: Lineage, stage: Located, num_rows: int, folder: Path):
         from transformers import AutoTokenizer
 
-        self.lineage, self.stage, self.config = lineage, stage, stage.plan.config
+        self.lineage, self.stage, self.config = lineage, stage, stage.config
         self.num_rows, self.folder = num_rows, folder
         self.start = input_folders(stage, lineage.recipe)[self.config.init_from]
         self.tokenizer = AutoTokenizer.from_pretrained(self.start)
@@ -74,7 +74,7 @@ class Case:
 
     @cached_property
     def sample(self) -> list[dict]:
-        """Rows of each mode alike, from the shortest to the longest."""
+        """Equally many rows of each mode, from the shortest to the longest."""
         by_mode: dict[str, list] = {}
         for row in self.scanned:
             by_mode.setdefault(mode_of(row), []).append(row)
@@ -90,14 +90,14 @@ class Case:
 
     @cached_property
     def scanned(self) -> list[dict]:
-        """The first SCANNED rows of each source, of those that the mixture takes, without the refused ones."""
+        """The first SCANNED rows that the mixture takes from each source, without refused rows."""
         mixture, valid = self.stage.data[self.config.data], []
         for name, source in mixture.sources.items():
             try:
                 for row in islice(self._taken(name, source, mixture.seed), SCANNED):
                     self.num_scanned += 1
                     try:
-                        row = row_for(row, source, "pairs" if self.config.kind == "apo" else "documents")
+                        row = row_for(row, source, self.config.layout)
                         self._check_row(row)
                     except UserError as error:
                         self.refused.append(str(error))
@@ -109,16 +109,16 @@ class Case:
 
     def _taken(self, name: str, source: schema.Source, seed: int) -> Iterator[dict]:
         """The rows of a source that `smolpost prepare` tokenizes."""
-        parts = slices(source, SHARD_ROWS)
-        order = mixtures.choose(source, name, seed, sum(piece.num_rows for piece in parts))
+        parts = shard_slices(source)
+        order = mixtures.choose(source, name, seed, sum(part.num_rows for part in parts))
         self.num_taken += len(order)
         for shard in shards_of(source, parts, np.unique(order), self.folder):
-            yield from nth(read_slice(source, shard.piece), iter(shard.rows.tolist()))
+            yield from nth(read_slice(source, shard.part), iter(shard.rows.tolist()))
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
-        if (shape == "preference") != (self.config.kind == "apo"):
-            raise UserError(f"{row.where}: is a {shape} row in an {self.config.kind} stage")
+        if (shape == "preference") != (self.config.layout == "pairs"):
+            raise UserError(f"{row.where}: is a {shape} row, and the stage reads {self.config.layout}")
         try:
             for messages in conversations(row):
                 self.render(row, messages)
@@ -128,7 +128,7 @@ class Case:
     @cached_property
     def trainable(self) -> list[dict]:
         """The sampled rows that `smolpost prepare` can tokenize and mask."""
-        tokenize, found = tokenize_pairs if self.config.kind == "apo" else tokenize_rows, []
+        tokenize, found = tokenize_pairs if self.config.layout == "pairs" else tokenize_rows, []
         for row in self.sample:
             [tokens] = tokenize(self.config, [row], self.tokenizer)
             if tokens.fault:
@@ -149,7 +149,7 @@ class Case:
 
     @cached_property
     def probe(self) -> dict:
-        """What a made-up conversation says about its rendering: as the first sampled one, without tools."""
+        """Rendering options of a made-up conversation: those of the first sampled one, without tools."""
         try:
             row = next((row for row in self.sample if conversations(row)), {})
         except UserError:  # see rows
@@ -157,7 +157,7 @@ class Case:
         return self.options({"chat_template_kwargs": row.get("chat_template_kwargs")})
 
     def options(self, row: dict) -> dict:
-        """What a row says about its rendering, as `render` takes it."""
+        """Rendering options of a row, as arguments of `render`."""
         return {
             "template_kwargs": row.get("chat_template_kwargs"),
             "tools": row.get("tools"),
@@ -169,12 +169,12 @@ class Case:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[N] tokens of each sampled row, a pair's longer side."""
+        """[N] tokens of each sampled row; of a pair, those of its longer side."""
         return np.array([max(map(len, ids)) for ids in self.ids])
 
     @cached_property
     def ids(self) -> list[list[list[int]]]:
-        """Ids of each sampled row's conversations, or of its text, as inference makes them of the rendered text."""
+        """Ids of each sampled row's conversations or text, tokenized from the rendered text as at inference."""
         found = []
         for row in self.sample:
             texts = [self.render(row, messages) for messages in conversations(row)]
@@ -201,8 +201,8 @@ class Case:
 
     @cached_property
     def fitting(self) -> list[dict]:
-        """The sampled rows that the stage takes whole; `truncate` and `split` take all conversations."""
-        if self.config.kind == "sft" and self.config.overlong in ("truncate", "split"):
+        """The sampled rows that the stage uses; `truncate` and `split` use all conversations."""
+        if self.config.layout == "documents" and self.config.overlong in ("truncate", "split"):
             return self.trainable
         lengths = zip(self.sample, self.lengths, strict=True)
         short = [row.where for row, length in lengths if length <= self.config.max_seq_len]
@@ -239,7 +239,7 @@ class Case:
 
     @cached_property
     def short_pairs(self):
-        """The shortest prepared pairs, at least one, of at most SHORT_TOKENS together."""
+        """The shortest prepared pairs, at most SHORT_TOKENS together, but at least one."""
         from datasets import Dataset
 
         from smolpost.training.reference import pair_lengths
@@ -252,7 +252,7 @@ class Case:
         return Dataset.from_list([rows[i] for i in order[:number].tolist()], features=rows.features)
 
     def short_documents(self) -> list[dict]:
-        """The shortest documents of the prepared sample, of at most SHORT_TOKENS together; two at least."""
+        """The shortest documents of the prepared sample, at most SHORT_TOKENS together, but at least two."""
         from smolpost.doctor.training_steps import short_documents
 
         self.need("prepared_rows", "mask and lengths")
@@ -262,7 +262,7 @@ class Case:
         return found
 
     def model_to_run(self):
-        """The model, where this machine can run it and every id has an embedding."""
+        """The model, if this machine can run it and every id has an embedding."""
         model = self.need("model", "vocabulary")
         parameters = sum(p.numel() for p in model.parameters())
         if parameters > HEAVY and self.environment.use_cpu and self.num_rows > FEW_ROWS:
@@ -288,7 +288,7 @@ def one_line(error: Exception) -> str:
 
 
 def difference(expected: str, found: str) -> str:
-    """The first place where two texts part, with what stands there."""
+    """The first place at which two texts differ, and the text there."""
     place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
     place = min(len(expected), len(found)) if place is None else place
     start = max(0, place - 10)

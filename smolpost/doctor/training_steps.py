@@ -1,7 +1,7 @@
-"""What training promises, tried out on a few prepared rows with the stage's own model.
+"""Tests the promises of training on a few prepared rows, with the stage's own model.
 
-A packed row is its documents one by one, one large forward pass is many small ones, a pair is its two sequences, and a
-policy that is its own reference has the loss that theory says. The model is left as it was, but for its gradients.
+A packed row equals its documents one by one, one large forward pass equals many small ones, a pair equals its two
+sequences, and a policy that equals its reference has the loss that theory predicts. Only the model's gradients change.
 """
 
 import contextlib
@@ -16,20 +16,21 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.fates import Fate
 from smolpost.data.collate import IGNORE_INDEX, PARTS
 from smolpost.objectives.losses import configured
-from smolpost.schema import APOStage, SFTStage, TrainStage
-from smolpost.training import apo, reference, sft
+from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.scoring import Scored, score_tokens
+from smolpost.training.settings import PackTraining, PairTraining, Training
 from smolpost.training.trainer import StageTrainer
 
 # Relative, of loss, gradient norm and largest gradient; absolute, in nats, of a token's log-probability. Measured on
 # miniatures: below 2e-6 in fp32; bf16 keeps three digits.
 TOLERANCE = {False: 1e-4, True: 3e-2}  # fp32, bf16
-TOKEN_COLUMNS = ("input_ids", "labels", "fates")  # of a pack; its other columns have an entry per document
+TOKEN_COLUMNS = ("input_ids", "fates")  # of a pack; its other columns have an entry for each document
 
 
 class Finding(NamedTuple):
@@ -70,12 +71,12 @@ def joined(packs: list[dict]) -> dict:
 
 
 def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
-    """The shortest documents with a trained token, together at most max_tokens; at least two where there are two.
+    """The shortest documents with a trained token, together at most max_tokens; at least two, if there are two.
 
-    Those two are cut where they are longer: to the tokens that end with the last trained one.
+    Longer ones of these two are cut to the tokens that end with the last trained one.
     """
     chosen, room = [], max_tokens
-    trained = (d for d in documents(packs) if (d["labels"][1:] != IGNORE_INDEX).any())
+    trained = (d for d in documents(packs) if (d["fates"][1:] == Fate.TRAINED).any())
     for document in sorted(trained, key=lambda d: len(d["input_ids"])):
         length = len(document["input_ids"])
         if length > room and len(chosen) >= 2:
@@ -86,12 +87,12 @@ def short_documents(packs: Iterable[dict], max_tokens: int) -> list[dict]:
 
 
 def tail(document: dict, length: int) -> dict:
-    """The document's last `length` tokens up to its last trained one."""
-    stop = int((document["labels"] != IGNORE_INDEX).nonzero()[0][-1]) + 1
+    """The last `length` tokens of the document, up to its last trained one."""
+    stop = int((document["fates"] == Fate.TRAINED).nonzero()[0][-1]) + 1
     start = max(0, stop - length)
     cut = {name: v[start:stop] if name in TOKEN_COLUMNS else v for name, v in document.items()}
-    cut["labels"] = cut["labels"].copy()
-    cut["labels"][0] = IGNORE_INDEX  # nothing is left that predicts it
+    cut["fates"] = cut["fates"].copy()
+    cut["fates"][0] = Fate.FIRST  # nothing is left that predicts it
     return cut | {"seq_lengths": np.array([stop - start])}
 
 
@@ -105,7 +106,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
     largest_off = max(float((g - b.gradients[name]).abs().max()) for name, g in a.gradients.items()) / b.largest()
     tolerance = TOLERANCE[environment.bf16]
     return Finding(
-        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan is no agreement
+        all(off <= tolerance for off in (loss_off, norm_off, largest_off)),  # nan does not agree
         f"loss {a.loss:.6f} {first}, {b.loss:.6f} {second}; gradient norm {a.norm():.6g} and {b.norm():.6g}; largest "
         f"gradient difference {largest_off:.1e} of the largest gradient; tolerance {tolerance:g} "
         f"({'bf16' if environment.bf16 else 'fp32'})",
@@ -113,7 +114,7 @@ def compare(first: str, a: Step, second: str, b: Step, environment: Environment)
 
 
 def take_step(model: PreTrainedModel, loss: float) -> Step:
-    """The gradients that lie at the model's parameters, taken away from there."""
+    """The gradients of the model's parameters, which are then cleared."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return Step(loss, gradients)
@@ -139,7 +140,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def packed_equals_unpacked(model: PreTrainedModel, chosen: list[dict], environment: Environment) -> Finding:
-    """The documents in one packed row against each in a row of its own, which is told of no packing.
+    """Compare the documents in one packed row with each in its own row, without any packing.
 
     Args:
         model: On the environment's device.
@@ -171,7 +172,7 @@ def summed(model: PreTrainedModel, batches: list[dict], environment: Environment
 
 
 def sft_accumulation(
-    stage: SFTStage,
+    stage: PackTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     chosen: list[dict],
@@ -189,12 +190,12 @@ def sft_accumulation(
     for micro_batch_size in (len(rows), 1):
         settings = without_log(stage, len(rows), micro_batch_size=micro_batch_size)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = sft.trainer(settings, model, tokenizer, rows, arguments, 0, environment, [])
+        trainer = sft.trainer(settings, model, tokenizer, rows, None, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
     return compare(f"in 1 pass of {len(rows)} packs", steps[0], f"in {len(rows)} passes of 1", steps[1], environment)
 
 
-def without_log(stage: TrainStage, num_rows: int, **changes) -> TrainStage:
+def without_log(stage: Training, num_rows: int, **changes) -> Training:
     """The stage with all rows in one global batch."""
     return dataclasses.replace(
         stage, global_batch_size=num_rows, report_to=[], gradient_checkpointing=False, num_epochs=1, **changes
@@ -266,7 +267,7 @@ class PairSteps(NamedTuple):
 
 
 def pair_steps(
-    stage: APOStage,
+    stage: PairTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
@@ -287,7 +288,7 @@ def pair_steps(
     for pack_tokens in (int(lengths.sum()), 1):  # a longer pair has a pass of its own
         settings = without_log(stage, len(rows), pack_tokens=pack_tokens)
         arguments = training_arguments(settings, 0, len(rows), folder, environment)
-        trainer = apo.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment, [])
+        trainer = preference.trainer(settings, model, tokenizer, rows, cache, arguments, 0, environment)
         steps.append(global_step(trainer, environment))
         means = {name: float(total / weight) for name, (total, weight) in trainer.sums.items()}
         rewards = rewards or {name: means[name] for name in ("rewards/chosen", "rewards/rejected")}
@@ -299,7 +300,7 @@ def pair_steps(
     return PairSteps(*steps, rewards, -float(np.concatenate(chosen).mean(dtype=np.float64)))
 
 
-def loss_at_reference(stage: APOStage, steps: PairSteps, environment: Environment) -> Finding:
+def loss_at_reference(stage: PairTraining, steps: PairSteps, environment: Environment) -> Finding:
     """The loss where every log-ratio is 0, against the value that the loss states for it."""
     theory = configured(stage.loss, stage.loss_settings).at_reference(stage.beta)
     words = f"{stage.loss} {theory:.6f}"
@@ -307,7 +308,7 @@ def loss_at_reference(stage: APOStage, steps: PairSteps, environment: Environmen
         theory += stage.sft_weight * steps.nll
         words += f" + {stage.sft_weight:g} x {steps.nll:.6f} nats"
     tolerance = TOLERANCE[environment.bf16]
-    off = abs(steps.whole.loss - theory) / (abs(theory) or 1)
+    off = abs(steps.whole.loss - theory) / theory
     reward = max(map(abs, steps.rewards.values()))
     return Finding(
         off <= tolerance and reward <= tolerance,

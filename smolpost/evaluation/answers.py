@@ -1,12 +1,13 @@
 """What a reply answers, and whether that is the right answer: equal as text, or as mathematics."""
 
 import re
-from typing import Any, NamedTuple, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from smolpost.chat.reasoning import OPEN, ends_thinking, split_reasoning
 from smolpost.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_END = 16  # tokens: the opening of a think block, a byte each, and the line breaks after it
 
@@ -32,7 +33,7 @@ def parts_of(reply: str, *, opened_in_prompt: bool = False) -> Parts:
     return Parts(reasoning or "", "" if unclosed else answer, unclosed)
 
 
-def opens_thinking(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+def opens_thinking(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> bool:
     """Whether a prompt (token ids) ends inside a think block that its template opened."""
     return tokenizer.decode(ids[-PROMPT_END:]).rstrip().endswith(OPEN)
 

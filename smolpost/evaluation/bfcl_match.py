@@ -99,7 +99,7 @@ def value_mismatch(value: Any, accepted: list, schema: dict) -> str:
         right = list_normal(value) in [list_normal(choice) for choice in accepted]
     else:
         right = normal(value) in map(normal, accepted)
-    return "" if right else f"is none of {accepted}"
+    return "" if right else f"is not one of {accepted}"
 
 
 def type_of_first(accepted: list) -> type | None:
@@ -108,7 +108,7 @@ def type_of_first(accepted: list) -> type | None:
 
 
 def item_type(schema: dict) -> type | None:
-    """Type of a list's items, None where the value is no list or its items may be anything."""
+    """Type of a list's items, None where the value is not a list or its items may be anything."""
     if TYPES[schema.get("type", "any")] is not list or not isinstance(schema.get("items"), dict):
         return None
     return TYPES[schema["items"].get("type", "any")]
@@ -136,6 +136,6 @@ def list_normal(values: list) -> list:
     return [normal(item) for item in values]
 
 
-def normal(value: Any):
+def normal(value: Any) -> Any:
     """A text without what counts as spelling only: case, spaces, some punctuation, the kind of quotes."""
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value

@@ -10,7 +10,7 @@ _PROBE = 8192
 
 
 def largest(of_size: Callable[[int], Sized], limit: float, smallest: int, guess: int) -> tuple[int, Sized] | None:
-    """The size that fits while the next one does not, by regula falsi: few sequences are made, whatever the limit.
+    """The size that fits while the next one does not, by regula falsi: few sequences are made at any limit.
 
     Args:
         of_size: Size to its sequence, which grows with the size without end, if not with each step.

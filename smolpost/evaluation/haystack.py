@@ -116,7 +116,7 @@ def noise() -> Iterator[str]:
 
 
 def prose(rng: random.Random) -> Iterator[str]:
-    """Sentences without digits, quotes or capitals inside, each drawn anew; more than 10^9 differ."""
+    """Sentences without digits, quotes or capitals inside, each drawn separately; more than 10^9 differ."""
     while True:
         things = [f"{rng.choice(('the', 'that', 'one'))} {rng.choice(_QUALITIES)} {rng.choice(_THINGS)}" for _ in "12"]
         text = rng.choice(_SHAPES).format(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from smolpost.data.sources import read_rows
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import checked
-from smolpost.model.generation import derive_seed
+from smolpost.inference.seeds import derive_seed
 from smolpost.schema import Source
 
 Instruction = tuple[str, dict[str, Any]]  # IFEval's id, and its arguments
@@ -51,7 +51,7 @@ def read_prompts(path: str, most: int | None, key: str) -> list[Prompt]:
         instructions = []
         for i, (name, arguments) in enumerate(zip(names, kwargs, strict=True)):
             if not isinstance(name, str) or not isinstance(arguments, dict | None):
-                raise UserError(f"{where}: instruction_id_list[{i}] is no text, or kwargs[{i}] is no object")
+                raise UserError(f"{where}: instruction_id_list[{i}] is not a text, or kwargs[{i}] is not an object")
             instructions.append((name, checked(name, arguments or {}, where)))
         prompts.append(Prompt(str(row.get("key", number)), text, instructions))
     return prompts

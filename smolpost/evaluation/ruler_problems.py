@@ -250,7 +250,7 @@ def frequent_words(rng: random.Random, material: Material) -> Problem:
     task = "Count how often each word occurs in the coded text below. Dots are no words."
     question = "Which three words occur most often in the coded text above? Answer with the words alone."
 
-    def message(size):
+    def message(size: int) -> str:
         counts = [int(size / (ZETA_2 * rank**2)) for rank in range(1, math.isqrt(int(size / ZETA_2)) + 1)]
         ranked = ["...", *words.first(len(counts) - 1)]
         coded = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
@@ -277,7 +277,7 @@ def question_answering(rng: random.Random, material: Material) -> Problem:
     task = "Answer a question from the documents below."
     question = f"Question: {asked.text}\nAnswer with a few words of the documents alone."
 
-    def message(size):
+    def message(size: int) -> str:
         documents = placed(units.first(size), asked.documents, depths)
         numbered = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, 1))
         return f"{task}\n\n{numbered}\n\n{question}"

@@ -1,4 +1,4 @@
-"""Tasks on one model: measured in batches, every sample kept, continued where a kill cut it."""
+"""Tasks on one model: measured in batches, with every sample kept; a killed run continues where it was."""
 
 import json
 import os
@@ -10,25 +10,34 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
-from smolpost.evaluation.task import Item, Sample, Task
+from smolpost.evaluation.task import Item, Measurement, Sample
 from smolpost.files import write_json
+from smolpost.inference.engine import Engine
 from smolpost.progress import Progress
 
 
 def run_task(
-    name: str, task: Task, engine: Engine, folder: Path, *, batch_tokens: int, seed: int, label: str | None = None
+    name: str,
+    task: Measurement,
+    engine: Engine,
+    folder: Path,
+    *,
+    batch_tokens: int,
+    seed: int,
+    items: list[Item] | None = None,
+    label: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a task, or go on where `folder` says an earlier run was cut; a finished one is read.
+    """Measure a task. A finished task is read from its folder; an interrupted one continues with the next batch.
 
     Args:
         name: For messages.
-        task: What is measured; the same as at the earlier run, which its folder's name has to stand for.
-        folder: Of this task, this model and all settings.
-        batch_tokens: Prompts and longest replies of a batch, padding included, at most; an item above it comes alone.
+        task: What is measured.
+        folder: For this task, this model and all settings; its name has to stand for them.
+        batch_tokens: Most tokens of a batch: prompts, padding and longest replies. A larger item gets its own batch.
         seed: Of the bootstrap.
+        items: What `task.items` gives for the engine's tokenizer, where the caller has it; None: it is asked.
         label: For the progress bar; None: the name.
     Returns:
         "kind", "scores" (metric -> value, n, low, high), "notes" (what the task counted beside its metrics),
@@ -39,16 +48,33 @@ def run_task(
     finished = read(folder)
     if finished:
         return finished
-    items = task.items(engine.tokenizer)
+    if items is None:
+        items = task.items(engine.tokenizer)
     if not items:
         raise UserError(f"evaluation.tasks.{name} has nothing to measure: no row of its data can be asked")
+    samples, seconds = _measured(task, engine, items, folder, batch_tokens, label or name)
+    result = {
+        "kind": task.config.kind,
+        "scores": aggregate((samples[item.id] for item in items), seed),
+        "notes": task.notes,
+        "num_items": len(items),
+        "seconds": round(seconds, 2),
+    }
+    write_json(folder / SCORES, result)
+    return result
+
+
+def _measured(
+    task: Measurement, engine: Engine, items: list[Item], folder: Path, batch_tokens: int, label: str
+) -> tuple[dict[str, Sample], float]:
+    """Item's id -> its sample, and the seconds of measuring; batches that the folder has already are read."""
     folder.mkdir(parents=True, exist_ok=True)
     batches = batched(items, batch_tokens)
     kept, seconds = _kept(folder / SAMPLES, batches)
     samples = {sample.id: sample for sample in kept}
     with (
         open(folder / SAMPLES, "a", encoding="utf-8") as file,
-        Progress(label or name, len(items), "item", done=len(samples)) as progress,
+        Progress(label, len(items), "item", done=len(samples)) as progress,
     ):
         for batch in batches:
             if batch[0].id in samples:
@@ -64,23 +90,15 @@ def run_task(
             os.fsync(file.fileno())
             samples |= {sample.id: sample for sample in measured}
             progress.update(len(batch))
-    result = {
-        "kind": task.config.kind,
-        "scores": aggregate((samples[item.id] for item in items), seed),
-        "notes": task.notes,
-        "num_items": len(items),
-        "seconds": round(seconds, 2),
-    }
-    write_json(folder / SCORES, result)
-    return result
+    return samples, seconds
 
 
 def batched(items: list[Item], batch_tokens: int) -> list[list[Item]]:
-    """Items of like length together, the longest first: what needs too much memory fails at once.
+    """Items of similar length together, the longest first, so that a batch that needs too much memory fails at once.
 
     Returns:
-        Batches of items with one number of replies, whose padded size stays within `batch_tokens` unless one item
-        alone is beyond it. The same for the same items, so a continued run makes the same batches.
+        Batches of items with the same number of replies. Their padded size stays within `batch_tokens`, unless a
+        single item is larger. The same items give the same batches, so a continued run makes the same ones.
     """
     batches: list[list[Item]] = []
     longest = 0
@@ -103,9 +121,9 @@ def _record(item: Item, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def _kept(path: Path, batches: list[list[Item]]) -> tuple[list[Sample], float]:
-    """Samples of the whole batches that a cut run left, and the seconds they took; the file is cut back to them.
+    """Samples of the complete batches of an interrupted run, and their seconds; the file is cut back to them.
 
-    Without their records: those hold the prompts, which may be long, and stay in the file.
+    Records stay in the file: they hold the prompts, which may be long.
     """
     if not path.is_file():
         return [], 0.0

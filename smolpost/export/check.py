@@ -14,18 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.data.tasks import recall_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Engine, LocalEngine
-from smolpost.evaluation.recall import Recall
-from smolpost.evaluation.ruler import Ruler
 from smolpost.evaluation.scores import aggregate
-from smolpost.evaluation.task import Context, Item, Task
+from smolpost.evaluation.task import Context, Item, Measurement
+from smolpost.evaluation.tasks.recall import RecallTask
+from smolpost.evaluation.tasks.ruler import RulerTask
 from smolpost.export.session import CHUNK, GreedyEngine, Session, TorchSession
+from smolpost.inference.engine import Engine
+from smolpost.inference.local import LocalEngine
 from smolpost.model.loading import load_model
-from smolpost.schema import RELEASE_DAY, RecallTask, RulerTask
+from smolpost.schema import RELEASE_DAY
 
 # The last tokens of a prompt are fed one by one, as a reply's are: a broken cache shows.
 DECODED = 8
-# Below it, equal recall on both sides is no evidence: it may be chance.
+# Below it, equal recall on both sides proves nothing: it may be chance.
 TELLING_RECALL = 0.5
 NAME = "export"  # of the task, in its messages
 
@@ -49,14 +50,16 @@ class Limits:
 LIMITS = Limits()
 
 
-class Asked(NamedTuple):
+class LengthCheck(NamedTuple):
     """What both models are asked at one length."""
 
-    task: Task
+    task: Measurement
     items: list[Item]
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: int, seed: int) -> dict[int, Asked]:
+def ask(
+    tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: int, seed: int
+) -> dict[int, LengthCheck]:
     """Recall by length: keys and values where a character is a token, RULER's needles among needles elsewhere.
 
     Args:
@@ -72,10 +75,10 @@ def ask(tokenizer: PreTrainedTokenizerBase, lengths: list[int], *, num_prompts: 
         for length in lengths:
             shared = {"lengths": [length], "num_prompts": num_prompts}
             if by_characters:
-                task = Recall(NAME, RecallTask(**shared), context)
+                task = RecallTask(**shared).build(NAME, context)
             else:
-                task = Ruler(NAME, RulerTask(tasks=["niah_multikey_1"], **shared), context)
-            asked[length] = Asked(task, task.items(tokenizer))
+                task = RulerTask(tasks=["niah_multikey_1"], **shared).build(NAME, context)
+            asked[length] = LengthCheck(task, task.items(tokenizer))
     except UserError as error:  # the tasks know a recipe's keys
         raise UserError(str(error).replace(f"evaluation.tasks.{NAME}.", "--")) from None
     return asked
@@ -85,7 +88,7 @@ def compare(
     ours: PreTrainedModel,
     exported: Session,
     tokenizer: PreTrainedTokenizerBase,
-    asked: dict[int, Asked],
+    asked: dict[int, LengthCheck],
     *,
     dtype: str = "float32",
     limits: Limits = LIMITS,
@@ -143,7 +146,7 @@ def compare(
     return {"lengths": lengths, "limits": limit, "stop_tokens": stop_tokens, "failures": failures, "notes": notes}
 
 
-def _recall(task: Task, engine: Engine, items: list[Item]) -> float:
+def _recall(task: Measurement, engine: Engine, items: list[Item]) -> float:
     """The task's headline metric."""
     samples = [sample for item in items for sample in task.measure(engine, [item])]
     [score] = [score["value"] for metric, score in aggregate(samples).items() if "/" not in metric]

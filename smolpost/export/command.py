@@ -13,7 +13,7 @@ from rich.table import Table
 from smolpost.chat.masks import encode_prompt
 from smolpost.errors import UserError
 from smolpost.export import check, folder, to_gguf, to_mlx, to_onnx, to_vllm
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import Session
 from smolpost.model.loading import load_model
 from smolpost.schema import RELEASE_DAY
@@ -33,9 +33,9 @@ class Format(NamedTuple):
         modules: Modules that must be there, and the extra of this package that brings them.
     """
 
-    convert: Callable[[Source, Path], str]
+    convert: Callable[[ExportSource, Path], str]
     session: Callable[[Path, Any, int], Session]
-    obstacle: Callable[[Source], str]
+    obstacle: Callable[[ExportSource], str]
     tools: tuple[str, ...]
     modules: tuple[str, ...] = ()
     extra: str = "export"
@@ -74,7 +74,7 @@ def export(
     seed: int = 0,
     limits: check.Limits = check.LIMITS,
     llama_cpp: Path | None = None,
-    asked: dict[int, check.Asked] | None = None,
+    asked: dict[int, check.LengthCheck] | None = None,
     show: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Write a checkpoint in another format to a new folder, unless the result is not the same model.
@@ -96,7 +96,7 @@ def export(
     Raises:
         UserError: The checkpoint cannot be exported, a package is missing, or the check failed; nothing is written.
     """
-    chosen, source = formats(llama_cpp)[kind], Source(Path(checkpoint))
+    chosen, source = formats(llama_cpp)[kind], ExportSource(Path(checkpoint))
     for module in chosen.modules:
         if find_spec(module) is None:
             raise UserError(f"{kind} needs the package {module}; pip install 'smolpost[{chosen.extra}]'")
@@ -122,7 +122,7 @@ def export(
         return folder.write_manifest(source, draft, kind, chosen.tools, dtype=dtype, check=report)
 
 
-def check_format(kind: str, source: Source) -> None:
+def check_format(kind: str, source: ExportSource) -> None:
     """
     Raises:
         UserError: The format cannot hold the model; it names those that can.
@@ -133,7 +133,7 @@ def check_format(kind: str, source: Source) -> None:
         raise UserError(f"{source.folder}: {reason}; {remedy}")
 
 
-def _prompt(source: Source) -> str:
+def _prompt(source: ExportSource) -> str:
     """A rendered conversation, special tokens written out."""
     messages = [{"role": "user", "content": "Where is key 42? It's under\n\n  the mat, isn't it?"}]
     if not source.tokenizer.chat_template:

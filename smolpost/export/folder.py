@@ -1,7 +1,7 @@
-"""What every export has in common: the checkpoint as any reader takes it, the folder's birth, its manifest.
+"""What every export shares: the checkpoint in a form that all readers accept, the new folder, its manifest.
 
-An export appears at its place in one rename, scored and complete, or not at all. Until then it lies in a hidden folder
-beside it; the next export to the same place removes what a killed one left.
+An export appears in one rename, scored and complete, or not at all. Until then it is in a hidden folder beside it.
+The next export into the same folder removes what a killed export left.
 """
 
 import contextlib
@@ -17,10 +17,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.files import sha256, verify, workplace
-from smolpost.merging.files import DONATED, copy_files, sync
+from smolpost.files import hashed, sync, verify, workplace, write_json
+from smolpost.merging.files import DONATED, copy_files
 from smolpost.merging.placed import place_weights
-from smolpost.merging.shards import write_json
 from smolpost.model import SmolLM3Config
 from smolpost.model.loading import check_plain
 from smolpost.model.stored import read_config, weight_files
@@ -30,7 +29,7 @@ LIBRARIES = ("smolpost", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint folder to export; parts are read when first asked for."""
 
     folder: Path
@@ -39,7 +38,7 @@ class Source:
     def config(self) -> SmolLM3Config:
         """
         Raises:
-            UserError: There is no SmolLM3 configuration that can be read.
+            UserError: There is no readable SmolLM3 configuration.
         """
         file = self.folder / "config.json"
         config = read_config(file)
@@ -59,10 +58,10 @@ class Source:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, from which the model loads whole and under its own names.
+        """The safetensors files, from which the model loads completely and under its own names.
 
         Raises:
-            UserError: They are not there, not all of the model, or not those that were written.
+            UserError: Files are missing, do not have all of the model, or differ from those that were written.
         """
         verify(self.folder)
         files = weight_files(self.folder)
@@ -71,7 +70,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as torch names it."""
+        """dtype of the weights, such as "bfloat16"."""
         return str(self.config.dtype or "float32").removeprefix("torch.")
 
     @property
@@ -80,7 +79,7 @@ class Source:
         return [i for i in range(self.config.num_hidden_layers) if not self.config.no_rope_layers[i]]
 
 
-def portable_config(source: Source) -> dict[str, Any]:
+def portable_config(source: ExportSource) -> dict[str, Any]:
     """config.json for readers of either generation.
 
     transformers 5 writes `rope_parameters` alone. Older versions, mlx-lm and others read `rope_theta` and
@@ -103,7 +102,7 @@ def portable_config(source: Source) -> dict[str, Any]:
     }
 
 
-def portable_tokenizer_config(source: Source) -> dict[str, Any]:
+def portable_tokenizer_config(source: ExportSource) -> dict[str, Any]:
     """tokenizer_config.json for readers of either generation.
 
     transformers 4 does not know the class that transformers 5 writes, and older ones no chat template outside of this
@@ -121,7 +120,7 @@ def portable_tokenizer_config(source: Source) -> dict[str, Any]:
     return written
 
 
-def carry(source: Source, out: Path) -> None:
+def carry(source: ExportSource, out: Path) -> None:
     """Write config, tokenizer, chat template and generation defaults into a folder, over what is there.
 
     Called last, after any converter: what converters write of these files follows their own ideas.
@@ -131,7 +130,7 @@ def carry(source: Source, out: Path) -> None:
     write_json(out / "config.json", portable_config(source))
 
 
-def stage(source: Source, folder: Path) -> Path:
+def stage(source: ExportSource, folder: Path) -> Path:
     """The checkpoint under `folder` as a converter shall read it: our config and tokenizer, the weights."""
     folder.mkdir()
     carry(source, folder)
@@ -160,7 +159,7 @@ def building(out: Path) -> Iterator[Path]:
         sync(out.parent)
 
 
-def write_manifest(source: Source, out: Path, kind: str, tools: tuple[str, ...], **more: Any) -> dict[str, Any]:
+def write_manifest(source: ExportSource, out: Path, kind: str, tools: tuple[str, ...], **more: Any) -> dict[str, Any]:
     """export_manifest.json: what was made of what, by which tools; files by name, so that it tells no path.
 
     Args:
@@ -171,9 +170,6 @@ def write_manifest(source: Source, out: Path, kind: str, tools: tuple[str, ...],
         What was written.
     """
 
-    def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
-        return {str(f.relative_to(root)): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
-
     inputs = [source.folder / name for name in ("config.json", *DONATED) if (source.folder / name).is_file()]
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     manifest = {
@@ -182,8 +178,8 @@ def write_manifest(source: Source, out: Path, kind: str, tools: tuple[str, ...],
         "rope_parameters": config["rope_parameters"],
         "no_rope_layers": config["no_rope_layers"],
         **more,
-        "inputs": hashes([*inputs, *source.weight_files], source.folder),
-        "files": hashes(sorted(file for file in out.rglob("*") if file.is_file()), out),
+        "inputs": hashed([*inputs, *source.weight_files], source.folder),
+        "files": hashed(sorted(file for file in out.rglob("*") if file.is_file()), out),
         "versions": {name: _version(name) for name in (*LIBRARIES, *tools)},
     }
     write_json(out / MANIFEST, manifest)

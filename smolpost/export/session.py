@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import Reply
-from smolpost.model.generation import inference, reply_text
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import inference, reply_text
 
-# Tokens fed at once: logits of a whole long prompt would not fit, [L, V] being gigabytes.
+# Tokens per call: the logits [L, V] of a long prompt take gigabytes.
 CHUNK = 256
 
 
@@ -23,7 +23,7 @@ class Session(Protocol):
 
     Attributes:
         stop_tokens: Ids at which the runtime, or what is built on it, ends a reply, as it reads the exported folder;
-            None where the folder cannot say.
+            None if the folder does not say.
     """
 
     stop_tokens: set[int] | None

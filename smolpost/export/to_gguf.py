@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from smolpost.errors import UserError
-from smolpost.export.folder import Source, portable_tokenizer_config, stage
+from smolpost.export.folder import ExportSource, portable_tokenizer_config, stage
 from smolpost.export.session import CHUNK
-from smolpost.merging.shards import write_json
-from smolpost.model.generation import stored_stop_token_ids
+from smolpost.files import write_json
+from smolpost.inference.generation import stored_stop_token_ids
 
 FILE = "model.gguf"
 TOOLS = ("gguf", "llama-cpp-python")
@@ -32,7 +32,7 @@ LLAMA3_PATTERN = (
 )
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What llama.cpp would run in another way, whatever its file says; "" for nothing."""
     config = source.config
     expected = [i for i in range(config.num_hidden_layers) if (i + 1) % NOPE_INTERVAL == 0]
@@ -52,7 +52,7 @@ def obstacle(source: Source) -> str:
 
 
 def converter_folder(llama_cpp: Path | None) -> Path:
-    """Where the converter lies: the folder given, else that of the variable LLAMA_CPP.
+    """The converter, in the given folder or in that of the variable LLAMA_CPP.
 
     Raises:
         UserError: Neither is given, or the script is not in it.
@@ -68,10 +68,10 @@ def converter_folder(llama_cpp: Path | None) -> Path:
     return folder
 
 
-def convert(source: Source, out: Path, llama_cpp: Path | None) -> str:
+def convert(source: ExportSource, out: Path, llama_cpp: Path | None) -> str:
     """Write the file into the folder `out`; returns the dtype of its matrices, the checkpoint's."""
     staged = stage(source, out.parent / "source")
-    # llama.cpp puts a begin token before Llama 3's vocabulary unless told not to.
+    # llama.cpp adds a begin token with Llama 3's vocabulary, unless a field forbids it.
     begins = source.tokenizer("a").input_ids[:1] == [source.tokenizer.bos_token_id]
     write_json(staged / "tokenizer_config.json", portable_tokenizer_config(source) | {"add_bos_token": begins})
     folder = str(converter_folder(llama_cpp))
@@ -88,7 +88,7 @@ def convert(source: Source, out: Path, llama_cpp: Path | None) -> str:
     return source.dtype
 
 
-def pre_tokenizer(source: Source) -> str:
+def pre_tokenizer(source: ExportSource) -> str:
     """What `convert_gguf` shall do with a tokenizer that the converter has not met."""
     tokenizer = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"]["type"] != "BPE":
@@ -101,7 +101,7 @@ def pre_tokenizer(source: Source) -> str:
     return "known"
 
 
-def check_file(source: Source, session: "GgufSession", text: str) -> list[str]:
+def check_file(source: ExportSource, session: "GgufSession", text: str) -> list[str]:
     """Compare what the file says of itself with the checkpoint.
 
     Args:
@@ -118,7 +118,7 @@ def check_file(source: Source, session: "GgufSession", text: str) -> list[str]:
     if not np.isclose(theta, wanted, rtol=1e-6):
         raise UserError(f"{FILE}: rope.freq_base={theta:g}, and rope_theta={wanted:g} in {source.folder}")
     if fields["tokenizer.ggml.model"].contents() == "none":
-        return [f"{FILE} holds no tokenizer: llama.cpp has no type for this one; feed it token ids"]
+        return [f"{FILE} has no tokenizer, because llama.cpp has no type for this one; give it token ids"]
     template = fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None
     if isinstance(source.tokenizer.chat_template, str | None) and template != source.tokenizer.chat_template:
         raise UserError(f"{FILE}: the chat template is not that of {source.folder}")
@@ -184,7 +184,7 @@ class GgufSession:
         return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that llama.cpp adds by itself."""
+        """Token ids, with the special tokens that llama.cpp adds."""
         data = text.encode()
         ids = (self._api.llama_token * (len(data) + 2))()
         number = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), True, True)

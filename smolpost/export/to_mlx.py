@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from smolpost.export.folder import Source, stage
+from smolpost.export.folder import ExportSource, stage
 
 TOOLS = ("mlx", "mlx-lm")
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What mlx-lm would run in another way, whatever its folder says; "" for nothing."""
     if source.config.rope_parameters["rope_type"] == "longrope":
         return "rope_type=longrope has mlx-lm stretch short contexts, too (yarn, linear and llama3 work)"
@@ -21,7 +21,7 @@ def obstacle(source: Source) -> str:
     return ""
 
 
-def convert(source: Source, out: Path) -> str:
+def convert(source: ExportSource, out: Path) -> str:
     """Write weights in mlx-lm's layout into `out`, which it makes; returns their dtype, the checkpoint's."""
     from mlx_lm.convert import convert as mlx_convert
 

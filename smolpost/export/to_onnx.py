@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from smolpost.export.folder import Source
-from smolpost.model.generation import stored_stop_token_ids
+from smolpost.export.folder import ExportSource
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.model.layers_smollm3 import head_size
 from smolpost.model.loading import load_model
 
@@ -27,7 +27,7 @@ TOOLS = ("onnx", "onnxscript", "onnxruntime")
 INLINE_BYTES = 2**30
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What the exported graph would leave out of the model; "" for nothing."""
     if source.config.use_sliding_window:
         return "use_sliding_window=true is not carried to ONNX"
@@ -36,11 +36,11 @@ def obstacle(source: Source) -> str:
     return ""
 
 
-def convert(source: Source, out: Path) -> str:
+def convert(source: ExportSource, out: Path) -> str:
     """Write the graph into the folder `out`; returns the dtype of its weights, fp32 whatever the checkpoint's."""
     model = load_model(source.folder, dtype=torch.float32, attn_implementation="eager").eval()
     config = model.config
-    rows, new, past = 2, 3, 4  # any sizes but 0 and 1, which the exporter takes for constants
+    rows, new, past = 2, 3, 4  # any sizes except 0 and 1, which the exporter treats as constants
     caches = [
         torch.zeros(rows, config.num_key_value_heads, past, head_size(config))
         for _ in range(2 * config.num_hidden_layers)
@@ -50,7 +50,7 @@ def convert(source: Source, out: Path) -> str:
     places = torch.arange(past, past + new).expand(rows, -1)
     row, step = {0: "batch_size"}, {0: "batch_size", 1: "sequence_length"}
     inputs = cache_names(config.num_hidden_layers, "past_key_values")
-    # The exporter tells of its progress, of deprecations inside torch, and of packages that are not there.
+    # The exporter prints its progress, deprecations inside torch, and missing packages.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""A checkpoint folder that every loader of the family reads alike: vLLM, SGLang, transformers 4 and 5.
+"""A checkpoint folder that vLLM, SGLang, transformers 4 and transformers 5 read in the same way.
 
-vLLM and SGLang run SmolLM3 through transformers' own model, of whichever version they came with. The weights stay as
-they are; config and tokenizer are written in both spellings.
+vLLM and SGLang run SmolLM3 through transformers' own model, in the version that they install. The weights do not
+change; config and tokenizer are written in both spellings.
 """
 
 import json
@@ -14,23 +14,23 @@ from transformers import AutoTokenizer
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import TorchSession
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.merging.checkpoint import HEAD
 from smolpost.merging.placed import place_weights
-from smolpost.model.generation import stored_stop_token_ids
 
 TOOLS = ("safetensors", "tokenizers")
 
 
-def obstacle(source: Source) -> str:
+def obstacle(source: ExportSource) -> str:
     """What vLLM would run in another way, whatever its folder says; "" for nothing."""
     if source.config.rope_parameters["rope_type"] == "longrope":
         return "rope_type=longrope changes with the length, and cached keys do not (yarn, linear and llama3 work)"
     return ""
 
 
-def convert(source: Source, out: Path) -> str:
+def convert(source: ExportSource, out: Path) -> str:
     """Copy the weights into the folder `out`; returns their dtype."""
     place_weights(source.folder, out, link=False)
     return source.dtype
@@ -55,6 +55,6 @@ class VllmSession(TorchSession):
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
         if missing := sorted(loading["missing_keys"]):
-            raise UserError(f"{folder} holds no {missing[0]} ({len(missing)} such), without which vLLM does not start")
+            raise UserError(f"{folder} holds no {missing[0]} ({len(missing)} such), and vLLM does not start without it")
         own = AutoTokenizer.from_pretrained(folder).eos_token_id
         super().__init__(model, {*stored_stop_token_ids(folder), own} - {None})

@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smolpost.errors import UserError
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.files import DONATED, copy_files
-from smolpost.merging.shards import PART, write_json
+from smolpost.merging.shards import PART
 from smolpost.merging.stop_tokens import take_eos_token
 from smolpost.model.loading import load_model
 from smolpost.model.stored import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config, read_json, unreadable
@@ -35,7 +36,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
         found = f"has its weights in {pickled[0]}" if pickled else f"has no {ADAPTER_WEIGHTS}"
         raise UserError(
             f"{checkpoint.who} is a LoRA adapter that {found} ({checkpoint.folder}); only safetensors are read: "
-            "load it with peft where it is trusted, and save it with save_pretrained"
+            "if you trust it, load it with peft and save it with save_pretrained"
         )
     stated = read_json(file, checkpoint.who)
     base = checkpoint.adapts or stated.get("base_model_name_or_path")
@@ -52,7 +53,7 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint:
 def _folder_of(base: str, revision: str | None) -> Path | None:
     if (Path(base) / "config.json").exists():
         return Path(base)
-    try:  # no network: nobody asked for a download
+    try:  # no network: the user did not ask for a download
         folder = Path(snapshot_download(base, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
@@ -60,10 +61,10 @@ def _folder_of(base: str, revision: str | None) -> Path | None:
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Write the adapter's model as a full fp32 checkpoint, so that the merge's rounding stays the only one.
+    """Write the adapter's model as a full fp32 checkpoint, so that only the merge rounds.
 
     Raises:
-        UserError: The adapter is not its base model's, or logits move as it is merged.
+        UserError: The adapter does not fit its base model, or merging it changes logits.
     """
     from peft import PeftConfig
 
@@ -84,13 +85,13 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     tied = model.all_tied_weights_keys
     folder.mkdir(parents=True)
     save_torch_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, folder)
-    # The base's file but for what the adapter has changed.
+    # The base's file, with the adapter's changes.
     stated = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
     if bool(tied) != read_config(base.folder / base.config_file).tie_word_embeddings:
         stated["tie_word_embeddings"] = bool(tied)
     own = f"config.json{PART}"
     write_json(folder / own, stated)
-    # The tokenizer it was trained with, where it has one.
+    # The tokenizer it was trained with, if there is one.
     tokenizer = checkpoint.folder if (checkpoint.folder / "tokenizer.json").exists() else base.folder
     copy_files(base.folder, folder, ("generation_config.json",))
     copy_files(tokenizer, folder, DONATED)

@@ -1,8 +1,8 @@
-"""From a merge's inputs to its result folder, whatever the method: preflight, weights, checks, manifest, one rename.
+"""Builds the result folder of a merge by any method: preflight, weights, checks, manifest, one rename.
 
-The result appears at its place in one rename, complete or not at all. Until then its files lie in a hidden folder
-beside it, which no loader takes for a model: the weights are named .part until they are whole, and config.json until
-all is checked. The next merge to the same place removes what a killed one left.
+The result appears in one rename, complete or not at all. Until then its files are in a hidden folder beside it, which
+no loader accepts as a model: weight files are named .part until they are complete, and config.json until everything
+is checked. The next merge into the same folder removes what a killed merge left.
 """
 
 import os
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolpost.files import sha256, workplace
+from smolpost.files import sha256, sync, workplace, write_json
 from smolpost.files import verify as verify_folder
 from smolpost.merging.adapters import base_of, is_adapter, merge_adapter
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, sync, versions, write_card, write_config
+from smolpost.merging.files import DONATED, MANIFEST, PROCESSING, copy_files, versions, write_card, write_config
 from smolpost.merging.preflight import check_disk, check_inputs
-from smolpost.merging.shards import PART, Pool, default_threads, write_json
+from smolpost.merging.shards import PART, Pool, default_threads
 from smolpost.merging.stop_tokens import differing, stop_token_ids
 from smolpost.merging.verify import check_model, check_tensors
 from smolpost.model.loading import check_whole
@@ -28,7 +28,7 @@ from smolpost.model.stored import read_config
 
 @dataclass(frozen=True)
 class Job:
-    """What every merge states.
+    """The settings of every merge.
 
     Attributes:
         checkpoints: The inputs; their names differ.
@@ -40,7 +40,7 @@ class Job:
             the inputs' vocabularies and writes a tokenizer. "none": vocabularies are not compared, and the result has
             no tokenizer.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
-        threads: At work at once, at most; None for all cores, eight at most.
+        threads: Most threads at work; None: all cores, at most eight.
     """
 
     checkpoints: list[Checkpoint]
@@ -54,14 +54,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a method made beside the weights.
+class MethodResult:
+    """What a method gives besides the weights.
 
     Attributes:
-        report: What the report says of it.
-        shapes: Tensor -> shape of what was written; None: the base's tensors.
-        config: Dotted key of config.json -> its value in place of the base's.
-        tokenizer: Writes what the result has in place of the base's tokenizer or chat template into a folder.
+        report: Entries for the report.
+        shapes: Tensor -> its written shape; None: the base's tensors.
+        config: Dotted key of config.json -> value that replaces the base's.
+        tokenizer: Writes a tokenizer or chat template that replaces the base's into a folder.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +71,10 @@ class Made:
 
 
 class WeightFiles:
-    """Hashes weight files and brings them to the disk in threads of its own, while the merge goes on."""
+    """Hashes weight files and syncs them to the disk in its own threads, while the merge continues."""
 
     def __init__(self, threads: int, hashed: bool):
-        # Half of them hash: the rest of the hashes is made beside the load and forward, which fill no two cores.
+        # Half of the threads hash: the other hashes are made during the load and forward, which leave cores free.
         self._hashing, self._syncing = Pool(max(1, threads // 2)), Pool(threads)
         self._hashed = hashed
         self._digests: dict[Path, Future[str]] = {}
@@ -100,7 +100,7 @@ class WeightFiles:
         self.read([file])
 
     def wait(self) -> dict[Path, str]:
-        """File -> SHA-256 once all are hashed and on the disk; raises what went wrong."""
+        """File -> SHA-256, when all are hashed and on the disk; raises the first error."""
         for task in self._syncs:
             task.result()
         return {file: digest.result() for file, digest in self._digests.items()}
@@ -108,24 +108,24 @@ class WeightFiles:
 
 def build(
     job: Job,
-    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], Made],
+    write: Callable[[list[Checkpoint], Checkpoint, Path, Callable[[Path], None]], MethodResult],
     verify: Callable[[list[Checkpoint], Checkpoint], dict[str, Any]],
     report: dict[str, Any],
 ) -> dict[str, Any]:
     """Make the result folder of a merge.
 
     Args:
-        write: Writes the weights, given the inputs as full models, the base among them, the folder to write to and
-            what to call with each file that is whole.
-        verify: Checks the written weights, given the inputs and the result; returns what the report says of it.
-        report: What the report says from the start.
+        write: Writes the weights. Gets the inputs as full models, the base, the folder to write to, and a function
+            to call with each complete file.
+        verify: Checks the written weights. Gets the inputs and the result; returns entries for the report.
+        report: The report's first entries.
     Returns:
-        The report: also `donated` (what the result has of its base), `stop_tokens` (input -> ids),
+        The report, with `donated` (what the result has from its base), `stop_tokens` (input -> ids),
         `max_position_embeddings` (input -> tokens), `num_tensors`, `num_parameters`, `read_bytes` and `written_bytes`
         of weight files, and `seconds`.
     Raises:
-        UserError: The inputs cannot be merged, or make no working model; nothing is written.
-        OSError: The disk became full, among others; nothing is left behind.
+        UserError: The inputs cannot be merged, or the result is not a working model; nothing is written.
+        OSError: For example, the disk is full; nothing is left behind.
     """
     start = time.monotonic()
     adapters = {c.name: base_of(c) for c in job.checkpoints if is_adapter(c)}
@@ -134,7 +134,7 @@ def build(
         verify_folder(checkpoint.folder)
     check_disk(adapters.get(job.base, donor), job.out, job.dtype, len(adapters))
     with workplace(job.out) as work:
-        draft, models = work / "out", work / "adapters"
+        unfinished, models = work / "out", work / "adapters"
         full = [merge_adapter(c, models / str(i)) if c.name in adapters else c for i, c in enumerate(job.checkpoints)]
         [donor] = [checkpoint for checkpoint in full if checkpoint.name == job.base]
         check_inputs(full, donor, job.allow_template_change, job.vocabulary)
@@ -143,26 +143,26 @@ def build(
         check_whole(donor.folder, config, donor.who, own_class=True)
         if line := differing(full, donor):
             print(line, flush=True)
-        draft.mkdir()
-        merged = Checkpoint("merged", draft, config_file=f"config.json{PART}")
+        unfinished.mkdir()
+        merged = Checkpoint("merged", unfinished, config_file=f"config.json{PART}")
         with WeightFiles(job.threads or default_threads(), job.hash_weights) as files:
             for checkpoint in full:
                 files.read(checkpoint.sources or checkpoint.weight_files)
-            made = write(full, donor, draft, files.finished)
+            made = write(full, donor, unfinished, files.finished)
             report = report | made.report
-            write_config(donor, draft / merged.config_file, job.dtype, made.config)
+            write_config(donor, unfinished / merged.config_file, job.dtype, made.config)
             shapes = made.shapes or {name: tensor.shape for name, tensor in donor.tensors.items()}
             check_tensors(shapes, merged, job.dtype)
             report |= verify(full, merged) | {"donated": _donated(job, report)}
             check_model(merged)
             hashes = files.wait()
         report |= _counts(full, merged) | {"seconds": time.monotonic() - start}
-        copy_files(donor.folder, draft, DONATED if job.vocabulary == "equal" else PROCESSING)
-        made.tokenizer(draft)
-        _write_manifest(draft, full, merged, hashes, report)
-        sync(*draft.rglob("*"), draft)
-        (draft / merged.config_file).rename(draft / "config.json")
-        os.replace(draft, job.out)
+        copy_files(donor.folder, unfinished, DONATED if job.vocabulary == "equal" else PROCESSING)
+        made.tokenizer(unfinished)
+        _write_manifest(unfinished, full, merged, hashes, report)
+        sync(*unfinished.rglob("*"), unfinished)
+        (unfinished / merged.config_file).rename(unfinished / "config.json")
+        os.replace(unfinished, job.out)  # fails where something came to lie there since it was checked
         sync(job.out, job.out.absolute().parent)
     return report | {"seconds": time.monotonic() - start}
 
@@ -187,9 +187,9 @@ def _counts(checkpoints: list[Checkpoint], merged: Checkpoint) -> dict[str, Any]
 
 
 def _write_manifest(
-    draft: Path, checkpoints: list[Checkpoint], merged: Checkpoint, hashes: dict[Path, str], report: dict[str, Any]
+    unfinished: Path, checkpoints: list[Checkpoint], merged: Checkpoint, hashes: dict[Path, str], report: dict[str, Any]
 ) -> None:
-    """merge_manifest.json and the model card; files by name, so that they tell nothing of this machine."""
+    """Write merge_manifest.json and the model card; files are named without their paths on this machine."""
 
     def files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         return {path.name: {"sha256": hashes.get(path), "bytes": path.stat().st_size} for path in paths}
@@ -199,8 +199,8 @@ def _write_manifest(
         for c in checkpoints
     ]
     content = {**report, "inputs": inputs, "files": files(merged.weight_files)}
-    write_json(draft / MANIFEST, content | {"versions": versions()})
-    write_card(draft, content)
+    write_json(unfinished / MANIFEST, content | {"versions": versions()})
+    write_card(unfinished, content)
 
 
 def _stated(value: float | dict[str, Any]) -> dict[str, Any]:

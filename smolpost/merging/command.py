@@ -14,37 +14,37 @@ DTYPES, ENGINES, VERIFICATIONS = ("bfloat16", "float16", "float32"), ("ours", "m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `merge_command` takes, under the same names."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="result folder, absent or empty")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; it must be empty or not exist")
     parser.add_argument(
         "inputs",
         nargs="*",
         metavar="FOLDER=WEIGHT",
-        help="checkpoint or LoRA adapter and its weight (0.45 or 1/3; a linear merge's sum to 1); FOLDER alone for "
-        "methods without weights; NAME=FOLDER with --config",
+        help="checkpoint or LoRA adapter and its weight, e.g. 0.45 or 1/3; a linear merge's weights sum to 1. "
+        "Methods without weights take FOLDER; --config takes NAME=FOLDER",
     )
     parser.add_argument(
-        "--base", metavar="FOLDER", help="whose config, tokenizer and chat template the result has; the first input"
+        "--base", metavar="FOLDER", help="gives config, tokenizer and chat template; default: the first input"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; bfloat16")
-    parser.add_argument("--method", help="a method of mergekit's, e.g. slerp, ties, dare_ties, model_stock")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default bfloat16")
+    parser.add_argument("--method", help="a mergekit method, e.g. slerp, ties, dare_ties, model_stock")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         dest="settings",
         metavar="KEY=VALUE",
-        help="a parameter of the method: t=0.4",
+        help="a parameter of the method, e.g. t=0.4",
     )
     parser.add_argument(
-        "--base-model", metavar="FOLDER", help="the model that the method starts from; --base where it needs one"
+        "--base-model", metavar="FOLDER", help="model that the method starts from; default: --base, if it needs one"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a mergekit YAML file instead of inputs and method")
-    parser.add_argument("--engine", choices=ENGINES, help="of linear merges; ours, and mergekit with --config")
-    parser.add_argument("--verify", choices=VERIFICATIONS, help="elements recomputed in fp64, of ours; sampled")
-    parser.add_argument("--allow-template-change", action="store_true", help="inputs may differ in chat template")
-    parser.add_argument("--no-tokenizer", action="store_true", help="inputs need no tokenizer; the result has none")
-    parser.add_argument("--seed", type=int, help="of methods that draw numbers; 0, or a file's random_seed")
-    parser.add_argument("--threads", type=int, help="at work at once; all cores, eight at most")
+    parser.add_argument("--engine", choices=ENGINES, help="for linear merges; default ours, with --config mergekit")
+    parser.add_argument("--verify", choices=VERIFICATIONS, help="elements to recompute in fp64; default sampled")
+    parser.add_argument("--allow-template-change", action="store_true", help="the inputs' chat templates may differ")
+    parser.add_argument("--no-tokenizer", action="store_true", help="merge without tokenizers; the result has none")
+    parser.add_argument("--seed", type=int, help="for methods that draw numbers; default 0, or a file's random_seed")
+    parser.add_argument("--threads", type=int, help="default: all cores, at most eight")
 
 
 def merge_command(

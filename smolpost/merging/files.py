@@ -1,14 +1,13 @@
-"""What a merged folder holds beside its weights: the base's config and tokenizer, a manifest and a model card."""
+"""The other files of a merged folder: the base's config and tokenizer, a manifest and a model card."""
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.shards import write_json
 
 # What a tokenizer with its chat templates may consist of, and what generation and images need; what the base has of it
 # is copied.
@@ -46,7 +45,7 @@ def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 def write_config(base: Checkpoint, file: Path, dtype: str, changes: dict[str, Any]) -> None:
-    """The base's configuration, as it is but for the dtype and for `changes`: dotted key -> value."""
+    """Write the base's configuration with another dtype and with `changes`: dotted key -> value."""
     config = json.loads((base.folder / base.config_file).read_text(encoding="utf-8"))
     # transformers wrote torch_dtype before version 5.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
@@ -103,13 +102,3 @@ def _counts_for(entry: dict[str, Any]) -> str:
     if "weight" in entry:
         return f"{entry['weight']:.9g}"
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in entry["parameters"].items())
-
-
-def sync(*paths: Path) -> None:
-    """Bring files' contents and folders' names to the disk."""
-    for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from smolpost.errors import UserError
-from smolpost.merging.build import Job, Made, build
+from smolpost.merging.build import Job, MethodResult, build
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.mergekit import mean
 from smolpost.merging.preflight import ENGINES, VERIFICATIONS, check_choice, check_request, check_sum, check_values
@@ -44,7 +44,7 @@ def merge(
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
         no_tokenizer: Merge models without comparing tokenizers, which they need not have; the result has none.
         hash_weights: Keep the SHA-256 of every input and output weight file in the manifest.
-        threads: At work at once, at most; all cores, eight at most, by default. The result does not depend on it.
+        threads: Most threads at work; None: all cores, at most eight. The result does not depend on it.
         shard_bytes: Of weights per written file.
     Returns:
         `method`, `inputs` (name -> weight), `base`, `dtype`, `engine`, `num_tensors`, `num_parameters`,
@@ -53,9 +53,9 @@ def merge(
         (share of those that are the exact mean rounded to `dtype`, in [0, 1]), `read_bytes`, `written_bytes`,
         `seconds`.
     Raises:
-        UserError: The inputs cannot be merged, or make no working model; nothing is written.
-        RuntimeError: The engine wrote something else than the mean; nothing is left behind.
-        OSError: The disk became full, among others; nothing is left behind.
+        UserError: The inputs cannot be merged, or the result is not a working model; nothing is written.
+        RuntimeError: The engine wrote something other than the mean; nothing is left behind.
+        OSError: For example, the disk is full; nothing is left behind.
     """
     checkpoints = [Checkpoint(name, Path(folder), weight) for name, folder, weight in inputs]
     weights = {checkpoint.name: checkpoint.weight for checkpoint in checkpoints}
@@ -66,13 +66,13 @@ def merge(
     check_choice("engine", engine, ENGINES)
     check_choice("verification", verification, VERIFICATIONS)
 
-    def write(full, donor, draft, finished) -> Made:
+    def write(full, donor, unfinished, finished) -> MethodResult:
         if engine == "mergekit":
             check_values(full, donor.tensors)
-            mean.write_mean(full, donor, draft, dtype, limit=shard_bytes, finished=finished)
+            mean.write_mean(full, donor, unfinished, dtype, limit=shard_bytes, finished=finished)
         else:
-            _write_ours(full, draft, dtype, threads=threads, limit=shard_bytes, finished=finished)
-        return Made()
+            _write_ours(full, unfinished, dtype, threads=threads, limit=shard_bytes, finished=finished)
+        return MethodResult()
 
     def verify(full, merged) -> dict[str, Any]:
         return compare_with_mean(full, merged, dtype, full=verification == "full")
@@ -83,7 +83,7 @@ def merge(
 
 def _write_ours(
     checkpoints: list[Checkpoint],
-    draft: Path,
+    unfinished: Path,
     dtype: str,
     *,
     threads: int | None,
@@ -92,7 +92,7 @@ def _write_ours(
 ) -> None:
     """Our engine, with its complaints in the user's words."""
     try:
-        write_mean(checkpoints, draft, getattr(torch, dtype), limit=limit, threads=threads, finished=finished)
+        write_mean(checkpoints, unfinished, getattr(torch, dtype), limit=limit, threads=threads, finished=finished)
     except NotFinite as error:
         [tensor] = error.args
         check_values(checkpoints, [tensor])

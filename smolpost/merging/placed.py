@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import EMBEDDING, HEAD, Checkpoint
-from smolpost.merging.shards import write_json
 
 
 def place_weights(source: Path, folder: Path, *, link: bool) -> None:

@@ -1,4 +1,4 @@
-"""What must hold before checkpoints are merged; mergekit itself merges in silence where it does not."""
+"""Checks before checkpoints are merged; mergekit itself would merge silently."""
 
 import filecmp
 import shutil
@@ -64,9 +64,9 @@ def check_inputs(
     """Refuse inputs that are not one model: architecture, tensors, vocabulary and chat template, cheapest first.
 
     Args:
-        vocabulary: As of a merge's `Job`.
+        vocabulary: As in `build.Job`.
 
-    Their values are read by the merge itself; `check_values` says where it met one that is not finite.
+    The merge itself reads the values; `check_values` reports a value that is not finite.
     """
     architectures = base.config.get("architectures") or []
     if len(architectures) != 1:
@@ -101,7 +101,7 @@ def _check_config(base: Checkpoint, other: Checkpoint, aligned: bool) -> None:
             note = "" if key in first.keys() & second.keys() else f", or delete {key} if it is only a tool's note"
             raise UserError(
                 f"merge inputs '{base.name}' and '{other.name}' differ in config.json: {key}={mine} and {theirs}; "
-                f"merge checkpoints of one architecture only{ALIGN if key == 'vocab_size' else note}"
+                f"merge only checkpoints with the same architecture{ALIGN if key == 'vocab_size' else note}"
             )
 
 
@@ -119,7 +119,7 @@ def _check_tensors(base: Checkpoint, other: Checkpoint, aligned: bool) -> None:
         if mine != theirs and not (aligned and rows and mine[1:] == theirs[1:]):
             raise UserError(
                 f"merge inputs '{base.name}' and '{other.name}' differ: tensor {name} has shape {mine} and {theirs}; "
-                "merge checkpoints of one architecture and one vocabulary size only"
+                "merge only checkpoints with the same architecture and vocabulary size"
             )
 
 
@@ -140,7 +140,7 @@ def _check_vocabulary(base: Checkpoint, other: Checkpoint) -> None:
     mine, theirs = (c.vocabulary.get(token, "none") for c in (base, other))
     raise UserError(
         f"merge inputs '{base.name}' and '{other.name}' differ in tokenizer.json: token {token!r} has id {mine} and "
-        f"{theirs}; merge checkpoints of one tokenizer only{ALIGN}"
+        f"{theirs}; merge only checkpoints with the same tokenizer{ALIGN}"
     )
 
 
@@ -177,7 +177,7 @@ def _check_stored(checkpoint: Checkpoint) -> None:
         if tensor.dtype not in INPUT_DTYPES:
             raise UserError(
                 f"merge input '{checkpoint.name}': tensor {name} is {tensor.dtype}, not one of "
-                f"{', '.join(INPUT_DTYPES)}; merge the checkpoint from before quantization"
+                f"{', '.join(INPUT_DTYPES)}; merge the unquantized checkpoint"
             )
         if not tensor.num_elements:
             raise UserError(
@@ -198,8 +198,8 @@ def check_values(checkpoints: list[Checkpoint], tensors: Iterable[str]) -> None:
         for checkpoint in checkpoints:
             if not all(is_finite(chunk) for chunk in checkpoint.chunks(name)):
                 raise UserError(
-                    f"merge input '{checkpoint.name}': tensor {name} holds NaN or infinity; "
-                    "its training diverged: take an earlier checkpoint or train it again"
+                    f"merge input '{checkpoint.name}': tensor {name} has NaN or infinity; "
+                    "its training diverged; use an earlier checkpoint or train it again"
                 )
 
 

@@ -1,7 +1,7 @@
-"""Streamed safetensors: means of mapped checkpoints, written into shards whose layout is known before the first byte.
+"""Streamed safetensors: means of mapped checkpoints, written into shards whose layout is planned in advance.
 
-The header comes first, then threads write chunks at their offsets. Memory of its own is a few chunks per thread,
-whatever the model's size; the bytes do not depend on the number of threads.
+The header is written first; then threads write chunks at their offsets. This needs memory for a few chunks per thread,
+for models of any size. The bytes do not depend on the number of threads.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from threading import local
 
 import torch
 
+from smolpost.files import write_json
 from smolpost.merging.average import Mean, is_finite
 from smolpost.merging.checkpoint import CHUNK, Checkpoint
 from smolpost.model.stored import INDEX, WEIGHTS
@@ -29,7 +30,7 @@ PART = ".part"  # ends the name of a file that is not complete
 
 
 class NotFinite(Exception):
-    """The mean of a tensor holds NaN or infinity; the argument is its name."""
+    """The mean of a tensor has NaN or infinity; the argument is its name."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def default_threads() -> int:
 
 
 def plan_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[Shard]:
-    """Lay tensors out in files by name, at most `limit` bytes of weights in each; a larger tensor stands alone."""
+    """Assign tensors to files by name, at most `limit` bytes of weights in each; a larger tensor gets its own file."""
     groups, filled = [[]], 0
     for name in sorted(shapes):
         size = math.prod(shapes[name]) * dtype.itemsize
@@ -106,7 +107,7 @@ def write_mean(
     Args:
         limit: Bytes of weights per file.
         threads: At work at once, at most; all cores, eight at most, by default.
-        finished: Called with each file once it is whole and has its name, while the next one is written.
+        finished: Called with each complete and renamed file, while the next one is written.
     Raises:
         NotFinite: An element of the mean is NaN or infinite in `dtype`.
         OSError: The disk is full, among others. Files whose names end in .part stay.
@@ -161,7 +162,7 @@ def write_tensors(
         tensors: Name and values of each; no tensor is kept.
         shapes: Name -> shape of all of them.
     Raises:
-        NotFinite: A tensor holds NaN or infinity.
+        NotFinite: A tensor has NaN or infinity.
         RuntimeError: A tensor is left out, comes twice, or has another shape or dtype.
         OSError: The disk is full, among others. Files whose names end in .part stay.
     """
@@ -191,10 +192,6 @@ def write_tensors(
     return shards
 
 
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 class Pool(ThreadPoolExecutor):
     """Threads that drop what they have not begun where the block they serve fails."""
 
@@ -222,7 +219,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _create(path: Path, size: int) -> Iterator[int]:
-    """Descriptor of a new file of `size` bytes; raises OSError where the disk has no room for them."""
+    """Descriptor of a new file of `size` bytes; raises OSError if the disk has no space for them."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         if hasattr(os, "posix_fallocate"):

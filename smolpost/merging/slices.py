@@ -1,19 +1,23 @@
-"""Layers that a merge leaves out, repeats or moves, and what its config.json says of each layer then."""
+"""Layers that a merge omits, repeats or moves, and the fields of config.json for each layer of the result."""
 
 from typing import Any
 
 from smolpost.errors import UserError
 
-# Fields that say something of each layer; they go where the layer goes.
+# Fields with an entry for each layer; an entry moves with its layer.
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "layer_rope_theta")
-# Fields that make a layer's work depend on its number.
+# Fields that make a layer depend on its number.
 BY_NUMBER = ("scale_attn_by_inverse_layer_idx",)
 
 Slice = list[tuple[str, int, int]]  # model, first layer, layer after the last, of each source
 
 
 def check_ranges(slices: list[Slice], num_layers: int) -> None:
-    """Refuse ranges that are not of a model's layers, or of which the sources of a slice differ in length."""
+    """Refuse ranges outside a model's layers, and slices whose sources differ in length.
+
+    Raises:
+        UserError: Names the range, or the lengths.
+    """
     for sources in slices:
         lengths = {last - first for _, first, last in sources}
         for model, first, last in sources:
@@ -24,17 +28,17 @@ def check_ranges(slices: list[Slice], num_layers: int) -> None:
         if len(lengths) > 1:
             raise UserError(
                 f"merge slices: the sources of a slice have {' and '.join(map(str, sorted(lengths)))} layers; give "
-                "them equally many"
+                "all of them the same number"
             )
 
 
 def layer_fields(slices: list[Slice], num_layers: int, key: str | None, config: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration of a merge says in place of its base's; empty where all layers keep their places.
+    """Fields of the merge's configuration that replace the base's; empty if all layers keep their places.
 
     Args:
         slices: In the order in which their layers follow one another.
         num_layers: Of the base.
-        key: The field that counts the layers; None where mergekit does not know it.
+        key: The field that counts the layers; None if mergekit does not know it.
         config: The fields of the part of the base's configuration that the layers belong to.
     Raises:
         UserError: A field depends on the numbers of layers, or layers that differ in one are merged into one.

@@ -1,11 +1,11 @@
-"""Where the inputs of a merge stop: the result stops where its base does."""
+"""The stop tokens of a merge's inputs; the result has those of its base."""
 
 import json
 
 from transformers import AutoTokenizer
 
+from smolpost.files import write_json
 from smolpost.merging.checkpoint import Checkpoint
-from smolpost.merging.shards import write_json
 
 SETTINGS = "generation_config.json"
 
@@ -18,7 +18,7 @@ def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
 
 
 def differing(checkpoints: list[Checkpoint], base: Checkpoint) -> str:
-    """What to know where the inputs do not stop at the same tokens, in a line; "" where they do."""
+    """A line about inputs that stop at different tokens; "" if all stop at the same."""
     found = {checkpoint.name: stop_token_ids(checkpoint) for checkpoint in checkpoints}
     if all(set(ids) == set(found[base.name]) for ids in found.values()):
         return ""

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from smolpost.files import write_json
 from smolpost.merging.mergekit.plan import in_users_words
-from smolpost.merging.shards import write_json
 
 
 def template_text(stated: str, models: list[Any]) -> str | None:
@@ -30,11 +30,11 @@ def template_text(stated: str, models: list[Any]) -> str | None:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, template: str | None) -> None:
-    """Write a tokenizer, or nothing but a chat template beside one that is in the folder.
+    """Write a tokenizer, or only a chat template for the tokenizer in the folder.
 
     Args:
-        tokenizer: None where the folder has one.
-        template: In place of the tokenizer's; None leaves it.
+        tokenizer: None if the folder has one.
+        template: Replaces the tokenizer's; None keeps it.
     """
     if tokenizer is not None:
         if template is not None:

@@ -41,7 +41,7 @@ def lawa(steps: Sequence[tuple[int, Path]], last: int) -> dict[Path, float]:
     Args:
         steps: As `snapshots` gives them.
     Raises:
-        UserError: There are not as many.
+        UserError: There are fewer snapshots.
     """
     if not 1 <= last <= len(steps):
         raise UserError(
@@ -58,9 +58,9 @@ def ema(steps: Sequence[tuple[int, Path]], decay: float) -> dict[Path, float]:
     decay^(n - i) (1 - decay) / (1 - decay^n), and all sum to 1.
 
     Args:
-        steps: As `snapshots` gives them. The decay is per snapshot, not per optimizer step, however far apart they
-            are: 0.5^(1/h) halves a weight every h snapshots.
-        decay: In [0, 1); 0 keeps the final weights alone, and near 1 all weigh the same.
+        steps: As `snapshots` gives them. The decay is per snapshot, not per optimizer step: 0.5^(1/h) halves a weight
+            every h snapshots.
+        decay: In [0, 1); 0 keeps only the final weights, and near 1 all snapshots weigh the same.
     Raises:
         UserError: The decay is outside its range.
     """

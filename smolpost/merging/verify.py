@@ -83,10 +83,10 @@ def check_tensors(shapes: dict[str, tuple[int, ...]], merged: Checkpoint, dtype:
 
 
 def check_finite(merged: Checkpoint) -> None:
-    """Refuse a result that holds NaN or infinity; every element is read back from its file."""
+    """Refuse a result that has NaN or infinity; every element is read back from its file."""
     for name in merged.tensors:
         if not all(is_finite(chunk) for chunk in merged.chunks(name)):
-            raise RuntimeError(f"the merge's tensor {name} holds NaN or infinity")
+            raise RuntimeError(f"the merge's tensor {name} has NaN or infinity")
 
 
 def check_model(merged: Checkpoint) -> None:

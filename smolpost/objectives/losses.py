@@ -8,7 +8,7 @@ DPOTrainer. Recipes are checked against this file, so it does not import torch.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from smolpost.errors import UserError
 from smolpost.registry import LOSSES
@@ -29,8 +29,12 @@ class SideLengths(NamedTuple):
 class Loss:
     """A preference loss. One with settings is a dataclass: the settings are its fields, stated as in `schema`.
 
+    VERSION is raised when the same log-ratios give another loss: stages with the loss are trained again then.
+
     All losses have `beta`, the scale on the log-ratios, per nat and above 0, so it is a field of the stage.
     """
+
+    VERSION: ClassVar[int] = 1
 
     def values(self, chosen: "Tensor", rejected: "Tensor", beta: float, lengths: SideLengths) -> "Tensor":
         """The loss of each pair.

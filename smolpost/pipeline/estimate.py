@@ -12,7 +12,7 @@ STARTING = 5.0  # seconds until a command has loaded its libraries; more than a 
 
 def finished_before(stage: Located) -> list[dict]:
     """Manifests of finished folders of the recipe's stage with any seed and key, the newest last."""
-    name = stage.plan.stage
+    name = stage.entry
     found = [manifest.read(folder) for folder in stage.folder.parent.glob(f"{name}-*") if folder.is_dir()]
     return sorted(
         (m for m in found if m and m.get("stage") in (name, f"{name}-{m.get('seed')}")), key=lambda m: m["finished"]
@@ -34,7 +34,7 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
         finished: Names of those that this run has finished.
         elapsed: Seconds since it began.
     """
-    seconds = {stage.plan.name: _seconds(stage, word) for stage, word in todo}
+    seconds = {stage.name: _seconds(stage, word) for stage, word in todo}
     rest = [spent for name, spent in seconds.items() if name not in finished]
     made = sum(seconds[name] or 0.0 for name in finished & seconds.keys())
     if not rest or None in rest:
@@ -45,11 +45,11 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
 def _seconds(stage: Located, word: str) -> float | None:
     """What the stage's commands took when they last did as much work, rather with its own seed; None: never."""
     same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage))]
-    found = [m for m in same if m["stage"] == stage.plan.name] or same
+    found = [m for m in same if m["stage"] == stage.name] or same
     if not found:
         return None
     last = found[-1]
-    making = 0.0 if word == "evaluate" else last["seconds"] + STARTING * len(stage.plan.making)
+    making = 0.0 if word == "evaluate" else last["seconds"] + STARTING * len(stage.making)
     measuring = _measuring(stage.folder.parent / "evaluations" / f"{last['stage']}-{last['key']}")
     return making + (measuring + STARTING if measuring else 0.0)
 

@@ -1,79 +1,56 @@
 """Where every stage's result lies and under which key: what a result depends on, and nothing else."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from smolpost import disks, schema
-from smolpost.chat.render import load_template
-from smolpost.data.mixtures import rows_alone
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
 from smolpost.evaluation import results
-from smolpost.files import MANIFEST, verify
+from smolpost.files import MANIFEST, Hashes, digest, verify
 from smolpost.pipeline import manifest
-from smolpost.pipeline.code import code_version
-from smolpost.pipeline.manifest import digest
-from smolpost.pipeline.plan import StagePlan, plan
+from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
+from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
+from smolpost.stages.base import CHECKPOINT, Planned, keyed
 
-ROWS = ("data/mixtures.py",)
-MODEL = ("model/__init__.py",)
-CHOOSING = ("evaluation/run.py", "evaluation/engine.py", "merging/points.py", "model/loading.py", *ROWS)
-CODE = {  # where the code that decides a step's result begins; what it imports counts with it
-    "tasks": ("data/tasks.py",),
-    "init": ("chat/tokenizer.py", "chat/render.py", *MODEL, *ROWS),
-    "tokenize": ("data/shards.py", "data/hygiene.py"),
-    "prepare": ("data/prepare.py", *ROWS),
-    "sft": ("training/train.py",),
-    "apo": ("training/train.py",),
-    "reference": ("training/reference.py", *MODEL),
-    "pairs": ("synthesis/pairs.py", "model/loading.py", *ROWS),
-    "merge": ("merging/linear.py", "merging/trajectory.py"),
-    "mergekit": ("merging/mergekit/methods.py",),
-    "sweep": ("merging/sweep.py", *CHOOSING),
-    "greedy": ("merging/greedy.py", *CHOOSING),
-    "task": ("evaluation/run.py", "evaluation/engine.py", "model/loading.py", *ROWS),  # and the task's own file
-}
-# Settings of a training stage that decide its prepared rows.
-PREPARING = (
-    "template",
-    "today",
-    "train_roles",
-    "train_reasoning",
-    "last_turn_only",
-    "max_seq_len",
-    "overlong",
-    "packing",
-)
+HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
 
 
 @dataclass(frozen=True)
-class Located:
-    """A stage of the plan with its place on disk.
+class Located(Planned):
+    """A planned stage with its place on disk.
 
     Attributes:
-        plan: The stage.
         key: Its cache key; another key is another folder, so nothing finished is ever overwritten.
         folder: run_dir/pipeline/NAME-KEY.
-        prepared: Folder of the prepared rows of a training stage, else None.
-        evaluation: Task name -> folder of what it measures of the stage's model; empty where no model is made.
+        prepared: Folder of its prepared rows, or None for kinds without them.
         inputs: Checkpoint name -> folder or Hub id, with its weight.
         data: The mixtures the stage reads, by name, with every path resolved.
         parent_keys: Parent's name -> its key; for the manifest.
         shown: The stage's settings for people and for the manifest; those of the environment by the variable's name.
     """
 
-    plan: StagePlan
     key: str
     folder: Path
     prepared: Path | None
-    evaluation: dict[str, Path]
     inputs: dict[str, tuple[str, float]]
     data: dict[str, schema.Mixture]
     parent_keys: dict[str, str]
     shown: dict
+    measured: Callable[[], dict[str, Path]] = field(compare=False, repr=False)
+
+    @cached_property
+    def evaluation(self) -> dict[str, Path]:
+        """Task name -> folder of what it measures of the stage's model; empty where no model is made.
+
+        Worked out when asked for, as the rows of a task may come from a later stage.
+        """
+        return self.measured()
 
     def finished(self) -> bool:
         return (manifest.read(self.folder) or {}).get("key") == self.key
@@ -82,108 +59,93 @@ class Located:
         return all(results.read(folder) for folder in self.evaluation.values())
 
 
-class Lineage:
-    """Keys and folders of all stages of one request, worked out parents first.
+class Stages(Mapping[str, Located]):
+    """Planned stages by name, each located when it is first asked for, with those that it depends on."""
 
-    Raises:
-        UserError: A data file does not exist, a local base checkpoint has no manifest, or a stage would go on under
-            another chat template than its parent was trained with.
+    def __init__(self, lineage: "Lineage", planned: list[Planned]):
+        self.planned = {stage.name: stage for stage in planned}
+        self._lineage, self._located = lineage, {}
+
+    def __getitem__(self, name: str) -> Located:
+        if name not in self._located:
+            self._located[name] = self._lineage.locate(self.planned[name])
+        return self._located[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.planned)
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+
+class Lineage:
+    """Keys and folders of the stages of one request. It is the `stages.base.Keys` of stage kinds.
+
+    Attributes:
+        stages: Name -> the located stage; what nobody asks for is not looked at, nor is its data.
+
+    Raises (when a stage is asked for):
+        UserError: A data file does not exist, or a local base checkpoint has no manifest.
     """
 
     def __init__(self, request: Request):
         self.recipe, self.overrides, self.environment = request.recipe, request.overrides, request.environment
         self.root = disks.run_dir = Path(self.recipe.run_dir) / self.recipe.pipeline
-        self.stages: dict[str, Located] = {}
+        self.stages = Stages(self, plan(request))
         self._fingerprints: dict[str, str] = {}
-        for stage in plan(request):
-            self.stages[stage.name] = self._locate(stage)
-        for name, located in self.stages.items():  # what a model is measured on may come from a later stage
-            self.stages[name] = dataclasses.replace(located, evaluation=self._evaluation(located))
+        self._hashes = Hashes(self.root / HASHES)
 
-    def mixture(self, name: str) -> schema.Mixture:
-        """The mixture with the paths of stage outputs and data files filled in."""
-        mixture = self.recipe.data[name]
-        sources = {}
-        for key, source in mixture.sources.items():
-            if source.stage is not None:
-                path = str(self.stages[source.stage].folder / source.path)
-                source = dataclasses.replace(source, path=path, stage=None)
-            sources[key] = source
-        return dataclasses.replace(mixture, sources=sources)
+    # ------------------------------------------------------------ the parts of keys
 
-    def require(self, name: str) -> None:
-        """Refuse to start from a stage that is not finished, or whose files are no longer those that it wrote.
+    def mixture(self, mixture: schema.Mixture) -> str:
+        sources = {key: self.source(source) for key, source in mixture.sources.items()}
+        return digest([dataclasses.asdict(mixture) | {"sources": sources}, list(sources), self.against(mixture)])
 
-        Raises:
-            UserError: With the remedy.
-        """
-        if name == "checkpoint":
-            if Path(self.recipe.model.checkpoint).is_dir():
-                verify(Path(self.recipe.model.checkpoint))
-            return
-        if not self.stages[name].finished():
-            raise UserError(
-                f"stage {name} is not finished: {self.stages[name].folder} has no {MANIFEST}; "
-                f"run `{command_line(['smolpost', 'run', *self.overrides, f'stage={name}'])}` first"
-            )
-        verify(self.stages[name].folder)
+    def file(self, path: str) -> str:
+        return self._fingerprint(schema.Source(path=path))
 
-    def require_inputs(self, stage: Located) -> None:
-        """`require` everything that the stage starts from: checkpoints, and stages that write its rows."""
-        for name in dict.fromkeys([*stage.plan.weights, *stage.plan.parents]):
-            self.require(name)
+    def task(self, name: str, seed: int) -> dict:
+        task = self.recipe.evaluation.tasks[name]
+        return {
+            "task": keyed(task),
+            "today": self.recipe.evaluation.today,
+            "seed": seed,
+            "data": [self.mixture(self.recipe.data[mixture]) for _, mixture in task.mixtures()],
+            "files": [self.file(path) for _, path in task.files()],
+            "version": task.VERSION,
+        }
 
-    def _locate(self, stage: StagePlan) -> Located:
-        config, kind = stage.config, stage.config.kind
-        if isinstance(config, schema.TrainStage):
-            self._check_template(stage.stage, config)
-        mixtures = [name for _, name in config.mixtures()]
-        read = [self.recipe.data[name] for name in mixtures]
-        if kind == "init":
-            read = [rows_alone(mixture) for mixture in read]
-        parent_keys = {name: self._checkpoint_key(name) for name in stage.weights}
-        parts = {"kind": kind, "parents": parent_keys, "seed": stage.seed, "code": code_version(*CODE[kind])}
-        prepared = None
-        if isinstance(config, schema.TrainStage):
-            prepare_key = self._prepare_key(config)
-            prepared = self.root / "prepared" / f"{stage.stage}-{prepare_key}"
-            parts |= {
-                "prepared": prepare_key,
-                "config": _keyed(config, without=(*PREPARING, "seeds", "init_from", "data")),
-            }
-        else:
-            parts |= {"config": _keyed(config, without=()), "data": [self._mixture_key(m) for m in read]}
-        if kind == "tasks":
-            parts["files"] = [_file_key(config, name) for name in config.files]
-        if kind in ("init", "pairs"):
-            parts["template"] = load_template(config.template)
-        if kind == "init":
-            parts["architecture"] = self.recipe.model.architecture
-        if kind == "merge":
-            parts["weights"] = stage.weights
-        if kind == "mergekit" and config.config:
-            parts["config_file"] = self._fingerprint(schema.Source(path=config.config))
-        if isinstance(config, schema.ChoosingStage):
-            parts["sides"] = stage.sides
-            parts["tasks"] = {task: self._task_parts(task, config.seed) for task in config.tasks()}
-        key = digest(parts)
-        return Located(
-            plan=stage,
-            key=key,
-            folder=self.root / f"{stage.name}-{key}",
-            prepared=prepared,
-            evaluation={},
-            inputs={name: (self._checkpoint(name), weight) for name, weight in stage.weights.items()},
-            data={name: self.mixture(name) for name in mixtures},
-            parent_keys=parent_keys | {name: self.stages[name].key for name in stage.data_stages},
-            shown=masked(dataclasses.asdict(config), f"stages.{stage.stage}", self.environment),
-        )
+    def tokenizer(self, name: str) -> str:
+        """Training changes at most a tokenizer's eos_token, and that only where the template does not write it; merging
+        changes nothing: the key of the checkpoint that it comes from."""
+        while name != CHECKPOINT and self.stages.planned[name].base:
+            name = self.stages.planned[name].base
+        return self._checkpoint_key(name)
 
-    def _checkpoint(self, name: str) -> str:
-        return self.recipe.model.checkpoint if name == "checkpoint" else str(self.stages[name].folder)
+    def source(self, source: schema.Source, without: tuple[str, ...] = ()) -> list:
+        """A source's rows by their content, and its settings."""
+        rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
+        changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
+        return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
+
+    def against(self, mixture: schema.Mixture) -> list[str]:
+        """Content of the evaluation files that hygiene compares the mixture's rows with."""
+        return [self.file(path) for path in mixture.hygiene.against]
+
+    def _stage_rows(self, source: schema.Source) -> str:
+        """Key of rows that a stage writes: its own, or that of the one file."""
+        parts = self.recipe.stages[source.stage].file_parts(source.path)
+        return self.stages[source.stage].key if parts is None else digest(parts)
+
+    def _fingerprint(self, source: schema.Source) -> str:
+        identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
+        if identity not in self._fingerprints:
+            self._fingerprints[identity] = fingerprint(source, self._hashes)
+            self._hashes.save()
+        return self._fingerprints[identity]
 
     def _checkpoint_key(self, name: str) -> str:
-        if name != "checkpoint":
+        if name != CHECKPOINT:
             return self.stages[name].key
         checkpoint = self.recipe.model.checkpoint
         if not Path(checkpoint).is_dir():
@@ -196,93 +158,52 @@ class Lineage:
             )
         return found["key"]
 
-    def _check_template(self, name: str, config: schema.TrainStage) -> None:
-        """Refuse another template than the parent's; a base checkpoint's own is known when its rows are prepared."""
-        parent = config.init_from
-        while parent != "checkpoint" and self.stages[parent].plan.config.kind == "merge":
-            parent = self.stages[parent].plan.base
-        if parent == "checkpoint" or not isinstance(self.stages[parent].plan.config, schema.TrainStage):
-            return
-        trained_with = self.stages[parent].plan.config.template
-        if load_template(trained_with) != load_template(config.template) and not config.allow_template_change:
-            raise UserError(
-                f"stages.{name}.template={config.template}, but {config.init_from} was trained with {trained_with}; "
-                f"set the same one, or stages.{name}.allow_template_change=true where the change is meant"
-            )
+    # ------------------------------------------------------------ places
 
-    def _mixture_key(self, mixture: schema.Mixture) -> str:
-        sources = {key: self._source_key(source) for key, source in mixture.sources.items()}
-        order = list(sources)
-        return digest([dataclasses.asdict(mixture) | {"sources": sources}, order, self._against(mixture)])
-
-    def _against(self, mixture: schema.Mixture) -> list[str]:
-        """Content of the evaluation files that the mixture's rows are held against."""
-        return [self._fingerprint(schema.Source(path=path)) for path in mixture.hygiene.against]
-
-    def _source_key(self, source: schema.Source, **changes) -> list:
-        """The source's rows by their content, and its settings."""
-        rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
-        return [rows, dataclasses.asdict(source) | ({} if source.stage else {"path": None}) | changes]
-
-    def _stage_rows(self, source: schema.Source) -> str:
-        """Key of rows that a stage writes; files of synthetic tasks have one each, as each is drawn by itself."""
-        stage = self.stages[source.stage]
-        config, name = stage.plan.config, source.path.removesuffix(".jsonl")
-        drawn_alone = isinstance(config, schema.TasksStage) and name in config.files
-        return _file_key(config, name) if drawn_alone else stage.key
-
-    def tokenized(self, stage: Located, source: str, tokenizer: str) -> Path:
-        """Folder of a source's tokenized rows, which every stage shares that reads and renders them alike.
-
-        Args:
-            source: Name in the stage's mixture.
-            tokenizer: All that decides how it renders and tokenizes.
-        """
-        config = stage.plan.config
-        mixture = self.recipe.data[config.data]
-        selecting = dict.fromkeys(("max_tokens", "weight", "share", "loss_weight", "think_share"))
-        rendering = ("kind", "today", "train_roles", "train_reasoning", "last_turn_only")
-        key = digest(
-            {
-                "source": self._source_key(mixture.sources[source], **selecting),
-                "rendering": {name: getattr(config, name) for name in rendering},
-                "hygiene": [mixture.hygiene, *self._against(mixture)],
-                "tokenizer": tokenizer,
-                "code": code_version(*CODE["tokenize"]),
-            }
-        )
-        return self.root / "tokenized" / f"{source}-{key}"
-
-    def _fingerprint(self, source: schema.Source) -> str:
-        identity = f"{source.path}@{source.revision}/{source.subset}/{source.split}"
-        if identity not in self._fingerprints:
-            self._fingerprints[identity] = fingerprint(source)
-        return self._fingerprints[identity]
-
-    def _prepare_key(self, config: schema.TrainStage) -> str:
-        settings = {name: getattr(config, name) for name in PREPARING if hasattr(config, name)}
-        return digest(
-            {
-                "kind": config.kind,
-                "tokenizer": self._tokenizer_key(config.init_from),
-                "settings": settings,
-                "template": load_template(config.template),
-                "data": self._mixture_key(self.recipe.data[config.data]),
-                "code": code_version(*CODE["prepare"]),
-            }
+    def locate(self, stage: Planned) -> Located:
+        """The stage with its key; `stages` keeps it."""
+        config = stage.config
+        parent_keys = {name: self._checkpoint_key(name) for name in stage.weights}
+        parts = {
+            "kind": config.kind,
+            "version": config.VERSION,
+            "parents": parent_keys,
+            "seed": stage.seed,
+            "config": config.keyed_fields(),
+            **config.key_parts(self, stage),
+        }
+        prepared = config.prepared_parts(self)
+        if prepared is None:
+            parts["data"] = [self.mixture(config.rows_read(self.recipe.data[name])) for _, name in config.mixtures()]
+        else:
+            parts["prepared"] = digest(prepared)
+        key = digest(parts)
+        folder = self.root / f"{stage.name}-{key}"
+        return Located(
+            **{f.name: getattr(stage, f.name) for f in dataclasses.fields(Planned)},
+            key=key,
+            folder=folder,
+            prepared=None if prepared is None else self.root / "prepared" / f"{stage.entry}-{parts['prepared']}",
+            inputs={name: (self._checkpoint(name), weight) for name, weight in stage.weights.items()},
+            data={name: self.filled(name) for _, name in config.mixtures()},
+            parent_keys=parent_keys | {name: self.stages[name].key for name in stage.data_stages},
+            shown=masked(dataclasses.asdict(config), f"stages.{stage.entry}", self.environment),
+            measured=lambda: self._measured(folder.name, stage.entry) if config.MAKES_MODEL else {},
         )
 
-    def _tokenizer_key(self, name: str) -> str:
-        """Key of the checkpoint whose tokenizer `name` passes on: training changes at most its eos_token, and that only
-        where the template does not write it; merging changes nothing."""
-        while name != "checkpoint" and self.stages[name].plan.base:
-            name = self.stages[name].plan.base
-        return self._checkpoint_key(name)
+    def filled(self, name: str) -> schema.Mixture:
+        """The mixture with the paths of stage outputs filled in."""
+        mixture = self.recipe.data[name]
+        sources = {}
+        for key, source in mixture.sources.items():
+            if source.stage is not None:
+                path = str(self.stages[source.stage].folder / source.path)
+                source = dataclasses.replace(source, path=path, stage=None)
+            sources[key] = source
+        return dataclasses.replace(mixture, sources=sources)
 
-    def _evaluation(self, stage: Located) -> dict[str, Path]:
-        if stage.plan.config.kind not in schema.MODEL_KINDS:
-            return {}
-        return self._measured(stage.folder.name, stage.plan.stage)
+    def _checkpoint(self, name: str) -> str:
+        return self.recipe.model.checkpoint if name == CHECKPOINT else str(self.stages[name].folder)
 
     def evaluation_of(self, name: str) -> tuple[Path, dict[str, Path]]:
         """Where a stage's model is measured, or the "checkpoint" that the pipeline starts from.
@@ -293,56 +214,56 @@ class Lineage:
         Raises:
             UserError: There is no such model, or the recipe has nothing to measure of it.
         """
-        if name == "checkpoint":
+        if name == CHECKPOINT:
             if not self.recipe.model.checkpoint:
                 raise UserError("stage=checkpoint, but model.checkpoint has no value; give it as model.checkpoint=ID")
             model = f"checkpoint-{digest(self._checkpoint_key(name))}"
             folders = self._measured(model)
         else:
-            model, folders = self.stages[name].folder.name, self.stages[name].evaluation
-            if self.stages[name].plan.config.kind not in schema.MODEL_KINDS:
-                kind = self.stages[name].plan.config.kind
-                raise UserError(f"stage={name} of kind {kind} makes no model to evaluate")
+            stage = self.stages[name]
+            model, folders = stage.folder.name, stage.evaluation
+            if not stage.config.MAKES_MODEL:
+                raise UserError(f"stage={name} of kind {stage.config.kind} makes no model to evaluate")
         if not folders and self.recipe.harness.kind == "none":
             raise UserError(f"evaluation.tasks holds no task for {name}; add one, or choose another stage or a harness")
         return self.root / "evaluations" / model, folders
 
     def measured_on(self, name: str) -> set[str]:
-        """Plans whose output files the evaluation of a stage's model reads."""
+        """Names of the stages whose output files the evaluation of a stage's model reads."""
         tasks = [self.recipe.evaluation.tasks[task] for task in self.stages[name].evaluation]
         mixtures = [self.recipe.data[mixture] for task in tasks for _, mixture in task.mixtures()]
         return {source.stage for mixture in mixtures for source in mixture.sources.values() if source.stage}
 
-    def _measured(self, model: str, stage: str | None = None) -> dict[str, Path]:
+    def _measured(self, model: str, entry: str | None = None) -> dict[str, Path]:
         """Folder of every task for a model, by its name and key; without the tasks that leave its stage out."""
         folders = {}
         for name, task in self.recipe.evaluation.tasks.items():
-            measured = task.stages is not None and (stage is None or not task.stages or stage in task.stages)
+            measured = task.stages is not None and (entry is None or not task.stages or entry in task.stages)
             if measured:
-                key = digest(self._task_parts(name, self.recipe.evaluation.seed))
+                key = digest(self.task(name, self.recipe.evaluation.seed))
                 folders[name] = self.root / "evaluations" / model / f"{name}-{key}"
         return folders
 
-    def _task_parts(self, name: str, seed: int) -> dict:
-        """All that decides what a task measures, but the model."""
-        task = self.recipe.evaluation.tasks[name]
-        return {
-            "task": _keyed(task, without=()),
-            "today": self.recipe.evaluation.today,
-            "seed": seed,
-            "data": [self._mixture_key(self.recipe.data[mixture]) for _, mixture in task.mixtures()],
-            "files": [self._fingerprint(schema.Source(path=path)) for _, path in task.files()],
-            "code": code_version(*CODE["task"], f"evaluation/{task.kind}.py"),
-        }
+    # ------------------------------------------------------------ what has to be there
 
+    def require(self, name: str) -> None:
+        """Refuse to start from a stage that is not finished, or whose files are no longer those that it wrote.
 
-def _file_key(config: schema.TasksStage, name: str) -> str:
-    """Key of one file of synthetic tasks; its blocks count in their order."""
-    file = config.files[name]
-    return digest([config.seed, name, file.replay, list(file.blocks.items()), code_version(*CODE["tasks"])])
+        Raises:
+            UserError: With the remedy.
+        """
+        if name == CHECKPOINT:
+            if Path(self.recipe.model.checkpoint).is_dir():
+                verify(Path(self.recipe.model.checkpoint))
+            return
+        if not self.stages[name].finished():
+            raise UserError(
+                f"stage {name} is not finished: {self.stages[name].folder} has no {MANIFEST}; "
+                f"run `{command_line(['smolpost', 'run', *self.overrides, f'stage={name}'])}` first"
+            )
+        verify(self.stages[name].folder)
 
-
-def _keyed(config: schema.Stage | schema.EvaluationTask, without: tuple[str, ...]) -> dict:
-    """The settings that can change a stage's or task's result."""
-    fields = [f for f in dataclasses.fields(config) if f.metadata.get("in_key", True) and f.name not in without]
-    return {f.name: getattr(config, f.name) for f in fields}
+    def require_inputs(self, stage: Located) -> None:
+        """`require` everything that the stage starts from: checkpoints, and stages that write its rows."""
+        for name in dict.fromkeys([*stage.weights, *stage.parents]):
+            self.require(name)

@@ -5,29 +5,13 @@ made in one go are built beside their place and renamed into it; folders that ca
 place and get their manifest at the end.
 """
 
-import contextlib
-import dataclasses
-import fcntl
-import hashlib
-import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST, hashes, stamp, write_json
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "mergekit", "smolpost")
-
-
-def digest(value: object) -> str:
-    """12 hex digits of the SHA-256 of a JSON-able value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=dataclasses.asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+from smolpost.pipeline.code import versions
 
 
 def read(folder: Path) -> dict | None:
@@ -53,52 +37,13 @@ def write(folder: Path, files: dict[str, dict] | None = None, **fields) -> dict:
     Args:
         files: `hashes` of the folder, where they are known.
     """
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     files = hashes(folder) if files is None else files
     manifest = {
         **fields,
         "files": files,
-        "versions": versions,
+        "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     stamp(folder, files)
     write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.part-*"):  # of builds that were killed; the caller holds the lock
-        shutil.rmtree(stale)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.part-"))
-    os.chmod(part, 0o755)
-    try:
-        yield part
-        if folder.exists():  # without a manifest, or the caller would not have come here
-            shutil.rmtree(folder)
-        os.rename(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Be the only process that makes `folder`; the kernel frees the lock of a process that dies.
-
-    A run that was killed may leave its training process alive: the next run waits for it and says so.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"waiting for process {file.read().strip() or '?'}, which is making {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -1,8 +1,8 @@
 """Is there something to measure? Asked before hours of training, not after them."""
 
-from smolpost import schema
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
+from smolpost.evaluation.task import EvaluationTask
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.steps import context, input_folders
 
@@ -17,24 +17,22 @@ def check_measurable(lineage: Lineage, stage: Located) -> None:
     """
     from transformers import AutoTokenizer
 
-    from smolpost.evaluation.tasks import build
-
-    spec, config = lineage.recipe.evaluation.tasks, stage.plan.config
+    spec = lineage.recipe.evaluation.tasks
     ready = [name for name in stage.evaluation if spec[name].mixtures() and _written(lineage, spec[name])]
     if not ready:
         return
-    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[config.init_from])
-    tokenizer.chat_template = load_template(config.template)
+    tokenizer = AutoTokenizer.from_pretrained(input_folders(stage, lineage.recipe)[stage.base])
+    tokenizer.chat_template = load_template(stage.config.template_of(lineage.recipe.stages))
     shared = context(lineage, ready)
     for name in ready:
-        if not build(name, spec[name], shared).items(tokenizer):
+        if not spec[name].build(name, shared).items(tokenizer):
             raise UserError(
                 f"evaluation.tasks.{name} has nothing to measure: no row of data.{spec[name].data} can be asked; "
                 f"change its rows, or leave the task out with ~evaluation.tasks.{name}"
             )
 
 
-def _written(lineage: Lineage, task: schema.EvaluationTask) -> bool:
+def _written(lineage: Lineage, task: EvaluationTask) -> bool:
     """All rows that the task reads are there."""
     sources = [s for _, mixture in task.mixtures() for s in lineage.recipe.data[mixture].sources.values()]
     return all(lineage.stages[source.stage].finished() for source in sources if source.stage)

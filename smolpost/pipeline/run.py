@@ -1,8 +1,6 @@
 """Walk a plan: skip what is finished, continue what was cut, and end in one table."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +12,10 @@ from rich.rule import Rule
 from smolpost import disks, schema, signals
 from smolpost.errors import UserError
 from smolpost.evaluation import results
+from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import write_json
-from smolpost.pipeline import estimate, manifest
+from smolpost.pipeline import estimate, manifest, processes
+from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.measurable import check_measurable
 from smolpost.pipeline.plan import select
@@ -23,26 +23,16 @@ from smolpost.progress import duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
 
-PROGRAMS = {  # what the first word of a command stands for, whatever PATH holds
-    "smolpost": [sys.executable, "-m", "smolpost.cli"],
-    "python": [sys.executable],
-    "accelerate": [sys.executable, "-m", "smolpost.launch"],
-}
-
-ENVIRONMENT = {  # unless the user has set them
-    "PYTHONUNBUFFERED": "1",
-    # Threads that wait for each other spin this long before they sleep. libgomp's own 300,000 turns make a miniature's
-    # step several times slower as soon as anything else runs on the machine; sleeping at once costs half the speed.
-    "GOMP_SPINCOUNT": "10000",
-    signals.UNDER_RUN: "1",
-}
-
 
 def status(stage: Located) -> tuple[str, str]:
-    """What `run` will do with the stage, and why: ("done" | "evaluate" | "resume" | "run", reason)."""
+    """What `run` will do with the stage, and why: ("done" | "evaluate" | "resume" | "run", reason).
+
+    The reason of "done" names code and library versions that have changed since, which redo nothing.
+    """
     if stage.finished():
         if stage.evaluated():
-            return "done", ""
+            others = made_by_others(manifest.read(stage.folder), type(stage.config))
+            return "done", f"made by {', '.join(others)}" if others else ""
         unmeasured = [name for name, folder in stage.evaluation.items() if not results.read(folder)]
         return "evaluate", f"not measured with these settings yet: {', '.join(unmeasured)}"
     if stage.folder.is_dir():
@@ -53,13 +43,13 @@ def status(stage: Located) -> tuple[str, str]:
 
 def _changes(stage: Located) -> str:
     """How the stage differs from its newest finished namesake."""
-    earlier = [found for found in estimate.finished_before(stage) if found["stage"] == stage.plan.name]
+    earlier = [found for found in estimate.finished_before(stage) if found["stage"] == stage.name]
     if not earlier:
         return "new"
     last, now = earlier[-1], estimate.as_stored(stage)
     changed = [f"{k} {last['config'].get(k)} -> {v}" for k, v in now.items() if last["config"].get(k) != v]
     changed += [f"{name} is another" for name, key in stage.parent_keys.items() if last["parents"].get(name) != key]
-    return f"changed: {', '.join(changed) or 'data or code'} ({stage.plan.name}-{last['key']} is kept)"
+    return f"changed: {', '.join(changed) or 'data, or the version of a step'} ({stage.name}-{last['key']} is kept)"
 
 
 def run(request: Request, console: Console) -> int:
@@ -69,11 +59,12 @@ def run(request: Request, console: Console) -> int:
         UserError: The recipe or its data cannot be used.
     """
     lineage = Lineage(request)
-    if request.recipe.evaluation.tasks:
-        _check_tasks(request.recipe.evaluation.tasks)
-    wanted = _with_parents(lineage, [p.name for p in select([s.plan for s in lineage.stages.values()], request.stage)])
+    wanted = _with_parents(lineage, [p.name for p in select(lineage.stages.planned.values(), request.stage)])
     if any(status(lineage.stages[name])[0] != "done" for name in wanted):
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
+        processes.warm()
+        if request.recipe.evaluation.tasks:
+            _check_tasks(request.recipe.evaluation.tasks)
     began = time.monotonic()
     todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
     todo = [(stage, word) for stage, word in todo if word != "done"]
@@ -83,16 +74,16 @@ def run(request: Request, console: Console) -> int:
         left = estimate.seconds_left(todo, set(wanted[: number - 1]), time.monotonic() - began)
         about = f", about {duration(left)} left" if left is not None and word != "done" else ""
         heading(f"{number}/{len(wanted)} {name}: {word}{about}{f' ({reason})' if reason else ''}", console)
-        plan = lineage.stages[name].plan
-        commands = [(name, command) for command in plan.making] if word in ("run", "resume") else []
-        if commands and isinstance(plan.config, schema.TrainStage):
-            check_measurable(lineage, lineage.stages[name])
-        if plan.measuring and word != "done":
+        stage = lineage.stages[name]
+        commands = [(name, command) for command in stage.making] if word in ("run", "resume") else []
+        if commands and stage.config.LAUNCHED:  # hours of work
+            check_measurable(lineage, stage)
+        if stage.measuring and word != "done":
             waiting.append(name)
-        made = {n for n in lineage.stages if n == name or lineage.stages[n].finished()}
+        made = {n for n in wanted if n == name or lineage.stages[n].finished()}
         ready = [model for model in waiting if lineage.measured_on(model) <= made]
         waiting = [model for model in waiting if model not in ready]
-        commands += [(model, lineage.stages[model].plan.measuring) for model in ready]
+        commands += [(model, lineage.stages[model].measuring) for model in ready]
         for owner, command in commands:
             code = execute(command, console)
             if code:
@@ -101,13 +92,10 @@ def run(request: Request, console: Console) -> int:
     return _conclude(lineage, wanted, time.monotonic() - began, console)
 
 
-def _check_tasks(tasks: dict[str, schema.EvaluationTask]) -> None:
+def _check_tasks(tasks: dict[str, EvaluationTask]) -> None:
     """Refuse settings of an evaluation before hours of training, not after them."""
-    from smolpost.evaluation.task import Context
-    from smolpost.evaluation.tasks import build
-
     for name, task in tasks.items():
-        build(name, task, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
+        task.build(name, Context(schema.RELEASE_DAY, 0, lambda mixture: []))
 
 
 def _check_made(stage: Located, measured: list[Located]) -> None:
@@ -115,7 +103,7 @@ def _check_made(stage: Located, measured: list[Located]) -> None:
     missing = [s for s in (stage, *measured) if not s.finished()] + [s for s in measured if not s.evaluated()]
     if missing:
         raise UserError(
-            f"stage {missing[0].plan.name}: its commands ended well, but {missing[0].folder} is not finished: code, "
+            f"stage {missing[0].name}: its commands ended well, but {missing[0].folder} is not finished: code, "
             "recipe or data changed while this ran; the same command goes on with what is there now"
         )
 
@@ -124,9 +112,9 @@ def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
     wanted = set(names)
     for name in names:
         wanted.update(lineage.measured_on(name))
-    for name in reversed(lineage.stages):  # children come after their parents
+    for name in reversed([*lineage.stages]):  # children come after their parents
         if name in wanted:
-            wanted.update(lineage.stages[name].plan.parents)
+            wanted.update(lineage.stages.planned[name].parents)
     return [name for name in lineage.stages if name in wanted]
 
 
@@ -138,9 +126,7 @@ def execute(command: tuple[str, ...], console: Console) -> int:
     """
     console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
     with signals.PassedOn() as asked:
-        with signals.no_ctrl_c():
-            process = subprocess.Popen([*PROGRAMS[command[0]], *command[1:]], env=ENVIRONMENT | os.environ)
-        code = process.wait()
+        code = processes.start(command).wait()
     return signals.exit_code(asked.signum) if asked.signum else code
 
 
@@ -150,21 +136,23 @@ def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Conso
     if signals.is_stop(code):
         word, reason = status(stage)
         at = f" {reason}" if word == "resume" and reason.startswith("at step") else ""
-        print(signals.stopped_line(code, f" in stage {stage.plan.name}{at}"), file=sys.stderr)
+        print(signals.stopped_line(code, f" in stage {stage.name}{at}"), file=sys.stderr)
         return code
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    where = f"stage {stage.plan.name}: `{' '.join(command[:2])}` {how}"
+    where = f"stage {stage.name}: `{' '.join(command[:2])}` {how}"
     console.print(f"{where}; the same command continues here", soft_wrap=True)
     return 1
 
 
 def _conclude(lineage: Lineage, names: list[str], seconds: float, console: Console) -> int:
-    from smolpost.evaluation.table import results_table
+    from smolpost.report.score_tables import results_table
 
     file = lineage.root / "results.json"
     before = _earlier_results(file)
-    stages = {name: _result(s, before.get(name, {})) for name, s in lineage.stages.items() if s.finished()}
-    models = [stage["folder"] for stage in stages.values() if stage["kind"] in schema.MODEL_KINDS]
+    looked_at = [lineage.stages[name] for name in lineage.stages if name in names or name in before]
+    finished = [stage for stage in looked_at if stage.finished()]
+    stages = {stage.name: _result(stage, before.get(stage.name, {})) for stage in finished}
+    models = [str(stage.folder) for stage in finished if stage.config.MAKES_MODEL]
     final = models[-1] if models else None
     if disks.is_writable(lineage.root):  # what is finished can be read on a disk that is read-only
         write_json(file, {"pipeline": lineage.recipe.pipeline, "final_model": final, "stages": stages})
@@ -225,28 +213,24 @@ def describe(request: Request, console: Console) -> None:
         UserError: The recipe or its data cannot be used.
     """
     lineage = Lineage(request)
-    plans = select([s.plan for s in lineage.stages.values()], request.stage)
+    plans = select(lineage.stages.planned.values(), request.stage)
     console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
     for line in request.replaced:
         console.print(line, soft_wrap=True)
-    for number, plan in enumerate(plans, 1):
-        stage = lineage.stages[plan.name]
+    for number, stage in enumerate((lineage.stages[plan.name] for plan in plans), 1):
         word, reason = status(stage)
-        heading(f"{number}. {plan.name} ({plan.config.kind}): {word}{f', {reason}' if reason else ''}", console)
+        heading(f"{number}. {stage.name} ({stage.config.kind}): {word}{f', {reason}' if reason else ''}", console)
         for line in _settings(stage, lineage.recipe):
             console.print(f"  {line}", soft_wrap=True)
-        for command in plan.commands:
+        for command in stage.commands:
             console.print(f"  $ {command_line(command)}", soft_wrap=True, style="bold")
 
 
 def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
     lines = [f"folder: {stage.folder}"]
     if stage.inputs:
-        weighted = len(stage.inputs) > 1 or stage.plan.config.kind == "merge"
-        inputs = [
-            f"{weight:g} x {name}" if weighted and stage.plan.base else name
-            for name, (_, weight) in stage.inputs.items()
-        ]
+        weighted = stage.base and len(stage.inputs) > 1
+        inputs = [f"{weight:g} x {name}" if weighted else name for name, (_, weight) in stage.inputs.items()]
         lines.append(
             f"from: {', '.join(inputs)}" + (f" ({recipe.model.checkpoint})" if "checkpoint" in stage.inputs else "")
         )
@@ -256,8 +240,8 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
     shown = dict(stage.shown)
     for key in ("kind", "init_from", "data", "seeds", "files", "inputs"):
         shown.pop(key, None)
-    if stage.plan.seed is not None:
-        shown = {"seed": stage.plan.seed} | shown
+    if stage.seed is not None:
+        shown = {"seed": stage.seed} | shown
     if "lora" in shown:
         shown["lora"] = shown["lora"] if shown["lora"]["r"] else None
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))

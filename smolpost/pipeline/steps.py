@@ -3,67 +3,89 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from smolpost import disks, schema, screen
-from smolpost.chat.render import load_template, render, template_hash
-from smolpost.data.mixtures import mix, rows_alone
-from smolpost.data.prompts import named
+from smolpost.chat.render import load_template, template_hash
+from smolpost.data.mixtures import mix
+from smolpost.data.settings import SELECTING
 from smolpost.errors import UserError
 from smolpost.evaluation import results
-from smolpost.files import MANIFEST, hashes, verify, write_json
+from smolpost.files import MANIFEST, building, digest, hashes, lock, verify, write_json
 from smolpost.pipeline import manifest
 from smolpost.pipeline.code import code_version
-from smolpost.pipeline.lineage import CODE, Lineage, Located
-from smolpost.progress import Progress
+from smolpost.pipeline.lineage import Lineage, Located
+from smolpost.stages.base import CHECKPOINT, Work
 
 SHOWN_ROWS = 20  # of those that are refused
 PREPARED_TOKENIZER = "tokenizer"  # subfolder of prepared rows: what they were tokenized with
 
 
-def make(lineage: Lineage, stage: Located, fill: Callable[[Located, Path], dict], *, resumable: bool = False) -> Path:
+def make(lineage: Lineage, stage: Located) -> Path:
     """Make a stage's folder unless it is finished.
 
-    Args:
-        fill: Writes the stage's files into the folder it is given and returns a report for the manifest.
-        resumable: `fill` works in the stage's own folder and goes on with what an earlier try left there; otherwise
-            it gets a new folder that takes the stage's place in one rename.
+    Kinds that can be resumed work in the stage's own folder and go on with what an earlier try left there; others get a
+    new folder that takes the stage's place in one rename.
+
     Raises:
-        UserError: A parent is not finished, or what `fill` raises.
+        UserError: A parent is not finished, or what the stage's work raises.
     """
     lineage.require_inputs(stage)
-    with manifest.lock(stage.folder):
+    with lock(stage.folder):
         if stage.finished():
             print(f"{stage.folder} is finished", flush=True)
-        elif resumable:
+        elif stage.config.RESUMABLE:
             stage.folder.mkdir(parents=True, exist_ok=True)
-            finish(lineage, stage, stage.folder, fill)
+            _finish(lineage, stage, stage.folder)
         else:
-            with manifest.building(stage.folder) as part:
-                finish(lineage, stage, part, fill)
+            with building(stage.folder) as part:
+                _finish(lineage, stage, part)
+        if stage.config.RESUMABLE:  # under the lock: an orphan that has just finished tidies, too
+            stage.config.tidy(stage.folder)
     return stage.folder
 
 
-def finish(lineage: Lineage, stage: Located, folder: Path, fill: Callable[[Located, Path], dict]) -> None:
+def _finish(lineage: Lineage, stage: Located, folder: Path) -> None:
     began = time.monotonic()
-    report = fill(stage, folder)
-    config = stage.plan.config
+    report = stage.config.make(work_of(lineage, stage, folder))
+    if stage.prepared:
+        report |= {"data": manifest.read(stage.prepared)["report"]}
+    template = getattr(stage.config, "template", None)
     manifest.write(
         folder,
         pipeline=lineage.recipe.pipeline,
-        stage=stage.plan.name,
-        kind=config.kind,
+        stage=stage.name,
+        kind=stage.config.kind,
         key=stage.key,
-        seed=stage.plan.seed,
+        seed=stage.seed,
         parents=stage.parent_keys,
-        weights=stage.plan.weights,
+        weights=stage.weights,
         prepared=str(stage.prepared) if stage.prepared else None,
         config=stage.shown,
-        recipe_hash=manifest.digest(lineage.recipe),
-        template_hash=template_hash(load_template(config.template)) if hasattr(config, "template") else None,
+        recipe_hash=digest(lineage.recipe),
+        template_hash=template_hash(load_template(template)) if template else None,
         report=report,
+        code=code_version(type(stage.config)),
         seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
+    """What the stage gets to write into the folder.
+
+    Raises:
+        UserError: A base checkpoint on the Hub cannot be fetched.
+    """
+    return Work(
+        stage=stage,
+        recipe=lineage.recipe,
+        inputs=input_folders(stage, lineage.recipe),
+        data=stage.data,
+        rows=lambda name: list(mix(lineage.filled(name))),
+        folder=folder,
+        prepared=stage.prepared,
+        root=lineage.root,
     )
 
 
@@ -77,112 +99,80 @@ def input_folders(stage: Located, recipe: schema.Recipe) -> dict[str, Path]:
 
     revision = recipe.model.revision
     return {
-        name: local_folder(place, revision if name == "checkpoint" else None)
-        for name, (place, _) in stage.inputs.items()
+        name: local_folder(place, revision if name == CHECKPOINT else None) for name, (place, _) in stage.inputs.items()
     }
 
 
-def init(stage: Located, folder: Path, architecture: schema.Architecture) -> dict:
-    """A tokenizer from the stage's mixtures, and a model with random weights."""
-    import torch
-
-    from smolpost.chat.tokenizer import build_tokenizer
-    from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-
-    config = stage.plan.config
-    options = {"kind": config.tokenizer, "vocab_size": config.vocab_size, "template": config.template}
-    empty = build_tokenizer([], **options)  # has the special tokens that templates read
-    texts, refused = [], []
-    for mixture in stage.data.values():
-        for _, row in mix(rows_alone(mixture), refused):
-            texts.extend(_texts(row, empty))
-    if refused:
-        print(f"{len(refused):,} rows are refused and left out of the vocabulary; the first: {refused[0]}", flush=True)
-    tokenizer = build_tokenizer(texts, **options)
-    torch.manual_seed(config.seed)
-    model = SmolLM3ForCausalLM(
-        SmolLM3Config(
-            **dataclasses.asdict(architecture),
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_text|>"),
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{parameters:,} parameters, {len(tokenizer):,} tokens in the vocabulary, from {len(texts):,} texts", flush=True
-    )
-    return {"parameters": parameters, "vocab_size": len(tokenizer), "texts": len(texts)}
-
-
-def _texts(row: dict, tokenizer) -> list[str]:
-    conversations = [row[key] for key in ("messages", "chosen", "rejected") if key in row]
-    if not conversations:
-        return [row["text"]]
-    kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
-    options = {"template_kwargs": kwargs, "tools": tools, "today": schema.RELEASE_DAY}
-    with named(row):
-        return [render(tokenizer, messages, **options) for messages in conversations]
-
-
 def prepare(lineage: Lineage, stage: Located) -> Path:
-    """Tokenize, mask and pack a training stage's rows, once for all its seeds."""
-    from transformers import AutoTokenizer
+    """Tokenize, mask and pack a stage's rows, once for all its seeds.
 
+    Raises:
+        UserError: The stage has no rows of its own, or they cannot be used.
+    """
     from smolpost.data.ledger import DROPPED, RefusedRows, refused_rows
-    from smolpost.data.prepare import prepare as prepare_rows
     from smolpost.data.report import format_report
-    from smolpost.training.start import check_start
 
-    config = stage.plan.config
+    config = stage.config
     if stage.prepared is None:
-        raise UserError(
-            f"stage={stage.plan.name} is a {config.kind} stage; only sft and apo stages have rows to prepare"
-        )
+        raise UserError(f"stage={stage.name} of kind {config.kind} has no rows to prepare; training stages have")
     lineage.require_inputs(stage)
-    start = input_folders(stage, lineage.recipe)[config.init_from]
-    check_start(stage.plan.stage, config, start, lineage.recipe.model.attn_implementation)
-    with manifest.lock(stage.prepared):
+    config.check_start(work_of(lineage, stage, stage.prepared))
+    with lock(stage.prepared):
         if manifest.read(stage.prepared):
             verify(stage.prepared)
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
-        tokenizer = AutoTokenizer.from_pretrained(start)
-        template = load_template(config.template)
-        if config.init_from == "checkpoint":
-            check_template(stage, tokenizer.chat_template, template)
-        tokenizer.chat_template = template
-        identity = manifest.digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, template])
-        mixture = stage.data[config.data]
-        shards = {name: lineage.tokenized(stage, name, identity) for name in mixture.sources}
         with contextlib.ExitStack() as locks:
-            for folder in sorted(set(shards.values())):
-                locks.enter_context(manifest.lock(folder))
-            part = locks.enter_context(manifest.building(stage.prepared))
             kept = stage.prepared.with_name(f"{stage.prepared.name}.refused.txt")
             kept.unlink(missing_ok=True)  # of an earlier try
             try:
-                report = prepare_rows(config, mixture, tokenizer, shards.__getitem__, part)
+                report = _prepare(lineage, stage, locks)
             except RefusedRows as error:
                 kept.write_text("".join(f"{fault}\n" for fault in error.faults))
                 _show_refused(error.faults, kept)
                 raise
-            tokenizer.save_pretrained(part / PREPARED_TOKENIZER)
-            manifest.write(
-                part,
-                kind="prepared",
-                key=stage.prepared.name.rpartition("-")[2],
-                template_hash=template_hash(template),
-                report=report,
-            )
     _show_refused(refused_rows(stage.prepared), stage.prepared / DROPPED)
     screen.console().print(format_report(report))
     look = screen.command_line(["smolpost", "inspect", stage.prepared])
     print(f"{stage.prepared}; `{look}` shows its rows", flush=True)
     return stage.prepared
+
+
+def _prepare(lineage: Lineage, stage: Located, locks: contextlib.ExitStack) -> dict:
+    """Write the folder of prepared rows; the report."""
+    config = stage.config
+    work = work_of(lineage, stage, stage.prepared)
+    tokenizer = config.tokenizer_for(work)
+    identity = digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template])
+    shards = {name: tokenized(lineage, stage, name, identity) for name in work.data[config.data].sources}
+    for folder in sorted(set(shards.values())):
+        locks.enter_context(lock(folder))
+    with building(stage.prepared) as part:
+        report = config.prepare(dataclasses.replace(work, folder=part), tokenizer, shards.__getitem__)
+        tokenizer.save_pretrained(part / PREPARED_TOKENIZER)
+        manifest.write(
+            part,
+            kind="prepared",
+            key=stage.prepared.name.rpartition("-")[2],
+            template_hash=template_hash(tokenizer.chat_template),
+            report=report,
+            code=code_version(type(config)),
+        )
+    return report
+
+
+def tokenized(lineage: Lineage, stage: Located, source: str, tokenizer: str) -> Path:
+    """Folder of a source's tokenized rows, which all stages share that read and render them in the same way.
+
+    Args:
+        source: Name in the stage's mixture.
+        tokenizer: All that decides how it renders and tokenizes.
+    """
+    mixture = lineage.recipe.data[stage.config.data]
+    rows = lineage.source(mixture.sources[source], without=SELECTING)
+    hygiene = [mixture.hygiene, *lineage.against(mixture)]
+    parts = stage.config.tokenized_parts(rows, hygiene, tokenizer)
+    return lineage.root / "tokenized" / f"{source}-{digest(parts)}"
 
 
 def _show_refused(faults: list[str], file: Path) -> None:
@@ -193,58 +183,26 @@ def _show_refused(faults: list[str], file: Path) -> None:
         print(f"{len(faults):,} rows are refused; {file} lists them all", flush=True)
 
 
-def check_template(stage: Located, found: str | None, template: str) -> None:
-    """Refuse to go on from a checkpoint under another chat template than its own."""
-    config = stage.plan.config
-    if isinstance(found, str) and found != template and not config.allow_template_change:
-        raise UserError(
-            f"stages.{stage.plan.stage}.template={config.template} (hash {template_hash(template)}) is not the chat "
-            f"template of model.checkpoint (hash {template_hash(found)}); set a .jinja file with that one, or "
-            f"stages.{stage.plan.stage}.allow_template_change=true where the change is meant"
-        )
+def make_on_ranks(lineage: Lineage, stage: Located, rank: int) -> None:
+    """One rank of a stage that `accelerate launch` runs.
 
+    Rank 0 prepares missing rows while the others wait on the file, not on NCCL, whose patience is minutes.
 
-def train(lineage: Lineage, stage: Located) -> None:
-    """One rank of one training stage. Rank 0 prepares missing rows while the others wait on the file, not on NCCL."""
-    from smolpost.training.checkpoints import remove_all
-    from smolpost.training.environment import detect
-
-    config = stage.plan.config
-    if stage.prepared is None:
-        raise UserError(f"stage={stage.plan.name} is a {config.kind} stage; smolpost.train runs sft and apo stages")
-    environment = detect(config.precision)
+    Raises:
+        UserError: The stage does not run on ranks, or as `make`.
+    """
+    if not stage.config.LAUNCHED:
+        raise UserError(f"stage={stage.name} of kind {stage.config.kind} is not a training stage; see `smolpost plan`")
     lineage.require_inputs(stage)
-    if environment.rank == 0:
+    if rank == 0:
         prepare(lineage, stage)
+        make(lineage, stage)
+        print(f"{stage.folder}", flush=True)
+        return
     while not manifest.read(stage.prepared):
         time.sleep(0.5)
-    if environment.rank == 0:
-        make(lineage, stage, lambda s, folder: _train(lineage, s, folder, environment), resumable=True)
-        with manifest.lock(stage.folder):  # an orphan that has just finished removes the same checkpoints
-            remove_all(stage.folder)
-        print(f"{stage.folder}", flush=True)
-    elif not stage.finished():
-        _train(lineage, stage, stage.folder, environment)
-
-
-def _train(lineage: Lineage, stage: Located, folder: Path, environment) -> dict:
-    from smolpost.training.train import train as train_stage
-
-    config = stage.plan.config
-    metrics = train_stage(
-        stage.plan.stage,
-        config,
-        seed=stage.plan.seed,
-        start=input_folders(stage, lineage.recipe)[config.init_from],
-        prepared=stage.prepared,
-        out=folder,
-        references=lineage.root / "references",
-        code=code_version(*CODE["reference"]),
-        attn_implementation=lineage.recipe.model.attn_implementation,
-        environment=environment,
-    )
-    rows = manifest.read(stage.prepared)["report"]
-    return metrics | {"data": rows}
+    if not stage.finished():
+        stage.config.make(work_of(lineage, stage, stage.folder))
 
 
 def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
@@ -271,29 +229,29 @@ def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
 
 def _harness(lineage: Lineage, stage: str, root: Path) -> dict[str, dict]:
     """Scores of the harness's tasks, which stand beside ours."""
+    from smolpost.evaluation.harness.run import VERSION as HARNESS_VERSION
     from smolpost.evaluation.harness.run import harness_key, run_harness
 
     harness = lineage.recipe.harness
-    key = manifest.digest([harness_key(harness), code_version("evaluation/harness/run.py")])
+    key = digest([harness_key(harness), HARNESS_VERSION])
     out = root / f"{harness.kind}-{key}"
-    with manifest.lock(out):
+    with lock(out):
         return run_harness(harness, model_folder(lineage, stage), out, lambda line: print(line, flush=True))
 
 
 def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
-    from smolpost.evaluation.engine import LocalEngine
     from smolpost.evaluation.run import run_task
-    from smolpost.evaluation.server import ServerEngine
-    from smolpost.evaluation.tasks import build
+    from smolpost.inference.local import LocalEngine
+    from smolpost.inference.server import ServerEngine
     from smolpost.model.loading import check_plain, load_for_inference
 
     spec = lineage.recipe.evaluation
     checkpoint = model_folder(lineage, stage)
     # Built before the model is loaded: a wrong setting is said at once.
     shared = context(lineage, folders)
-    tasks = {name: build(name, spec.tasks[name], shared) for name in folders}
+    tasks = {name: spec.tasks[name].build(name, shared) for name in folders}
     if spec.server:
         check_plain(checkpoint)
         engine = ServerEngine(spec.server, AutoTokenizer.from_pretrained(checkpoint), checkpoint)
@@ -301,35 +259,8 @@ def _measure(lineage: Lineage, stage: str, folders: dict[str, Path]) -> None:
         engine = LocalEngine(*load_for_inference(checkpoint))
     for number, (name, task) in enumerate(tasks.items(), 1):
         label = f"eval {stage}: {name} (task {number} of {len(tasks)})"
-        with manifest.lock(folders[name]):
+        with lock(folders[name]):
             run_task(name, task, engine, folders[name], batch_tokens=spec.batch_tokens, seed=spec.seed, label=label)
-
-
-def measurer(lineage: Lineage, stage: Located) -> Callable:
-    """What a stage that chooses evaluates its points with: (model, tokenizer, folder) -> task -> scores and samples.
-
-    Raises:
-        UserError: A task cannot be measured.
-    """
-    from smolpost.evaluation.engine import LocalEngine
-    from smolpost.evaluation.run import run_task
-    from smolpost.evaluation.tasks import build
-
-    spec, config = lineage.recipe.evaluation, stage.plan.config
-    shared = context(lineage, config.tasks())._replace(seed=config.seed)
-    tasks = {name: build(name, spec.tasks[name], shared) for name in config.tasks()}
-    options = {"batch_tokens": spec.batch_tokens, "seed": config.seed}
-
-    def measure(model, tokenizer, folder: Path) -> dict[str, dict]:
-        engine, found = LocalEngine(model, tokenizer), {}
-        with Progress("tasks", len(tasks), "task") as progress:
-            for name, task in tasks.items():
-                found[name] = run_task(name, task, engine, folder / name, **options)
-                found[name]["samples"] = results.samples(folder / name)
-                progress.update()
-        return found
-
-    return measure
 
 
 def model_folder(lineage: Lineage, stage: str) -> Path:
@@ -341,7 +272,7 @@ def model_folder(lineage: Lineage, stage: str) -> Path:
     from smolpost.model.loading import local_folder
 
     lineage.require(stage)
-    if stage == "checkpoint":
+    if stage == CHECKPOINT:
         return local_folder(lineage.recipe.model.checkpoint, lineage.recipe.model.revision)
     return lineage.stages[stage].folder
 
@@ -359,7 +290,7 @@ def context(lineage: Lineage, tasks: Iterable[str]):
         for source in lineage.recipe.data[mixture].sources.values():
             if source.stage is not None:
                 lineage.require(source.stage)
-    return Context(spec.today, spec.seed, lambda name: list(mix(lineage.mixture(name))))
+    return Context(spec.today, spec.seed, lambda name: list(mix(lineage.filled(name))))
 
 
 def adopt(folder: Path) -> None:
@@ -378,6 +309,6 @@ def adopt(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; save the tokenizer beside the weights")
     files = hashes(folder)
-    key = manifest.digest({name: entry["sha256"] for name, entry in files.items()})
+    key = digest({name: entry["sha256"] for name, entry in files.items()})
     manifest.write(folder, files, kind="adopted", key=key)
     print(f"{folder} adopted with key {key}")

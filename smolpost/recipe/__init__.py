@@ -1,5 +1,9 @@
 """YAML and command-line words in, one typed Recipe out. The only importer of hydra and omegaconf."""
 
+import smolpost.data.row_shapes
+import smolpost.evaluation.tasks
+import smolpost.objectives.losses
+import smolpost.stages  # noqa: F401 (they register what a recipe may name)
 from smolpost.recipe.places import room
 from smolpost.recipe.request import Request, as_yaml, load
 from smolpost.recipe.secrets import masked

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from smolpost import schema
-from smolpost.data import row_shapes  # noqa: F401 - registers them
-from smolpost.objectives.losses import configured
-from smolpost.recipe.written import Written, Wrong, near, text
-from smolpost.registry import LOSSES
+from smolpost.errors import Wrong
+from smolpost.evaluation.task import EvaluationTask
+from smolpost.recipe.written import Written, near, text
+from smolpost.stages.base import CHECKPOINT, Stage
 
 STAGE = "a stage of this pipeline"
 NAME = re.compile(r"\w[\w.+-]*")  # of a folder or file under run_dir
@@ -49,8 +49,7 @@ def _check_names(recipe: schema.Recipe) -> None:
     named = {"stages": recipe.stages, "data": recipe.data, "evaluation.tasks": recipe.evaluation.tasks}
     named |= {f"data.{name}.sources": mixture.sources for name, mixture in recipe.data.items()}
     for stage, config in recipe.stages.items():
-        if isinstance(config, schema.TasksStage):
-            named[f"stages.{stage}.files"] = config.files
+        named |= {f"stages.{stage}.{key}": names for key, names in config.folder_names().items()}
     for key, name in [("pipeline", recipe.pipeline), *((k, name) for k, names in named.items() for name in names)]:
         if not NAME.fullmatch(name):
             what = "=" if key == "pipeline" else " has the name "
@@ -102,20 +101,16 @@ def _check_interval(key: str, value: float, interval: str) -> None:
     )
 
 
-def _check_stage(key: str, stage: schema.Stage, recipe: schema.Recipe, written: Written) -> None:
-    if isinstance(stage, schema.TrainStage):
-        _check_training(key, stage, written)
-    if isinstance(stage, schema.MergeStage):
-        _check_merge(key, stage, written)
-    if isinstance(stage, schema.MergekitStage):
-        _check_mergekit(key, stage)
-    if isinstance(stage, schema.ChoosingStage):
-        _check_choosing(key, stage, recipe)
+def _check_stage(key: str, stage: Stage, recipe: schema.Recipe, written: Written) -> None:
+    for name, settings, kind, of in stage.nested_settings():
+        written.check_settings(f"{key}.{name}", settings, kind, of)
+        _check_values(kind(**settings), f"{key}.{name}.")
+    stage.check(key, recipe, written.place)
     for name, parent in stage.parents():
-        if parent == "checkpoint" and not recipe.model.checkpoint:
+        if parent == CHECKPOINT and not recipe.model.checkpoint:
             what = "=checkpoint, but model.checkpoint has no value; give it as model.checkpoint=ID"
             raise Wrong(f"{key}.{name}", what)
-        _check_reference(f"{key}.{name}", parent, [*recipe.stages, "checkpoint"], STAGE)
+        _check_reference(f"{key}.{name}", parent, [*recipe.stages, CHECKPOINT], STAGE)
     for name, mixture in stage.mixtures():
         _check_reference(f"{key}.{name}", mixture, recipe.data, "a mixture under data")
 
@@ -126,71 +121,12 @@ def _check_reference(key: str, name: str, known, what: str) -> None:
         raise Wrong(key, f"={name} is not {what}; {hint}")
 
 
-def _check_merge(key: str, stage: schema.MergeStage, written: Written) -> None:
-    total = sum(stage.inputs.values())
-    if abs(total - 1) > 1e-6:
-        parts = [
-            f"{name} {weight:g} ({written.place(f'{key}.inputs.{name}')})" for name, weight in stage.inputs.items()
-        ]
-        last = list(stage.inputs)[-1] if parts else "NAME"
-        raise Wrong(
-            f"{key}.inputs",
-            f" sum to {total:g}, and weights of a linear merge sum to 1: {', '.join(parts) or '(none)'}; change one as "
-            f"{key}.inputs.{last}=WEIGHT, or leave it out with ~{key}.inputs.{last}",
-        )
-    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input of the stage")
-
-
-def _check_mergekit(key: str, stage: schema.MergekitStage) -> None:
-    if (stage.method is None) == (stage.config is None):
-        raise Wrong(key, " needs a method of mergekit's or a config, its YAML file; give one of them")
-    if stage.config and (stage.parameters or stage.base_model or any(stage.inputs.values())):
-        raise Wrong(
-            f"{key}.config",
-            f"={stage.config} states parameters and base_model itself; give the inputs' names alone, as {{NAME: {{}}}}",
-        )
-    if stage.config and not Path(stage.config).is_file():
-        raise Wrong(f"{key}.config", f"={stage.config} is not a file; name a mergekit YAML")
-    _check_reference(f"{key}.base", stage.base, stage.inputs, "an input of the stage")
-
-
-def _check_choosing(key: str, stage: schema.ChoosingStage, recipe: schema.Recipe) -> None:
-    inputs = list(dict.fromkeys(parent for _, parent in stage.parents()))
-    _check_reference(f"{key}.base", stage.base, inputs, "an input of the stage")
-    for name, metric in stage.metrics_used():
-        task, slash, _ = metric.removeprefix("-").partition("/")
-        if not slash or task not in recipe.evaluation.tasks:
-            raise Wrong(
-                f"{key}.{name}",
-                f"={metric} is not TASK/METRIC with a task of evaluation.tasks; tasks: "
-                f"{', '.join(recipe.evaluation.tasks) or '(none)'}; or leave the stage out with ~{key}",
-            )
-
-
-def _check_task(key: str, task: schema.EvaluationTask, recipe: schema.Recipe) -> None:
+def _check_task(key: str, task: EvaluationTask, recipe: schema.Recipe) -> None:
     for name, mixture in task.mixtures():
         _check_reference(f"{key}.{name}", mixture, recipe.data, "a mixture under data")
     for name, path in task.files():
         if not Path(path).is_file():
             raise Wrong(f"{key}.{name}", f"={path} is not a file; name one, or leave the task out with ~{key}")
-    models = [name for name, stage in recipe.stages.items() if stage.kind in schema.MODEL_KINDS]
+    models = [name for name, stage in recipe.stages.items() if stage.MAKES_MODEL]
     for stage in task.stages or []:
         _check_reference(f"{key}.stages", stage, models, "a stage of this pipeline with a model")
-
-
-def _check_training(key: str, stage: schema.TrainStage, written: Written) -> None:
-    if stage.lora.r and stage.snapshot_steps:
-        raise Wrong(
-            f"{key}.snapshot_steps",
-            f"={stage.snapshot_steps} keeps whole weights, and {key}.lora.r={stage.lora.r} trains adapters; set one of "
-            "them to null or 0",
-        )
-    if isinstance(stage, schema.APOStage):
-        _check_preference(key, stage, written)
-
-
-def _check_preference(key: str, stage: schema.APOStage, written: Written) -> None:
-    written.check_settings(f"{key}.loss_settings", stage.loss_settings, LOSSES[stage.loss], f"loss={stage.loss}")
-    _check_values(configured(stage.loss, stage.loss_settings), f"{key}.loss_settings.")
-    if stage.overlong == "split":
-        raise Wrong(f"{key}.overlong", "=split cannot be done to a pair; choose one of: refuse, truncate, drop")

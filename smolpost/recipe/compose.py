@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from smolpost import schema
 from smolpost.errors import UserError
-from smolpost.recipe import yaml_file
+from smolpost.recipe import plugins, yaml_file
 from smolpost.recipe.places import GROUPS, Places
 from smolpost.recipe.written import NAMED, Written, near
+from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line, shown
 
 ROOT = "recipe_root"  # what every recipe starts from: a pipeline chooses everything else
@@ -48,8 +49,9 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     Raises:
         UserError: A word or a file cannot be read, or says what the schema does not have.
     """
-    _store_schema()
     parsed = _parse(words)
+    plugins.load(parsed, places)
+    _store_schema()
     if places.pipeline is not None:
         words = [*words, f"pipeline='../{_quoted(places.pipeline.stem)}'"]
     folders = [str(folder.resolve()) for folder in places.folders]
@@ -80,7 +82,7 @@ def _store_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="recipe_schema", node=schema.Recipe)
     store.store(name=ROOT, node={"defaults": ["recipe_schema", {"pipeline": "tiny"}, {"harness": "none"}, "_self_"]})
-    for kind, node in (schema.STAGE_KINDS | schema.TASK_KINDS).items():
+    for kind, node in (*STAGE_KINDS.items(), *TASK_KINDS.items()):
         store.store(group="schema", name=kind, node=node)
 
 
@@ -128,7 +130,7 @@ def _written(defaults: list, words: list[Override], places: Places, unmeasured: 
         if group == "schema":
             if default.package.rpartition(".")[0] not in ("stages", "evaluation.tasks"):
                 raise UserError(_misplaced(default, defaults, places))
-            written.set_kind(default.package, (schema.STAGE_KINDS | schema.TASK_KINDS)[name])
+            written.set_kind(default.package, ({**STAGE_KINDS, **TASK_KINDS})[name])
         elif file is not None and group != "hydra":
             content = yaml_file.read(file)
             if group == "pipeline" and default.package:
@@ -216,7 +218,7 @@ def _missing(error: MissingConfigException, words: list[str], places: Places) ->
     asked = any(re.fullmatch(rf"\+?{re.escape(group)}(@.*)?='?{re.escape(name)}'?", word) for word in words)
     parent = re.match(r"In '(.+?)':", str(error))
     file = places.file(parent[1]) if parent and not asked else None
-    options = places.options(group) or ([*schema.STAGE_KINDS, *schema.TASK_KINDS] if group == "schema" else [])
+    options = places.options(group) or ([*STAGE_KINDS, *TASK_KINDS] if group == "schema" else [])
     groups = ("pipeline", "stage", *GROUPS)
     if name and options:
         line = f"{group}={name} does not exist; {near('', name, options)}choose one of: {', '.join(options)}"

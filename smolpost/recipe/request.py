@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from smolpost import schema
-from smolpost.errors import UserError
+from smolpost.errors import UserError, Wrong
 from smolpost.recipe import secrets
 from smolpost.recipe.checks import check
 from smolpost.recipe.compose import Composed, compose_recipe
 from smolpost.recipe.places import Places
-from smolpost.recipe.written import KINDS, Wrong, text
+from smolpost.recipe.written import KINDS, text
 
 
 @dataclass(frozen=True)

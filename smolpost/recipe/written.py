@@ -10,11 +10,12 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from smolpost import schema
-from smolpost.errors import UserError
+from smolpost.errors import UserError, Wrong
+from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line
 
 # Entries that have a kind, which decides their fields: parent -> kinds.
-KINDS = {"stages": schema.STAGE_KINDS, "evaluation.tasks": schema.TASK_KINDS}
+KINDS = {"stages": STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
 # Whose entries have names of the user's choice: `+data.NAME=...` adds one, or to one, typed as in a file.
 NAMED = ("data", *KINDS)
 LEAVES = {
@@ -23,18 +24,6 @@ LEAVES = {
     float: (FloatNode, "a number"),
     bool: (BooleanNode, "true or false"),
 }
-
-
-class Wrong(UserError):
-    """A value that cannot be meant.
-
-    Attributes:
-        key: Its full key; `Written.located` puts the file before the message.
-    """
-
-    def __init__(self, key: str, what: str):
-        super().__init__(f"{key}{what}")
-        self.key = key
 
 
 class Written:
@@ -141,7 +130,8 @@ class Written:
         if not isinstance(value, dict):
             raise _not_fields(key, value, place)
         self.places[key] = place
-        hints = typing.get_type_hints(kind)
+        types_of = typing.get_type_hints(kind)
+        hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}  # without class attributes
         for name, item in value.items():
             full = _join(key, name)
             if name not in hints:

@@ -46,6 +46,12 @@ def read(path: Path) -> dict:
     return content
 
 
+def defaults(path: Path) -> list:
+    """The entries of the defaults list of a file that `read` accepts."""
+    with open(path, encoding="utf-8") as file:
+        return OmegaConf.to_container(OmegaConf.load(file)).get("defaults", [])
+
+
 def _check_keys(path: Path, value: object) -> None:
     for key, item in value.items() if isinstance(value, dict) else ():
         if not isinstance(key, str):

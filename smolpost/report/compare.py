@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from smolpost.errors import UserError
-from smolpost.evaluation.table import head, headlines
+from smolpost.report.score_tables import head, headlines
 from smolpost.screen import Blocks
 
 SWEEP = "sweep.json"  # what a sweep stage leaves beside its weights
@@ -12,18 +12,18 @@ RESULTS = "results.json"  # what `smolpost run` leaves in its pipeline's folder
 
 
 def read_stages(folder: Path) -> dict[str, dict]:
-    """What a finished run, in run_dir/pipeline, says of each of its stages.
+    """The stages of a finished run in run_dir/pipeline: name -> entry of its results.
 
     Raises:
         UserError: The folder holds no results.
     """
     file = folder / RESULTS
     if not file.is_file():
-        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the whole pipeline is done")
+        raise UserError(f"{folder} has no {RESULTS}; `smolpost run` writes it when the pipeline is finished")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{file} holds no stages; remove it, and `smolpost run` writes it again") from None
+        raise UserError(f"{file} has no stages; remove it, and run `smolpost run` again") from None
 
 
 def evaluations(folder: Path) -> dict[str, dict]:
@@ -41,7 +41,7 @@ def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tu
     """Stage -> (task, metric) -> (mean, lowest, highest) of the runs' values; headline metrics only.
 
     Raises:
-        UserError: The runs have not the same stages and metrics.
+        UserError: The runs have different stages or metrics.
     """
     shapes = [{stage: list(headlines(tasks)) for stage, tasks in run.items()} for run in runs]
     for number, shape in enumerate(shapes[1:], 2):
@@ -62,14 +62,13 @@ def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict[tuple[str, str], tu
 
 
 def compare_table(runs: list[dict[str, dict]]) -> Blocks:
-    """Mean of each headline metric, and below it the lowest and highest run; the values of a single run."""
+    """Mean of each headline metric, and below it the lowest and highest run where they differ.
+
+    A single run has its values alone.
+    """
     rows, columns = _rows_and_columns(runs)
-    single = len(runs) == 1
-    cells = [
-        [stage, *("-" if column not in row else _cell(*row[column], single) for column in columns)]
-        for stage, row in rows.items()
-    ]
-    title = "values of 1 run" if single else f"mean and range of {len(runs)} runs"
+    cells = [[stage, *(_cell(row.get(c), "-", "\n{}") for c in columns)] for stage, row in rows.items()]
+    title = "values of 1 run" if len(runs) == 1 else f"mean and range of {len(runs)} runs"
     return Blocks(["stage", *map(head, columns)], cells, title=title)
 
 
@@ -78,29 +77,21 @@ def _rows_and_columns(runs: list[dict[str, dict]]):
     return rows, list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
-def _cell(mean: float, low: float, high: float, single: bool) -> str:
-    return f"{mean:.2f}" if single else f"{mean:.2f}\n{_range(low, high)}"
-
-
-def _range(low: float, high: float) -> str:
-    return f"{_short(low)}{'-' if low >= 0 else ' to '}{_short(high)}"
-
-
-def _short(value: float) -> str:
-    """Two decimals without the zero before them, so that a range fits a column."""
-    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3g}"
-
-
 def markdown_table(runs: list[dict[str, dict]]) -> str:
-    """The same for a README: mean (lowest to highest), or the value of a single run."""
+    """The same table in Markdown: mean (lowest-highest)."""
     rows, columns = _rows_and_columns(runs)
     lines = ["| stage | " + " | ".join(f"{task} {metric}" for task, metric in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for stage, row in rows.items():
-        cells = []
-        for column in columns:
-            mean, low, high = row.get(column, (None, None, None))
-            spread = "" if len(runs) == 1 or mean is None else f" ({low:.2f} to {high:.2f})"
-            cells.append("" if mean is None else f"{mean:.2f}{spread}")
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+        lines.append(f"| {stage} | " + " | ".join(_cell(row.get(c), "", " ({})") for c in columns) + " |")
     return "\n".join(lines)
+
+
+def _cell(values: tuple[float, float, float] | None, empty: str, spread: str) -> str:
+    """The mean, with the lowest and highest value in `spread` unless both are written the same."""
+    if values is None:
+        return empty
+    mean, low, high = values
+    ends = [f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" for value in (low, high)]
+    between = "-" if low >= 0 else " to "
+    return f"{mean:.2f}" + (spread.format(between.join(ends)) if ends[0] != ends[1] else "")

@@ -8,7 +8,7 @@ from smolpost.chat.fates import MASKED, Fate
 class FateName(NamedTuple):
     """
     Attributes:
-        word: The mark beside every run of tokens of this fate: no view tells fates apart by colour alone.
+        word: The mark beside every run of tokens of this fate, so that no view depends on colour alone.
         why: Why the loss counts these tokens or leaves them out.
         colour: Okabe and Ito's palette, which the common kinds of colour blindness leave distinct.
     """

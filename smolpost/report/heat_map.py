@@ -1,7 +1,7 @@
 """Needle plots: scores by context length and by depth in it, for the terminal and as a picture.
 
-The colours are cividis (Nuñez et al. 2018), which reads alike with every kind of colour vision, always from 0 to 1, so
-that maps of different models can be laid side by side. The numbers stand in the cells: nothing is told by colour alone.
+The colours are cividis (Nuñez et al. 2018), which looks the same with every kind of colour vision. The scale is always
+0 to 1, so maps of different models can be compared. Every cell has its number, so nothing depends on colour alone.
 """
 
 import math
@@ -14,6 +14,7 @@ from rich.text import Text
 from smolpost.errors import UserError
 from smolpost.screen import Blocks
 
+DEPTH = "/depth_"  # in the name of a score by depth in the context
 SUFFIXES = (".png", ".svg")
 
 # cividis at 0, 1/8, ... 1: red, green, blue in [0, 255].
@@ -86,7 +87,7 @@ def _grid(scores: dict[str, dict[str, float]], title: str) -> tuple[list[int], l
     """Lengths and depths, ascending, and a row of values for each depth; NaN where a length lacks it."""
     values: dict[tuple[int, float], float] = {}
     for name, score in scores.items():
-        if match := re.fullmatch(r"(\d+)/depth_(\d+(?:\.\d+)?)", name):
+        if match := re.fullmatch(rf"(\d+){DEPTH}(\d+(?:\.\d+)?)", name):
             values[int(match[1]), float(match[2])] = score["value"]
     if not values:
         raise UserError(f"{title}: has no scores by depth, as recall and RULER's needle tasks have; nothing to map")

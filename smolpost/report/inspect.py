@@ -1,6 +1,6 @@
-"""A prepared folder read back as the model will see it: packs, documents and pairs with the fate of every token.
+"""Reads a prepared folder as the model will see it: packs, documents and pairs with the fate of every token.
 
-N rows read, T tokens of a document or part. The folder stays memory-mapped: what is read is what is asked for.
+N rows read, T tokens of a document or part. The folder stays memory-mapped; only what is asked for is read.
 """
 
 import json
@@ -17,29 +17,29 @@ import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from smolpost.chat.fates import Fate
-from smolpost.data.collate import IGNORE_INDEX, PARTS
+from smolpost.data.collate import PARTS
 from smolpost.data.report import REPORT
 from smolpost.errors import UserError
 
 ROWS = "rows.parquet"
 COLUMNS = {
-    "sft": ("input_ids", "labels", "fates", "seq_lengths", "rows"),
+    "sft": ("input_ids", "fates", "seq_lengths", "rows"),
     "apo": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
 }
-MOST_PARTS = 8  # tokens of one character; bytes that never make one must not be collected for ever
+MOST_PARTS = 8  # tokens of one character, at most: bytes may never add up to one
 UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
 FILES = ("manifest.json", "state.json", "dataset_info.json", ROWS, REPORT, "tokenizer")
 
 
 @dataclass(frozen=True)
-class Row:
+class PreparedRow:
     """A row as it was read.
 
     Attributes:
-        number: Of the row in its path, from 1.
-        tokens: All it has, also those that were cut off.
+        number: Number of the row in its path, from 1.
+        tokens: Its number of tokens, truncated ones included.
         think: It trains a think block.
-        dropped: The reason, "" where it was kept.
+        dropped: The reason, or "" if it was kept.
     """
 
     source: str
@@ -51,16 +51,17 @@ class Row:
 
     @property
     def place(self) -> str:
+        """PATH:NUMBER, for messages."""
         return f"{self.path}:{self.number}"
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Segment:
     """A document of a pack, or a part of a pair.
 
     Attributes:
         name: "document", "prompt", "chosen" or "rejected".
-        first_position: 0, but on the completions of a pair: both count on from their prompt.
+        first_position: Position of the first token: 0, except in a pair's completions, which continue their prompt.
         ids: [T] int32.
         fates: [T] int8, values of Fate.
     """
@@ -76,31 +77,34 @@ class Tokens:
         return self.first_position + np.arange(len(self.ids))
 
     def runs(self) -> list[tuple[Fate, int, int]]:
-        """(fate, start, stop) of the longest stretches of one fate, in order."""
+        """(fate, start, stop) of the runs of equal fate, in order."""
         edges = np.flatnonzero(np.diff(self.fates)) + 1
         starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(self.fates)]
         return [(Fate(self.fates[a]), a, b) for a, b in zip(starts, stops, strict=True) if a < b]
 
 
 @dataclass(frozen=True)
-class Document:
-    """
+class PackedDocument:
+    """A document of a pack.
+
     Attributes:
-        pack, index: Of the pack in the folder and of the document in the pack, from 0.
-        start: Its first token in the pack.
+        pack, index: Number of the pack in the folder and of the document in the pack, from 0.
+        start: Index of its first token in the pack.
     """
 
     pack: int
     index: int
     start: int
-    row: Row
-    tokens: Tokens
+    row: PreparedRow
+    tokens: Segment
 
 
 @dataclass(frozen=True)
 class Pack:
+    """A pack and its documents, in order."""
+
     index: int
-    documents: list[Document]
+    documents: list[PackedDocument]
 
     @property
     def num_tokens(self) -> int:
@@ -108,24 +112,25 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreparedPair:
     """`prompt | chosen` and `prompt | rejected`; scored tokens of the prompt count for both sides."""
 
     index: int
-    row: Row
-    prompt: Tokens
-    chosen: Tokens
-    rejected: Tokens
+    row: PreparedRow
+    prompt: Segment
+    chosen: Segment
+    rejected: Segment
 
     @property
-    def parts(self) -> tuple[Tokens, Tokens, Tokens]:
+    def parts(self) -> tuple[Segment, Segment, Segment]:
         return self.prompt, self.chosen, self.rejected
 
 
-class Place(NamedTuple):
-    """
+class Location(NamedTuple):
+    """Where a row is in the packs or pairs.
+
     Attributes:
-        pack, document: Of the folder's packs and of the pack's documents, from 0; a pair's number and 0.
+        pack, document: Number of the pack and of its document, from 0; of a pair, its number and 0.
         row: Index in rows.parquet.
     """
 
@@ -142,17 +147,18 @@ class Prepared:
         report: data_report.json.
         manifest: manifest.json.
     Raises:
-        UserError: The folder is no finished prepared folder.
+        UserError: The folder is not a finished prepared folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"{folder} is no folder; give one that `smolpost prepare` finished")
+            raise UserError(f"{folder} is not a folder; give a folder that `smolpost prepare` finished")
         missing = [name for name in FILES if not (self.folder / name).exists()]
         if missing:
             raise UserError(
-                f"{folder} is no prepared folder: it has no {missing[0]}; give one that `smolpost prepare` finished"
+                f"{folder} is not a prepared folder: it has no {missing[0]}; give "
+                "a folder that `smolpost prepare` finished"
             )
         self.manifest, self.report = self._json("manifest.json"), self._json(REPORT)
         try:
@@ -181,28 +187,25 @@ class Prepared:
     def pack(self, index: int) -> Pack:
         """
         Raises:
-            UserError: There is no such pack, or what it holds contradicts itself.
+            UserError: There is no such pack, or its columns contradict each other.
         """
         columns = self._columns(index, "sft", "pack")
-        ids, labels, fates, lengths, rows = (
-            columns[name] for name in ("input_ids", "labels", "fates", "seq_lengths", "rows")
-        )
-        expected = np.where(fates == Fate.TRAINED, ids, IGNORE_INDEX) if len(fates) == len(ids) else []
-        if not np.array_equal(labels, expected) or lengths.sum() != len(ids) or len(rows) != len(lengths):
-            raise self._damaged(f"labels, fates and lengths of pack {index} contradict one another")
+        ids, fates, lengths, rows = (columns[name] for name in COLUMNS["sft"])
+        if len(fates) != len(ids) or lengths.sum() != len(ids) or len(rows) != len(lengths):
+            raise self._damaged(f"ids, fates and lengths of pack {index} contradict each other")
         starts = np.cumsum(lengths) - lengths
         documents = [
-            Document(
-                index, i, start, self.row(row), Tokens("document", 0, *(a[start : start + n] for a in (ids, fates)))
+            PackedDocument(
+                index, i, start, self.row(row), Segment("document", 0, *(a[start : start + n] for a in (ids, fates)))
             )
             for i, (start, n, row) in enumerate(zip(starts.tolist(), lengths.tolist(), rows.tolist(), strict=True))
         ]
         return Pack(index, documents)
 
-    def pair(self, index: int) -> Pair:
+    def pair(self, index: int) -> PreparedPair:
         """
         Raises:
-            UserError: There is no such pair, or what it holds contradicts itself.
+            UserError: There is no such pair, or its columns contradict each other.
         """
         columns = self._columns(index, "apo", "pair")
         parts, first = [], 0
@@ -210,13 +213,13 @@ class Prepared:
             ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
             if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
                 raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
-            parts.append(Tokens(name, first, ids, fates))
+            parts.append(Segment(name, first, ids, fates))
             first = len(parts[0].ids)
-        return Pair(index, self.row(int(columns["rows"][0])), *parts)
+        return PreparedPair(index, self.row(int(columns["rows"][0])), *parts)
 
     def _columns(self, index: int, kind: str, what: str) -> dict[str, np.ndarray]:
         if self.kind != kind:
-            raise UserError(f"{self.folder} holds the rows of an {self.kind} stage, which have no {what}s")
+            raise UserError(f"{self.folder} has the rows of an {self.kind} stage, which have no {what}s")
         if not 0 <= index < len(self):
             raise UserError(f"{what} {index} does not exist; {self.folder} has {what}s 0 to {len(self) - 1}")
         table = self._data[index]
@@ -229,7 +232,7 @@ class Prepared:
             raise self._damaged(f"{name} is not JSON ({error})") from error
 
     def _damaged(self, how: str) -> UserError:
-        return UserError(f"{self.folder} is no prepared folder: {how}; remove it and run `smolpost prepare` again")
+        return UserError(f"{self.folder} is not a prepared folder: {how}; remove it and run `smolpost prepare` again")
 
     # ------------------------------------------------------------ rows and search
 
@@ -247,14 +250,14 @@ class Prepared:
             columns[name] = column.to_numpy(zero_copy_only=False)
         return columns
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PreparedRow:
         """A row by its index in rows.parquet."""
         columns = self._rows
         if not 0 <= index < len(columns["number"]):
             raise self._damaged(f"{ROWS} has no row {index}")
         source, path, dropped = (self._texts[name][columns[name][index]] for name in ("source", "path", "dropped"))
         number, tokens = int(columns["number"][index]), int(columns["tokens"][index])
-        return Row(source, path, number, tokens, bool(columns["think"][index]), dropped)
+        return PreparedRow(source, path, number, tokens, bool(columns["think"][index]), dropped)
 
     @property
     def sources(self) -> list[str]:
@@ -316,7 +319,7 @@ class Prepared:
         ]
         return f"it has {', '.join(known) or 'none'}"
 
-    def locate(self, rows: np.ndarray) -> Iterator[Place]:
+    def locate(self, rows: np.ndarray) -> Iterator[Location]:
         """The documents, or pairs, of the rows in the folder's order.
 
         Args:
@@ -330,10 +333,10 @@ class Prepared:
             packs = np.searchsorted(ends, hits, side="right")
             starts = np.concatenate(([0], ends))
             for pack, hit in zip(packs.tolist(), hits.tolist(), strict=True):
-                yield Place(done + pack, hit - int(starts[pack]), int(values[hit]))
+                yield Location(done + pack, hit - int(starts[pack]), int(values[hit]))
             done += len(chunk)
 
-    def first_by_thinking(self) -> dict[str, dict[bool, Place | None]]:
+    def first_by_thinking(self) -> dict[str, dict[bool, Location | None]]:
         """Source -> {True: place of its first think document, False: of its first no-think one}, None without one.
 
         First by the order of the rows.
@@ -345,7 +348,7 @@ class Prepared:
                 hits = of_source & (self._rows["think"] == think)
                 firsts[name, think] = int(hits.argmax()) if hits.any() else None
                 wanted[hits.argmax()] |= hits.any()
-        places: dict[int, Place] = {}
+        places: dict[int, Location] = {}
         for place in self.locate(wanted):
             places.setdefault(place.row, place)
             if len(places) == wanted.sum():
@@ -355,9 +358,9 @@ class Prepared:
     # ------------------------------------------------------------ text
 
     def texts(self, ids: Iterable[int]) -> list[str]:
-        """[T] the text of each token; joined, they are what the tokenizer decodes the ids to.
+        """[T] the text of each token; joined, they are the text to which the tokenizer decodes the ids.
 
-        A character of several tokens stands at the last of them, the others are "".
+        A character of several tokens is at the last of them; the others are "".
         """
         ids = [int(i) for i in ids]
         known = self._token_texts

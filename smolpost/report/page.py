@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +13,9 @@ from markupsafe import Markup
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import caption, short
 from smolpost.errors import UserError
+from smolpost.files import write_bytes
 from smolpost.report.fate_names import LEDGER, NAMES
-from smolpost.report.inspect import Document, Pair, Place, Prepared, Row, Tokens
+from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, Segment
 
 MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
 HEAD_BYTES = 1000  # of a page, within which the mark stands
@@ -63,7 +62,7 @@ def write_page(
         LEDGER=LEDGER,
     )
     content = text.encode("utf-8", "replace")
-    _replace(file, content)
+    write_bytes(file, content)
     return len(content)
 
 
@@ -117,7 +116,7 @@ class _Page:
         text = json.dumps(data, separators=(",", ":"))
         return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
-    def _units_at(self, place: Place | None) -> list[int]:
+    def _units_at(self, place: Location | None) -> list[int]:
         if place is None:
             return []
         known = self._unit_of.get((place.pack, place.document))
@@ -127,17 +126,17 @@ class _Page:
             known = self._pair(self.prepared.pair(place.pack))
         return known[:2]  # of a pair: the prompt and what was chosen
 
-    def _document(self, document: Document) -> list[int]:
+    def _document(self, document: PackedDocument) -> list[int]:
         units = [self._unit(document.tokens, document.row, pack=document.pack, nth=document.index)]
         self._unit_of[document.pack, document.index] = units
         return units
 
-    def _pair(self, pair: Pair) -> list[int]:
+    def _pair(self, pair: PreparedPair) -> list[int]:
         units = [self._unit(part, pair.row, pack=pair.index, nth=0) for part in pair.parts]
         self._unit_of[pair.index, 0] = units
         return units
 
-    def _unit(self, tokens: Tokens, row: Row, **place: int) -> int:
+    def _unit(self, tokens: Segment, row: PreparedRow, **place: int) -> int:
         pairs = zip(tokens.ids.tolist(), self.prepared.texts(tokens.ids), strict=True)
         unit = {
             "name": tokens.name,
@@ -201,17 +200,6 @@ def _check_is_ours(file: Path) -> None:
     if file.exists():
         with open(file, "rb") as there:
             if MARK.encode() not in there.read(HEAD_BYTES):
-                raise UserError(f"--html {file} exists and is no page of `smolpost inspect`; remove it or name another")
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """A reader sees the old page or the new one, never half."""
-    with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
-        try:
-            part.write(content)
-            part.flush()
-            os.chmod(part.name, 0o644)
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+                raise UserError(
+                    f"--html {file} exists and is not a page of `smolpost inspect`; remove it or give another name"
+                )

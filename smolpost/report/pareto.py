@@ -1,6 +1,6 @@
-"""What a sweep or a greedy soup found: a plot of long context against the rest, and tables for the terminal.
+"""Results of a sweep or a greedy soup: a plot of long context against the rest, and tables for the terminal.
 
-Every kind of point has a shape of its own and the Pareto front a ring, so nothing is told by colour alone.
+Every kind of point has its own shape, and the Pareto front has rings, so nothing depends on colour alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def save_pareto(reports: Mapping[str, Any] | Sequence[Mapping[str, Any]], file: 
     panel shows these alone.
 
     Args:
-        reports: What `merging.sweep.sweep` returned, or several of them.
+        reports: What `selection.sweep.sweep` returned, or several of them.
     """
     reports = [reports] if isinstance(reports, Mapping) else list(reports)
     near, far = _split(reports)

@@ -1,7 +1,7 @@
-"""A prepared folder in the terminal: the ledger, then tokens by fate.
+"""Shows a prepared folder in the terminal: the ledger, then tokens by fate.
 
-Every stretch of one fate begins with its word and trained text is underlined, so nothing is told by colour alone and a
-pipe or NO_COLOR keeps the same letters.
+Every run of one fate begins with its word, and trained text is underlined. So nothing depends on colour alone, and a
+pipe or NO_COLOR gives the same text.
 """
 
 import re
@@ -15,7 +15,7 @@ from rich.text import Text
 from smolpost.chat.fates import Fate
 from smolpost.data.report import format_report
 from smolpost.report.fate_names import NAMES
-from smolpost.report.inspect import Document, Pair, Prepared, Tokens
+from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, Segment
 
 LINE_BREAK, TAB, SPACE = "↵", "⇥", "␣"
 LIGHT = {Fate.TRAINED, Fate.SYSTEM, Fate.USER, Fate.TOOL, Fate.REPLY, Fate.REASONING}  # carry black text at 4.5:1
@@ -56,7 +56,7 @@ def show(
     console.print(format_report(prepared.report))
     _legend(console, items)
     for item in items:
-        if isinstance(item, Pair):
+        if isinstance(item, PreparedPair):
             _show_pair(prepared, console, item)
         else:
             _show_document(prepared, console, item)
@@ -67,16 +67,16 @@ def show(
         _print(console, Text(f"shown {shown:,} of {total:,} {what}"))
 
 
-def _whole(prepared: Prepared, numbers) -> list[Document] | list[Pair]:
+def _whole(prepared: Prepared, numbers) -> list[PackedDocument] | list[PreparedPair]:
     if prepared.kind == "apo":
         return [prepared.pair(number) for number in numbers]
     return [document for number in numbers for document in prepared.pack(number).documents]
 
 
-def _legend(console: Console, items: list[Document] | list[Pair]) -> None:
+def _legend(console: Console, items: list[PackedDocument] | list[PreparedPair]) -> None:
     counts: Counter[int] = Counter()
     for item in items:
-        for tokens in item.parts if isinstance(item, Pair) else (item.tokens,):
+        for tokens in item.parts if isinstance(item, PreparedPair) else (item.tokens,):
             counts.update(tokens.fates.tolist())
     _print(console, Text("tokens shown below, by fate"))
     for fate, name in NAMES.items():
@@ -86,7 +86,7 @@ def _legend(console: Console, items: list[Document] | list[Pair]) -> None:
         _print(console, line)
 
 
-def _show_document(prepared: Prepared, console: Console, document: Document) -> None:
+def _show_document(prepared: Prepared, console: Console, document: PackedDocument) -> None:
     row, length = document.row, len(document.tokens.ids)
     if document.index == 0:
         console.print()
@@ -98,7 +98,7 @@ def _show_document(prepared: Prepared, console: Console, document: Document) -> 
     _show_tokens(prepared, console, document.tokens)
 
 
-def _show_pair(prepared: Prepared, console: Console, pair: Pair) -> None:
+def _show_pair(prepared: Prepared, console: Console, pair: PreparedPair) -> None:
     console.print()
     mode = "think" if pair.row.think else "no think"
     _rule(console, "═", f"pair {pair.index}  {pair.row.source}  {pair.row.place}  {mode}")
@@ -109,7 +109,7 @@ def _show_pair(prepared: Prepared, console: Console, pair: Pair) -> None:
         _show_tokens(prepared, console, part)
 
 
-def _show_tokens(prepared: Prepared, console: Console, tokens: Tokens) -> None:
+def _show_tokens(prepared: Prepared, console: Console, tokens: Segment) -> None:
     """One paragraph per stretch of a fate: its first position, its word, its text."""
     texts = prepared.texts(tokens.ids)
     positions = tokens.positions
@@ -126,7 +126,7 @@ def _show_tokens(prepared: Prepared, console: Console, tokens: Tokens) -> None:
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """The line in pieces of at most `width` cells, after spaces where it has some; nothing is stripped."""
+    """The line in parts of at most `width` cells, cut after spaces if possible; nothing is stripped."""
     pieces, room = [""], width
     for word in re.findall(r"[^ ]* |[^ ]+$", line):
         for part in chop_cells(word, width) if cell_len(word) > width else [word]:

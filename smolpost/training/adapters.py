@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from smolpost.errors import UserError
 from smolpost.model.adapters import attach, merge
 from smolpost.model.stored import one_line
-from smolpost.schema import LoRA
+from smolpost.training.settings import LoRA
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
@@ -28,7 +28,7 @@ def check_targets(name: str, config: PreTrainedConfig, lora: LoRA) -> None:
         model = AutoModelForCausalLM.from_config(config)
     targets = list(lora.target_modules)
     if ALL_LINEAR in targets and targets != [ALL_LINEAR]:
-        raise UserError(f"{key}={targets}: {ALL_LINEAR} stands for all linear layers; give it alone")
+        raise UserError(f"{key}={targets}: {ALL_LINEAR} means all linear layers; use it without other names")
     for target in targets if targets != [ALL_LINEAR] else ():
         _check_target(key, target, model)
     try:
@@ -70,7 +70,7 @@ def lora_config(lora: LoRA) -> LoraConfig:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
-    """Freeze the model and train adapters beside its linear layers; at the start they change nothing.
+    """Freeze the model and add trainable adapters to its linear layers; untrained, they change nothing.
 
     Args:
         lora: Its targets are checked.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from smolpost.schema import TrainStage
 from smolpost.training.environment import Environment
+from smolpost.training.settings import Training
 
 SCHEDULERS = {
     "cosine": "cosine_with_min_lr",
@@ -17,9 +17,9 @@ SCHEDULERS = {
 
 
 def training_arguments(
-    stage: TrainStage, seed: int, num_rows: int, out: Path, environment: Environment
+    stage: Training, seed: int, num_rows: int, out: Path, environment: Environment
 ) -> TrainingArguments:
-    """The settings for `StageTrainer`, which plans its batches itself: to transformers, a step is one batch of one row.
+    """The settings for `StageTrainer`, which plans its own batches; transformers sees a step as one batch of one row.
 
     Args:
         num_rows: Prepared rows, from which the number of steps follows.
@@ -59,12 +59,12 @@ def training_arguments(
     )
 
 
-def total_steps(stage: TrainStage, num_rows: int) -> int:
+def total_steps(stage: Training, num_rows: int) -> int:
     """Optimizer steps of the whole stage."""
     return stage.max_steps or math.ceil(stage.num_epochs * math.ceil(num_rows / stage.global_batch_size))
 
 
-def _schedule(stage: TrainStage, num_rows: int) -> dict:
+def _schedule(stage: Training, num_rows: int) -> dict:
     if stage.lr_scheduler == "cosine":
         return {"min_lr_rate": stage.min_lr_ratio}
     if stage.lr_scheduler == "wsd":

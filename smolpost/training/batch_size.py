@@ -4,7 +4,7 @@ from smolpost.errors import UserError
 
 
 def check_global_batch(name: str, global_batch_size: int, num_processes: int) -> None:
-    """Refuse a batch that some ranks would have no part in.
+    """Refuse a global batch with fewer rows than ranks.
 
     Args:
         name: The stage, for the message.

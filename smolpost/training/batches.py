@@ -1,4 +1,4 @@
-"""One global batch on any number of ranks: who takes which rows, and in which forward passes.
+"""One global batch on any number of ranks: which rank takes which rows, and in which forward passes.
 
 An optimizer step is `global_batch_size` rows, whatever the machine. Its rows are packed into forward passes, the passes
 are dealt to the ranks, and every rank makes the same number of them, so no collective waits for a rank that has none.
@@ -29,7 +29,7 @@ class MicroBatch:
 
 
 class GlobalBatches(Sampler[list[MicroBatch]]):
-    """The forward passes of one rank, optimizer step after optimizer step.
+    """The forward passes of one rank, in order of optimizer steps.
 
     Args:
         lengths: [N] tokens of each prepared row.
@@ -75,7 +75,7 @@ class GlobalBatches(Sampler[list[MicroBatch]]):
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
 
     def deal(self, rows: list[int]) -> list[list[MicroBatch]]:
-        """Every rank's forward passes for the rows of one step, all ranks equally many.
+        """Every rank's forward passes for the rows of one step; all ranks have the same number.
 
         Passes of many rows are halved until the ranks share them evenly; what is still missing is filled with passes
         that do not count. Ranks run passes of similar length at the same time.

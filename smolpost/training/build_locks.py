@@ -21,7 +21,7 @@ def remove_stale() -> list[Path]:
     if not locks:
         return []
     with open(root / ".stale", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ranks look one by one: the lock of another rank's new build is open by then
+        fcntl.flock(file, fcntl.LOCK_EX)  # one rank at a time: by then the lock of another rank's new build is open
         stale = [lock for lock in locks if lock.exists() and lock.stat().st_uid == os.getuid() and not is_open(lock)]
         for lock in stale:
             lock.unlink(missing_ok=True)

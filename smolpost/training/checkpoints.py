@@ -1,4 +1,4 @@
-"""Resumable checkpoints: `checkpoint-STEP` in a stage's folder, from which any backend and number of ranks goes on.
+"""Resumable checkpoints: `checkpoint-STEP` in a stage's folder, for any backend and number of ranks.
 
 Every rank writes a share of the parameters, whole and in fp32, with AdamW's moments, as safetensors; rank 0 adds the
 trainer's state as JSON. There is no pickle, so nothing in a checkpoint can run. The mark is written last and names
@@ -7,7 +7,6 @@ every file with its size and hash: a checkpoint without it was cut short, one th
 
 import errno
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,19 +24,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smolpost.errors import UserError
-from smolpost.files import write_json
+from smolpost.files import put, write_json
 from smolpost.merging.shards import Pool, plan_shards
 from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 
 WHOLE = "whole"  # the mark
-SHARD_BYTES = 5 * 10**8  # of one file; a larger tensor stands alone
-WRITERS = 3  # files that are written at the same time, and so in memory on the CPU, while one more is gathered
+SHARD_BYTES = 5 * 10**8  # of one file; a larger tensor gets its own file
+WRITERS = 3  # files written (and held in CPU memory) at the same time, while one more is gathered
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a whole checkpoint says of itself.
+    """The facts that a complete checkpoint records.
 
     Attributes:
         backend: ddp, fsdp2, zero3 and the like, under which it was saved.
@@ -51,7 +50,7 @@ class Mark:
 
 
 class Snapshots(TrainerCallback):
-    """Keeps the weights of every so many steps as whole checkpoints, the sources of an average along the run.
+    """Keeps snapshots of the weights at regular steps, for an average along the run.
 
     Args:
         every: Optimizer steps.
@@ -62,14 +61,15 @@ class Snapshots(TrainerCallback):
         self.every, self.save = every, save
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every or state.global_step == state.max_steps:  # the last weights are the stage's
+        if (
+            state.global_step % self.every or state.global_step == state.max_steps
+        ):  # the last weights are the stage's result
             return
         folder = Path(args.output_dir) / SNAPSHOTS / f"step-{state.global_step}"
         part = folder.with_name(f".{folder.name}.part")
         self.save(part)
         if state.is_world_process_zero:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut after it and went on before it
-            os.replace(part, folder)
+            put(part, folder)  # replaces that of a run that stopped after this step and continued before it
 
 
 # ---------------------------------------------------------------- write
@@ -85,7 +85,7 @@ def write(trainer: Trainer, backend: str) -> None:
     arguments = trainer.args
     folder = Path(arguments.output_dir) / f"checkpoint-{trainer.state.global_step}"
     folder.mkdir(parents=True, exist_ok=True)
-    written = gather_object([_write_share(trainer, folder)])  # a barrier, too
+    written = gather_object([_write_share(trainer, folder)])  # also a barrier
     if not trainer.is_world_process_zero():
         return
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -172,7 +172,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore(trainer: Trainer, folder: Path) -> None:
-    """Put a whole checkpoint into a trainer whose model, optimizer and scheduler are prepared; all ranks call.
+    """Load a complete checkpoint into a trainer with prepared model, optimizer and scheduler; all ranks call.
 
     Raises:
         UserError: The checkpoint is of other parameters than the model's.
@@ -203,7 +203,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
 
 
 def _set_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
-    """Put the learning rates where they are after so many steps.
+    """Set the learning rates to their values after a number of steps.
 
     They follow from the step alone. A stored list of them would not fit: DeepSpeed has no group for no parameters.
     """
@@ -232,11 +232,11 @@ def restore_random_state(folder: Path, rank: int, device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
-# ---------------------------------------------------------------- which are there
+# ---------------------------------------------------------------- find
 
 
 def last_whole(folder: Path) -> tuple[Path, Mark] | None:
-    """The newest checkpoint that is whole; those that were cut short or are damaged are deleted, and a line says so.
+    """The newest complete checkpoint; incomplete and damaged ones are deleted, with a line for each.
 
     Reads every byte of the one it returns. One process calls it.
     """
@@ -247,7 +247,10 @@ def last_whole(folder: Path) -> tuple[Path, Mark] | None:
         mark, damage = _examine(checkpoint)
         if not damage:
             return checkpoint, mark
-        print(f"{checkpoint} is damaged ({damage}); removed, going back to the one before", flush=True)
+        print(
+            f"{checkpoint} is damaged ({damage}); it is removed, and training continues from the previous one",
+            flush=True,
+        )
         shutil.rmtree(checkpoint)
     return None
 

@@ -27,7 +27,7 @@ class Environment:
 
 
 def detect(precision: str) -> Environment:
-    """Recognise the machine and settle what accelerate must be told before it starts.
+    """Detect the machine and set what accelerate needs before it starts.
 
     The stage's precision wins over the accelerate config's `mixed_precision`, which accelerate would otherwise let
     win in silence.
@@ -42,14 +42,14 @@ def detect(precision: str) -> Environment:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one and warn
-        # accelerate launch gives every rank one thread, which leaves cores idle on a machine that has only a CPU.
+        # accelerate launch gives every rank one thread, which leaves cores of a CPU machine idle.
         if int(os.environ.get("OMP_NUM_THREADS", 1)) == 1:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     return Environment(rank, world_size, local_world_size, use_cpu, bf16)
 
 
 def check_ranks(environment: Environment, num_processes: int) -> None:
-    """Refuse ranks that do not know of one another: they would train alone and write into one folder.
+    """Refuse ranks that are not connected: each would train alone and write into the same folder.
 
     Raises:
         UserError: accelerate counts fewer processes than the launcher started.

@@ -15,6 +15,7 @@ from smolpost.training.environment import Environment
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.scoring import Scored, score_tokens
 
+VERSION = 1  # of what a reference gives for the same pairs, weights and precision
 PAIR_COLUMNS = (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask")), "weights")
 
 
@@ -22,7 +23,7 @@ class PairsBesideReference(torch.utils.data.Dataset):
     """Prepared pairs with their reference's log-probabilities.
 
     Args:
-        rows: A dataset by prepare_apo.
+        rows: A dataset by prepare_pairs.
         cache: Complete.
     """
 
@@ -61,7 +62,7 @@ def fill(
     pack_tokens: int,
     environment: Environment,
 ) -> int:
-    """Work out what this rank has to add to the cache; the reference is loaded only where something is missing.
+    """Compute this rank's missing part of the cache; the reference is loaded only if something is missing.
 
     Every rank holds the whole reference for this, as nothing else is in memory yet; chunk i belongs to rank i modulo
     the ranks, so they need not talk to one another.

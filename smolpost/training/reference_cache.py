@@ -15,9 +15,7 @@ whole or not at all, so whatever a kill leaves behind is used again.
 """
 
 import hashlib
-import json
 import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smolpost.errors import UserError
-from smolpost.files import sha256
+from smolpost.files import digest, remove_parts, sha256, write_bytes
 
-# Scored tokens of a chunk, about: a few MB per file, and little to do again after a kill.
+# Scored tokens of a chunk, about: a few MB per file, so a kill loses little work.
 CHUNK_TOKENS = 2**20
 
 
@@ -53,7 +51,7 @@ class ReferenceCache:
         if len(counts) and self.counts.min() < 0:
             raise ValueError(f"pair {self.counts.argmin()} has {self.counts.min()} scored tokens, below 0")
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))  # [P + 1] in all pairs' tokens
-        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; windows without a start are no chunks.
+        # A pair belongs to the chunk in whose window of CHUNK_TOKENS it starts; the others make no chunk.
         window = self._starts[:-1] // CHUNK_TOKENS
         self._chunks = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(counts))  # [num_chunks + 1] in pairs
         self._opened: list[np.ndarray] | None = None
@@ -67,19 +65,19 @@ class ReferenceCache:
         return range(int(self._chunks[chunk]), int(self._chunks[chunk + 1]))
 
     def missing(self) -> list[int]:
-        """The chunks still to be written, rising.
+        """The missing chunks, ascending.
 
         Every chunk that is there is verified; a damaged one is deleted, with one printed line that says why. Ranks
         may call this at the same time; those whose forward passes need one another should all follow one rank's list.
         """
-        # Listing the folder, unlike asking for names one by one, makes a network disk forget what it lacked before.
+        # Listing the folder, instead of asking for single names, refreshes what a network disk has cached.
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         missing = [c for c in range(self.num_chunks) if self._file(c).name not in present or not self._verified(c)]
         self._sweep(whole=set(range(self.num_chunks)).difference(missing))
         return missing
 
     def write(self, chunk: int, logps: Sequence[np.ndarray] | np.ndarray) -> None:
-        """Store a chunk in one step: other processes see what was there before, then the whole of it.
+        """Store a chunk atomically: other processes see either the old state or the complete chunk.
 
         Args:
             logps: For each pair of `pairs_of(chunk)` its [counts[pair]] log-probabilities, nats; or all of them in
@@ -90,20 +88,11 @@ class ReferenceCache:
         """
         values = self._checked(chunk, logps)
         content = save({"logps": values}, metadata=self._label(chunk) | {"crc32": f"{zlib.crc32(values):08x}"})
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(chunk)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f".{file.name}.", delete=False) as part:
-            try:
-                part.write(content)
-                part.flush()
-                os.fsync(part.fileno())
-                os.chmod(part.name, 0o644)
-                os.replace(part.name, file)
-            except FileNotFoundError:
-                if not file.exists():  # else another run has finished this chunk and swept our part away
-                    raise
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
+        try:
+            write_bytes(file, content)
+        except FileNotFoundError:
+            if not file.exists():  # otherwise another run has finished this chunk and removed our part
                 raise
 
     def open(self) -> None:
@@ -121,7 +110,7 @@ class ReferenceCache:
         self._opened = [self._mapped(chunk) for chunk in range(self.num_chunks)]
 
     def read(self, pair: int) -> np.ndarray:
-        """[counts[pair]] fp32 log-probabilities of the pair's scored tokens, in the order they were written in.
+        """[counts[pair]] fp32 log-probabilities of the pair's scored tokens, in the order in which they were written.
 
         Raises:
             RuntimeError: The cache has not been opened.
@@ -181,7 +170,7 @@ class ReferenceCache:
             damage = self._damage(chunk)
             if not damage:
                 return True
-            # Another rank may have judged faster and already written the chunk anew.
+            # Another rank may have found the damage first and already written the chunk again.
             now = file.stat()
             if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
                 return self._verified(chunk)
@@ -201,13 +190,13 @@ class ReferenceCache:
                 shown = list(opened.keys()), entry.get_dtype(), entry.get_shape()
                 values = opened.get_tensor("logps") if shown == wanted else None
         except SafetensorError as error:
-            return f"it is no whole safetensors file of log-probabilities ({error})"
+            return f"it is not a complete safetensors file of log-probabilities ({error})"
         for name, expected in self._label(chunk).items():
             if label.get(name) != expected:
                 return f"its {name} is {label.get(name)} where {expected} belongs"
         if values is None:
             return f"it holds {shown} where {wanted} belongs"
-        # Damage is an accident, so CRC-32 will do: it misses one in four billion and runs twice as fast as SHA-256.
+        # Damage is accidental, so CRC-32 is enough: it misses one case in four billion and is twice as fast as SHA-256.
         if label.get("crc32") != f"{zlib.crc32(values):08x}":
             return "its values do not have the checksum they were written with"
         if not np.isfinite(values).all():
@@ -217,31 +206,29 @@ class ReferenceCache:
     def _mapped(self, chunk: int) -> np.ndarray:
         """[values of the chunk] of a verified file, in pages the kernel can take back."""
         number, file = self._num_values(chunk), self._file(chunk)
-        if not number:  # nothing can be mapped
+        if not number:  # an empty file cannot be mapped
             return np.zeros(0, dtype="<f4")
         # The only tensor of a safetensors file ends where the file ends.
         return np.memmap(file, dtype="<f4", mode="r", offset=file.stat().st_size - 4 * number, shape=(number,))
 
     def _sweep(self, whole: set[int]) -> None:
         """Delete what killed writers left of chunks that are now whole; until then a writer may still be alive."""
-        parts = tuple(f".{self._file(chunk).name}." for chunk in whole)
-        for name in os.listdir(self.folder) if whole else []:
-            if name.startswith(parts):
-                (self.folder / name).unlink(missing_ok=True)
+        if whole:
+            remove_parts(self.folder, {self._file(chunk).name for chunk in whole})
 
 
-def reference_key(*, rows: str, weights: str, precision: str, context: str, code: str) -> str:
-    """The name of all that decides the reference's log-probabilities, and of nothing else: 16 hex digits.
+def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
+    """16 hex digits: a hash of exactly what determines the reference's log-probabilities.
 
     Args:
         rows: Fingerprint of the pairs' token ids and of which of them are scored.
         weights: `weights_hash` of the reference.
         precision: What the forward pass computes in, e.g. "bf16".
         context: Settings that replace the checkpoint's own, such as the RoPE base.
-        code: Version of the code that lays out, runs and scores the pairs.
+        version: Of the step that lays out, runs and scores the pairs.
     """
-    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "code": code}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    parts = {"rows": rows, "weights": weights, "precision": precision, "context": context, "version": version}
+    return digest(parts, digits=16)
 
 
 def weights_hash(folder: Path) -> str:
@@ -254,7 +241,7 @@ def weights_hash(folder: Path) -> str:
     config = Path(folder) / "config.json"
     if not files or not config.is_file():
         lacking = "config.json" if files else "*.safetensors"
-        raise UserError(f"{folder} is no checkpoint: it has no {lacking}; save it with save_pretrained")
+        raise UserError(f"{folder} is not a checkpoint: it has no {lacking}; save it with save_pretrained")
     total = hashlib.sha256()
     for file in [*files, config]:
         total.update(f"{file.name} {sha256(file)}\n".encode())

@@ -14,9 +14,9 @@ from smolpost.training.environment import Environment
 
 NUM_TOKENS = 256
 # Largest difference of the two losses, relative to the trained one's, or in nats where that is below 1. In bf16 the
-# backends round in other places: whole models (ZeRO, FSDP) or the inputs of products alone, adapters apart or merged.
+# backends round at different places: complete models (ZeRO, FSDP) or inputs of products; adapters apart or merged.
 LIMITS = {"fp32": 1e-4, "bf16": 1e-2}
-SPARE = 1.2  # of the weights' size, free on the accelerator for the written model to be loaded there
+SPARE = 1.2  # times the weights' size must be free on the accelerator to load the written model there
 
 
 def probe(rows: Dataset) -> torch.Tensor:
@@ -32,7 +32,7 @@ def probe(rows: Dataset) -> torch.Tensor:
 
 @torch.no_grad()
 def loss_on(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Mean negative log-likelihood per token, in nats, by the plain forward pass that any reader of the model makes.
+    """Mean negative log-likelihood per token, in nats, by the ordinary forward pass of the model.
 
     Args:
         model: The trained one in whatever it is wrapped (all ranks call), or the written one.
@@ -54,7 +54,7 @@ def check_written(
     environment: Environment,
     attn_implementation: str,
 ) -> dict[str, float]:
-    """Reload what rank 0 has written, score the tokens again and compare; all ranks call.
+    """Reload the model that rank 0 wrote, score the tokens again and compare; all ranks call.
 
     Returns:
         For the report: `trained_loss`, `written_loss`, `num_tokens`; of rank 0.
@@ -78,13 +78,13 @@ def check_written(
 
 
 def _written_loss(out: Path, tokens: torch.Tensor, environment: Environment, attn_implementation: str) -> float:
-    unset_hf_deepspeed_config()  # this rank alone loads: nothing to shard, and training is over
+    unset_hf_deepspeed_config()  # only this rank loads: nothing to shard, and training is over
     model = load_model(out, who="the written model", dtype=torch.float32, attn_implementation=attn_implementation)
     device = environment.device
     if not environment.use_cpu:
         torch.accelerator.empty_cache()
         free, _ = torch.accelerator.get_memory_info(device)
-        # Beside the trained model and its optimizer there may be no room for another; a CPU takes seconds for so few.
+        # The accelerator may have no space for a second model; a CPU takes seconds for so few tokens.
         if free < SPARE * sum(parameter.nbytes for parameter in model.parameters()):
             device = torch.device("cpu")
     autocast = environment.bf16 and device == environment.device

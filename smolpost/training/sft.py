@@ -8,13 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from smolpost.data.collate import IGNORE_INDEX, collate_packs
 from smolpost.data.dataset_folder import list_lengths
-from smolpost.schema import SFTStage
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.scoring import Scored
+from smolpost.training.settings import PackTraining
 from smolpost.training.trainer import StageTrainer
 
-COLUMNS = ("input_ids", "labels", "seq_lengths", "seq_weights")
+COLUMNS = ("input_ids", "fates", "seq_lengths", "seq_weights")
 TINY = torch.finfo(torch.float64).tiny  # in place of 0: a global batch without a trained token
 
 
@@ -27,7 +27,7 @@ class PackTrainer(StageTrainer):
     def pass_loss(self, model, batch, counts, totals):
         labels, weights = batch["labels"][0], batch["token_weights"]
         positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
-        # The coefficients are known before the forward, so the head makes its gradients in the same sweep.
+        # The coefficients are known before the forward pass, so the head computes its gradients in the same pass.
         coefficients = (weights[positions + 1] * counts / totals[0].clamp(min=TINY)).float()
         scores = model(
             **{key: batch[key] for key in ("input_ids", "position_ids", "document_lengths")},
@@ -39,7 +39,7 @@ class PackTrainer(StageTrainer):
         return -scores.total
 
 
-def batches(stage: SFTStage, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
+def batches(stage: PackTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
     return GlobalBatches(
         list_lengths(rows, "input_ids"),
         stage.global_batch_size,
@@ -50,15 +50,20 @@ def batches(stage: SFTStage, rows: Dataset, seed: int, environment: Environment)
     )
 
 
+def reference(*_: object) -> tuple[None, dict]:
+    """Packs need none."""
+    return None, {}
+
+
 def trainer(
-    stage: SFTStage,
+    stage: PackTraining,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    reference: None,
     arguments: TrainingArguments,
     seed: int,
     environment: Environment,
-    callbacks: list,
 ) -> PackTrainer:
     return PackTrainer(
         model,
@@ -67,5 +72,4 @@ def trainer(
         rows.with_format("numpy", columns=[name for name in rows.column_names if name in COLUMNS]),
         collate_packs,
         batches(stage, rows, seed, environment),
-        callbacks,
     )

@@ -9,10 +9,11 @@ from smolpost.errors import UserError
 from smolpost.model.loading import check_whole, is_quantized
 from smolpost.model.positions import learned_positions
 from smolpost.model.stored import CONFIG, read_config
-from smolpost.schema import PACKED_ATTENTION, TrainStage
+from smolpost.schema import PACKED_ATTENTION
+from smolpost.training.settings import Training
 
 
-def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: str) -> dict[str, str]:
+def check_start(name: str, stage: Training, start: Path, attn_implementation: str) -> dict[str, str]:
     """Refuse a checkpoint that would not load whole or cannot do what the stage asks of it: attention, context, LoRA.
 
     Returns:
@@ -38,7 +39,7 @@ def check_start(name: str, stage: TrainStage, start: Path, attn_implementation: 
     return renamed
 
 
-def _check_context(key: str, stage: TrainStage, config: PreTrainedConfig) -> None:
+def _check_context(key: str, stage: Training, config: PreTrainedConfig) -> None:
     """
     Raises:
         UserError: The stage wants positions that the model does not have, or another base of a RoPE that is not one.
@@ -66,7 +67,7 @@ def _check_packed(who: str, config: PreTrainedConfig) -> None:
     if not model._supports_sdpa:
         reason = "has attention that SDPA cannot compute, e.g. with a softcap or sinks"
     elif "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        reason = "attends in chunks (layer_types in its config.json holds chunked_attention)"
+        reason = "attends in chunks (layer_types in its config.json has chunked_attention)"
     elif getattr(config.get_text_config(), "use_bidirectional_attention", None):
         reason = "attends to later tokens (use_bidirectional_attention in its config.json)"
     else:

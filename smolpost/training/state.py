@@ -1,4 +1,4 @@
-"""Weights and AdamW's moments as whole fp32 tensors by parameter, whatever backend holds them.
+"""Weights and AdamW's moments as unsharded fp32 tensors by parameter, for every backend.
 
 A checkpoint in this form goes on under any backend and number of ranks.
 """
@@ -50,7 +50,7 @@ class TorchState:
         placed = {name: _like(parameter, part) for name, part in parts.items()}
         parameter.copy_(placed.pop(WEIGHT))
         if placed:
-            # Kernels that make the whole step on the device read the number there, the others on the CPU.
+            # Kernels that run the complete step on the device read the number there, others on the CPU.
             device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
             placed["step"] = torch.tensor(float(steps), device=device)
             self.optimizer.state[parameter] = placed
@@ -117,14 +117,14 @@ class ZeroState:
             first = torch.distributed.get_rank(parameter.ds_process_group) * number
             return Place(group, start, number, first)
         mapping = parameter._hp_mapping
-        if mapping is None:  # this rank's partition holds nothing of it
+        if mapping is None:  # this rank's partition has no part of it
             return Place(group=0, start=0, number=0, first=0)
         here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
         return Place(mapping.param_group_index, here.start, here.numel, there.start)
 
 
 class Place(NamedTuple):
-    """Where this rank's part of a parameter lies.
+    """The place of this rank's part of a parameter.
 
     Attributes:
         group: Index of the flat partition.
@@ -140,7 +140,7 @@ class Place(NamedTuple):
 
 
 def state_of(trainer: Trainer) -> State:
-    """What reads and writes the state of a trainer whose model is prepared.
+    """The reader and writer of the state of a trainer with a prepared model.
 
     Raises:
         UserError: DeepSpeed is set to something other than ZeRO-1, -2 or -3, or to states on NVMe.

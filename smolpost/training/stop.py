@@ -32,6 +32,6 @@ class StopAtStep(TrainerCallback):
         self.asked.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed |= args.world_size == 1 and self.asked.signum is not None  # one rank has nobody to agree with
+        self.agreed |= args.world_size == 1 and self.asked.signum is not None  # a single rank agrees with itself
         if self.agreed:
             control.should_log = control.should_save = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""The tokens at which a trained model stops: those that ended its trained turns, read off the prepared rows.
+"""The tokens at which a trained model stops: those that ended its trained turns in the prepared rows.
 
 The start checkpoint's own say nothing of that: a base model that is trained on ChatML still names <|endoftext|>, and
 stock `generate` would run past the end of every reply.
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smolpost.chat.fates import Fate
 from smolpost.chat.turn_end import is_blank
 from smolpost.errors import UserError
-from smolpost.model.generation import REPLY_TOKENS, stored_stop_token_ids
-from smolpost.schema import TrainStage
+from smolpost.inference.generation import REPLY_TOKENS, stored_stop_token_ids
+from smolpost.training.settings import Training
 
 FATES = np.array(sorted(Fate))
 GOES_ON = (Fate.TRAINED, Fate.TEMPLATE, Fate.REASONING)  # of the tokens inside a turn
@@ -26,7 +26,7 @@ GOES_ON = (Fate.TRAINED, Fate.TEMPLATE, Fate.REASONING)  # of the tokens inside 
 
 @dataclass(frozen=True)
 class StopTokens:
-    """What the written model says of where it stops.
+    """The stop tokens that the written model records.
 
     Attributes:
         end: The token that ends a reply, the config's eos_token_id; None where no turn trains, which changes nothing.
@@ -48,14 +48,14 @@ class StopTokens:
             model.config.eos_token_id = self.end
         settings = model.generation_config
         settings.eos_token_id = self.generation[0] if len(self.generation) == 1 else self.generation or None
-        settings._from_model_config = False  # a loader may make such a one anew, of the config
+        settings._from_model_config = False  # otherwise a loader may build it again from the config
         tokenizer.eos_token = self.eos_token
 
 
 def stop_tokens(
-    name: str, stage: TrainStage, rows: Dataset, start: Path, tokenizer: PreTrainedTokenizerBase
+    name: str, stage: Training, rows: Dataset, start: Path, tokenizer: PreTrainedTokenizerBase
 ) -> StopTokens:
-    """What the stage's model will stop at.
+    """The tokens at which the stage's model will stop.
 
     Args:
         name: The stage, for messages.
@@ -81,7 +81,7 @@ def stop_tokens(
     generation = list(dict.fromkeys([*trained, *kept] if turns else [*kept, *trained]))
     eos_token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
     if "eos_token" in (tokenizer.chat_template or ""):
-        eos_token = tokenizer.eos_token  # the template writes it: another one would change what it renders
+        eos_token = tokenizer.eos_token  # the template writes it, so another one would change the rendering
     counts = turns + texts
     report = {
         "trained": {tokenizer.convert_ids_to_tokens(i): counts[i] for i in dict.fromkeys(trained)},
@@ -106,13 +106,13 @@ def change(name: str, stops: StopTokens) -> str:
     )
 
 
-def may_be_cut(stage: TrainStage) -> bool:
+def may_be_cut(stage: Training) -> bool:
     """Whether turns may lack their ends because rows were cut."""
     return stage.overlong in ("truncate", "split") or getattr(stage, "packing", None) == "wrapped"
 
 
 def trained_ends(
-    stage: TrainStage, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    stage: Training, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Counter[int | None], Counter[int | None]]:
     """How many trained turns, and plain texts, end with which control token; None: with another token.
 
@@ -136,13 +136,13 @@ def trained_ends(
     return turns, texts
 
 
-def _ends(stage: TrainStage, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
+def _ends(stage: Training, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
     """Where turns end, in chunks of rows with T tokens.
 
     Yields:
         [T] ids, [T] whether they train, [E] places of the last token of each turn, [E] whether it is a plain text's.
     """
-    is_pair = stage.kind == "apo"
+    is_pair = stage.layout == "pairs"
     names = ("chosen_ids", "chosen_fates", "prompt_ids") if is_pair else ("input_ids", "fates")
     for columns in zip(*(rows.data.column(name).chunks for name in names), strict=True):
         ids, fates = (column.flatten().to_numpy() for column in columns[:2])
@@ -151,14 +151,14 @@ def _ends(stage: TrainStage, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
         starts, ends, is_turn = _runs(fates, stops)
         if may_be_cut(stage):
             is_turn &= ~np.isin(ends, stops[is_full] - 1)
-        # Of a text all tokens train but the first; a chat begins with a header.
+        # In a text all tokens except the first train; a chat begins with a header.
         is_text = (fates[starts - 1] == Fate.FIRST) & (np.append(fates, Fate.FIRST)[ends + 1] == Fate.FIRST)
         is_text &= not is_pair and "all" not in stage.train_roles
         yield ids, fates == Fate.TRAINED, ends[is_turn], is_text[is_turn]
 
 
 def _runs(fates: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[R] first and last places of the stretches that train, and [R] whether a turn ends there.
+    """[R] first and last positions of the runs that train, and [R] whether a turn ends there.
 
     A turn goes on where only the template's own text, or reasoning that does not train, stands before the next stretch:
     formats that close their reasoning with a token of its own.

@@ -6,54 +6,84 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
-from smolpost.schema import APOStage, TrainStage
-from smolpost.training import apo, reference, sft
 from smolpost.training.adapters import add_adapters, merged
 from smolpost.training.arguments import total_steps, training_arguments
 from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import Snapshots, last_whole, num_bytes
 from smolpost.training.environment import Environment, backend_name, check_ranks
-from smolpost.training.reference_cache import ReferenceCache, reference_key, weights_hash
 from smolpost.training.round_trip import check_written, loss_on, probe
+from smolpost.training.settings import Training
 from smolpost.training.start import check_start
 from smolpost.training.stop_tokens import StopTokens, change, stop_tokens
 from smolpost.training.trainer import StageTrainer
 
 
+class Method(Protocol):
+    """How a stage trains on its layout of rows: the modules `sft` and `preference`."""
+
+    def reference(
+        self,
+        stage: Training,
+        rows: Dataset,
+        start: Path,
+        load_start: Callable[[], PreTrainedModel],
+        references: Path,
+        environment: Environment,
+    ) -> tuple[Any, dict]:
+        """What the start checkpoint has to give before the model is loaded, if anything, and its part of the report.
+
+        Every rank calls; it talks to no other.
+        """
+
+    def trainer(
+        self,
+        stage: Training,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        reference: Any,
+        arguments: TrainingArguments,
+        seed: int,
+        environment: Environment,
+    ) -> StageTrainer:
+        """The training loop; all ranks are done with `reference`."""
+
+
 def train(
     name: str,
-    stage: TrainStage,
+    stage: Training,
+    method: Method,
     *,
     seed: int,
     start: Path,
     prepared: Path,
     out: Path,
     references: Path,
-    code: str,
     attn_implementation: str,
     environment: Environment,
 ) -> dict:
-    """Train to the end, from the last whole checkpoint in `out` where there is one.
+    """Train to the end, from the last complete checkpoint in `out` if there is one.
 
     Args:
         name: The stage, for messages.
+        method: How it trains on its rows.
         start: Folder of the checkpoint to start from; APO's reference, too.
         prepared: Folder of the prepared rows.
         out: Folder for checkpoints, logs and, at the end, the final model and tokenizer.
         references: Folder of the reference caches, which all stages share.
-        code: Version of the code that works out a reference.
         environment: From `environment.detect`, called before anything of accelerate.
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
@@ -72,12 +102,8 @@ def train(
     if environment.rank == 0 and (line := change(name, stops)):
         print(line, flush=True)
     load_start = functools.partial(load, start, stage, attn_implementation, renamed)
-    cache, report = None, {}
-    if stage.kind == "apo":
-        # Before the arguments, under which ZeRO-3 would shard the reference, and before the policy takes memory.
-        cache = reference_cache(stage, rows, start, references, code, environment)
-        scored = reference.fill(cache, rows, load_start, apo.capacity(stage), environment)
-        report = {"reference_cache": str(cache.folder), "reference_pairs_scored": scored}
+    # Before the arguments, which make ZeRO-3 shard the reference, and before the policy takes memory.
+    reference, report = method.reference(stage, rows, start, load_start, references, environment)
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = training_arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
@@ -85,12 +111,8 @@ def train(
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
     check_space(name, stage, model, len(rows), out, environment)
-    if cache:
-        arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the cache
-        cache.open()
-        trainer = apo.trainer(stage, model, tokenizer, rows, cache, arguments, seed, environment, [])
-    else:
-        trainer = sft.trainer(stage, model, tokenizer, rows, arguments, seed, environment, [])
+    arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
+    trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
     if environment.rank == 0 and (idle := trainer.batches.idle_share()):
         print(
             f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
@@ -126,22 +148,8 @@ def train(
     }
 
 
-def reference_cache(
-    stage: APOStage, rows: Dataset, start: Path, references: Path, code: str, environment: Environment
-) -> ReferenceCache:
-    """The cache under the key of all that decides the reference's log-probabilities, and of nothing else."""
-    key = reference_key(
-        rows=rows._fingerprint,  # of the content: prepare hashes ids and masks
-        weights=weights_hash(start),
-        precision="bf16" if environment.bf16 else "fp32",
-        context=f"{stage.rope_theta}/{stage.max_position_embeddings}",
-        code=code,
-    )
-    return ReferenceCache(references / key, key, reference.scored_tokens(rows))
-
-
 def load(
-    start: Path, stage: TrainStage, attn_implementation: str, renamed: dict[str, str] | None = None
+    start: Path, stage: Training, attn_implementation: str, renamed: dict[str, str] | None = None
 ) -> PreTrainedModel:
     """The start checkpoint in fp32 with the stage's context settings; `renamed` as for `load_model`."""
     config = read_config(start / CONFIG)
@@ -149,16 +157,16 @@ def load(
         config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.rope_theta}
     if stage.max_position_embeddings is not None:
         config.max_position_embeddings = stage.max_position_embeddings
-    # fp32 master weights whatever the compute precision: at APO's learning rate bf16 weights would not move.
+    # fp32 master weights at every compute precision: bf16 weights would not change at APO's learning rate.
     return load_model(
         start, config=config, renamed=renamed, dtype=torch.float32, attn_implementation=attn_implementation
     )
 
 
 def check_space(
-    name: str, stage: TrainStage, model: PreTrainedModel, num_rows: int, out: Path, environment: Environment
+    name: str, stage: Training, model: PreTrainedModel, num_rows: int, out: Path, environment: Environment
 ) -> None:
-    """Refuse to start what the disk cannot hold: resumable checkpoints, snapshots and the final weights.
+    """Refuse a training whose checkpoints, snapshots and final weights do not fit on the disk.
 
     One checkpoint more than save_total_limit lies there while the oldest makes room. What an earlier try has left in
     `out` is part of what is needed.
@@ -199,10 +207,10 @@ def save(
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(model, PeftModel):
-            unset_hf_deepspeed_config()  # this rank alone loads: nothing to shard
+            unset_hf_deepspeed_config()  # only this rank loads: nothing to shard
             model = merged(load_start(), model, state, f"stages.{name}.lora")
             state = model.state_dict()
-        # Gathering may copy a tied weight; on disk it stands once.
+        # Gathering may copy a tied weight; it is stored once.
         state = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
         stops.give(model, tokenizer)
         model.config.dtype, training_dtype = dtype, model.config.dtype

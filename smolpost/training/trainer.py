@@ -34,7 +34,7 @@ from smolpost.training.stop import EndOnce, NothingLeft, StopAtStep
 
 
 class StageTrainer(Trainer, abc.ABC):
-    """What SFT and APO share: batches from a plan, losses normalised over the whole global batch, exact metrics.
+    """What SFT and APO share: planned batches, losses normalised over the global batch, exact metrics.
 
     A subclass says what it counts in a forward pass (`count`) and how a pass becomes a loss (`pass_loss`).
 
@@ -53,7 +53,6 @@ class StageTrainer(Trainer, abc.ABC):
         rows: torch.utils.data.Dataset,
         collate: Callable[[list[dict]], dict],
         batches: GlobalBatches,
-        callbacks: list[TrainerCallback],
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
         self.steps = Steps()
@@ -62,7 +61,7 @@ class StageTrainer(Trainer, abc.ABC):
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[*callbacks, NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
+            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
         )
         self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
         self.stop = stop
@@ -72,7 +71,7 @@ class StageTrainer(Trainer, abc.ABC):
         self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Train to the end, or to the end of the step in which a signal came; what a resume needs is saved then.
+        """Train to the end; after a signal, finish the step and save a checkpoint.
 
         Raises:
             Stopped: By the signal.
@@ -81,7 +80,7 @@ class StageTrainer(Trainer, abc.ABC):
             with contextlib.suppress(NothingLeft):
                 super().train(resume_from_checkpoint=resume_from_checkpoint)
             if self.stop.agreed:
-                # The launcher ends all ranks with the first that is gone: none goes before the checkpoint is marked.
+                # The launcher ends all ranks when the first one exits, so all wait until the checkpoint is marked.
                 self.accelerator.wait_for_everyone()
             if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
                 raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
@@ -129,7 +128,7 @@ class StageTrainer(Trainer, abc.ABC):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         batch, counts = inputs
-        # Gradients are averaged over the ranks, but the loss is already divided by what all of them hold.
+        # Gradients are averaged over the ranks, but the loss is already divided by the total of all ranks.
         return self.pass_loss(model, batch, counts, num_items_in_batch) * self.accelerator.num_processes
 
     # Checkpoints are ours, the same under every backend; transformers' are each backend's own.
@@ -140,7 +139,7 @@ class StageTrainer(Trainer, abc.ABC):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        state_of(self)  # refuses what could not be saved, before it is trained
+        state_of(self)  # refuses, before training, a state that could not be saved
         if resume_from_checkpoint is not None:
             checkpoints.restore(self, Path(resume_from_checkpoint))
             self.restored = resume_from_checkpoint
@@ -168,7 +167,7 @@ class StageTrainer(Trainer, abc.ABC):
         super().log(logs, start_time)
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Of the steps since the last resume. In place of transformers' own numbers, to which a step is one sample.
+        """Speed over the steps since the last resume; transformers would count a step as one sample.
 
         Tokens are those read, padding included, as in `num_tokens`.
         """
@@ -212,7 +211,7 @@ class Restored(TrainerCallback):
 
 
 class Steps(TrainerCallback):
-    """Shows how far the training has come, and its log in lines above that.
+    """Shows the progress of the training, with the log in lines above it.
 
     Attributes:
         first: Optimizer steps that an earlier run has done.
@@ -225,7 +224,7 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.first_tokens = state.global_step, state.num_input_tokens_seen
-        logging.disable_progress_bar()  # of the writer of checkpoints: one bar at a time
+        logging.disable_progress_bar()  # the checkpoint writer's bar: only one bar at a time
         self.shown.callback(logging.enable_progress_bar)
         what = f"train on {args.world_size} x {args.device.type}"
         progress = Progress(what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero)

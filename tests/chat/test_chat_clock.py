@@ -101,15 +101,17 @@ def test_a_text_that_is_no_date_is_one_line_where_a_format_is_asked_for(today):
 
 def test_a_format_put_together_is_refused():
     assert rendered("{%- set y = '%Y' %}{{ strftime_now(y) }}", "2020-01-01") == "2020"
-    with pytest.raises(UserError, match="puts a date's format together; write it out in the call of strftime_now"):
+    with pytest.raises(
+        UserError, match="computes a date format; write the format as a string in the call of strftime_now"
+    ):
         rendered("{{ strftime_now('%' ~ 'Y') }}", "2020-01-01")
 
 
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("{{ ['a', 'b']|random }}", "calls random, which gives a row other tokens each time"),
-        ("{{ lipsum(2) }}", "calls lipsum, which gives a row other tokens each time"),
+        ("{{ ['a', 'b']|random }}", "calls random, which gives a row different tokens each time"),
+        ("{{ lipsum(2) }}", "calls lipsum, which gives a row different tokens each time"),
         ("{{ datetime.now() }}", "'datetime' is undefined"),
         ("{{ now() }}", "'now' is undefined"),
     ],

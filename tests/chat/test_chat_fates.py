@@ -173,7 +173,7 @@ def test_policy_changes_fates_and_never_ids(bpe, messages, thinking, policy, rea
     try:
         encoded = encode(bpe, messages, **options, policy=policy)
     except UserError as error:
-        assert "where it begins cannot be told" in str(error)  # the template shows nothing of this turn
+        assert "its start cannot be found" in str(error)  # the template shows nothing of this turn
         return
     assert encoded.input_ids == usual.input_ids and encoded.neutralised == usual.neutralised
     assert len(encoded.fates) == len(encoded.input_ids) and set(encoded.fates) <= set(Fate) - {Fate.FIRST}
@@ -393,7 +393,7 @@ def test_template_that_drops_earlier_reasoning_trains_the_last_turn(bpe):
     once = runs(bpe, encode(tokenizer, [USER, thought], today=DAY))
     assert once[-2] == (Fate.TRAINED, "<think>\nhm\n</think>\n\nyo<|im_end|>")
     twice = [USER, {**thought, "content": "<think>\nhm\n</think>\n\nfirst"}, USER, thought]
-    with pytest.raises(UserError, match=r"turns differently once later ones follow; .* last turn only"):
+    with pytest.raises(UserError, match=r"turns differently when later turns follow; .* last turn only"):
         encode(tokenizer, twice, today=DAY)
     found = runs(bpe, encode(tokenizer, twice, today=DAY, policy=Policy(last_turn_only=True)))
     assert [text for fate, text in found if fate == Fate.TRAINED] == ["<think>\nhm\n</think>\n\nyo<|im_end|>"]
@@ -402,7 +402,7 @@ def test_template_that_drops_earlier_reasoning_trains_the_last_turn(bpe):
 
 def test_template_without_a_stop_token_is_refused(bpe):
     tokenizer = with_template(bpe, ZEPHYR.replace("eos_token", "'.'"))
-    with pytest.raises(UserError, match=r"^messages\[2\]: the chat template ends the turn with .* no stop token"):
+    with pytest.raises(UserError, match=r"^messages\[2\]: the chat template ends the turn with .* not a stop token"):
         encode(tokenizer, TURNS, today=DAY)
 
 
@@ -412,8 +412,8 @@ def test_template_without_a_stop_token_is_refused(bpe):
 @pytest.mark.parametrize(
     ("messages", "kwargs", "complaint"),
     [
-        ([USER, {"role": "assistant", "content": "a\ud83d"}], {}, r"^messages\[1\] holds U\+D83D, half of a surrogate"),
-        ([USER], {"custom_instructions": "\udc00"}, r"^chat_template_kwargs.custom_instructions holds U\+DC00"),
+        ([USER, {"role": "assistant", "content": "a\ud83d"}], {}, r"^messages\[1\] has U\+D83D, half of a surrogate"),
+        ([USER], {"custom_instructions": "\udc00"}, r"^chat_template_kwargs.custom_instructions has U\+DC00"),
     ],
 )
 def test_half_characters_are_refused(bpe, messages, kwargs, complaint):
@@ -427,9 +427,9 @@ def test_what_a_template_cannot_render_names_the_message(bpe):
     zephyr = with_template(bpe, ZEPHYR)
     with pytest.raises(UserError, match=r"^messages\[2\]: Only user, system and assistant roles!$"):
         encode(zephyr, [USER, REPLY, {"role": "tool", "content": "1"}, REPLY], today=DAY)
-    with pytest.raises(UserError, match=r"^messages\[1\]: the chat template fails \(TypeError: .*\); mend the row"):
+    with pytest.raises(UserError, match=r"^messages\[1\]: the chat template fails \(TypeError: .*\); correct the row"):
         encode(zephyr, [USER, {"role": "assistant", "content": 3}], today=DAY)
-    with pytest.raises(UserError, match="the chat template is no valid jinja"):
+    with pytest.raises(UserError, match="the chat template is not valid jinja"):
         encode(with_template(bpe, "{% if %}"), [USER], today=DAY)
 
 

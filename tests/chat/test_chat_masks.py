@@ -248,7 +248,7 @@ def test_template_that_rewrites_history_is_refused(bpe):
     )
     dialog = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
     rewriting.chat_template = rewriting.chat_template.replace("}}{% endg", "}}<|im_end|>{% endg")
-    with pytest.raises(UserError, match="renders earlier turns differently once later ones follow"):
+    with pytest.raises(UserError, match="renders earlier turns differently when later turns follow"):
         trained_by_prefixes(rewriting, dialog, today=DAY)
     with pytest.raises(UserError, match="renders earlier turns differently"):
         encode_pair(rewriting, dialog, [*dialog[:3], {"role": "assistant", "content": "c"}], today=DAY)
@@ -312,7 +312,7 @@ def test_pair_whose_one_side_continues_the_other(bpe):
 
 def test_pair_without_a_common_prompt_is_refused(bpe):
     other = [{"role": "user", "content": "other"}, DIALOG[2]]
-    with pytest.raises(UserError, match="chosen and rejected share no first message"):
+    with pytest.raises(UserError, match="chosen and rejected do not share a first message"):
         encode_pair(bpe, [USER, DIALOG[2]], other, today=DAY)
 
 

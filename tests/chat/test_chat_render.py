@@ -92,7 +92,7 @@ def test_templates_that_cannot_be_used_are_refused(char, tmp_path):
         render(tokenizer, [USER], today=DAY)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert render(tokenizer, [USER], today=DAY) == "hi"
-    with pytest.raises(UserError, match=r"marks no \{% generation %\} spans; use smollm3 or chatml"):
+    with pytest.raises(UserError, match=r"has no \{% generation %\} tags; use smollm3 or chatml"):
         render_spans(tokenizer, [USER], today=DAY)
 
 
@@ -105,7 +105,7 @@ def test_variables_of_a_users_own_template_pass(char):
 def test_a_variable_that_nobody_gives_is_one_line_whose_remedy_helps(char):
     tokenizer = copy.deepcopy(char)
     tokenizer.chat_template = "{{ bos_token + tone + messages[0].content }}"
-    with pytest.raises(UserError, match=r"^'tone' is undefined: .* has it; give it in chat_template_kwargs, or"):
+    with pytest.raises(UserError, match=r"^'tone' is undefined: .* has it; add it to chat_template_kwargs, or"):
         render(tokenizer, [USER], today=DAY)
     text = render(tokenizer, [USER], template_kwargs={"tone": "dry "}, today=DAY)
     assert text == "<|begin_of_text|>dry hi"

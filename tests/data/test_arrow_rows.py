@@ -176,7 +176,7 @@ def test_text_that_is_no_utf8_is_refused_by_row(tmp_path):
     offsets = pa.array([0, 1, 3, 4], pa.int32()).buffers()[1]
     texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xff\xfeb"))
     pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"rows.parquet:2: holds text that is no UTF-8 .*; write the row again"):
+    with pytest.raises(UserError, match=r"rows.parquet:2: holds text that is not UTF-8 .*; write the row again"):
         read(tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet", first_row=2) == [(3, {"text": "b"})]
 

@@ -8,8 +8,8 @@ from smolpost.data.collate import PARTS, collate_packs, collate_pairs
 
 def test_packs_become_one_row_whose_positions_restart_with_every_document():
     packs = [
-        {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]},
-        {"input_ids": [1, 2], "labels": [-100, 2], "seq_lengths": [1, 1]},
+        {"input_ids": [5, 6, 7, 8, 9], "fates": [7, 0, 0, 7, 0], "seq_lengths": [3, 2]},
+        {"input_ids": [1, 2], "fates": [4, 0], "seq_lengths": [1, 1]},
     ]
     batch = collate_packs(packs)
     assert batch.pop("document_lengths") == [3, 2, 1, 1]
@@ -86,8 +86,8 @@ def test_pairs_score_what_two_separate_sequences_score(lengths, seed):
 
 def test_weights_of_documents_and_pairs_follow_their_tokens():
     packs = [
-        {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [1, 2], "seq_weights": [0.5, 2.0]},
-        {"input_ids": [8], "labels": [8], "seq_lengths": [1], "seq_weights": [3.0]},
+        {"input_ids": [5, 6, 7], "fates": [0, 0, 0], "seq_lengths": [1, 2], "seq_weights": [0.5, 2.0]},
+        {"input_ids": [8], "fates": [0], "seq_lengths": [1], "seq_weights": [3.0]},
     ]
     assert collate_packs(packs)["token_weights"].tolist() == [0.5, 2.0, 2.0, 3.0]
     pair = {f"{part}_{what}": [1] for part in PARTS for what in ("ids", "mask")}

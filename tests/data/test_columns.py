@@ -73,7 +73,7 @@ def test_marks_of_rows_count_for_their_turns():
     assert mapped(chat(USER, REPLY, train=True))["messages"] == [USER, REPLY]
     assert mapped(chat(USER, REPLY, loss=0.73)).unread == ("loss",)  # a measurement
     assert mapped(chat(USER, REPLY, train="split-1")).unread == ("train",)
-    assert "weight=70 may be the weight of the row's loss" in refusal(chat(USER, REPLY, weight=70))
+    assert "weight=70 may be meant as the weight of the row's loss" in refusal(chat(USER, REPLY, weight=70))
     assert "loss_mask has 3 marks for 2 turns" in refusal(chat(USER, REPLY, loss_mask=[0, 1, 1]))
     assert mapped(chat(USER, REPLY, weight=70), rename={"weight": "kilos"}).unread == ("kilos",)
 
@@ -174,7 +174,7 @@ def test_a_call_without_arguments_is_refused_unless_its_function_has_none():
         mapped({**bare, "tools": [tool]})
     mapped(chat(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}))  # the remedy
     twice = chat(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}, "input": {"x": 1}}]})
-    assert "tool_calls[0] has arguments and input; expected its arguments in one" in refusal(twice)
+    assert "tool_calls[0] has arguments and input; expected the arguments in one" in refusal(twice)
 
 
 def test_tools_of_messages_are_the_rows():
@@ -182,7 +182,7 @@ def test_tools_of_messages_are_the_rows():
     for key, value in (("tools", json.dumps(tools)), ("functions", json.dumps(tools)), ("tools", tools)):
         assert mapped(chat({**SYSTEM, key: value}, USER, REPLY))["tools"] == tools
     assert mapped(chat(USER, REPLY, functions=tools))["tools"] == tools
-    assert "hold different tools" in refusal(chat({**SYSTEM, "tools": tools}, USER, REPLY, tools=[{"name": "g"}]))
+    assert "have different tools" in refusal(chat({**SYSTEM, "tools": tools}, USER, REPLY, tools=[{"name": "g"}]))
 
 
 def test_olmo_calls_are_read():
@@ -225,7 +225,7 @@ def test_reasoning_in_two_places_is_refused_unless_it_is_the_same():
     assert "has reasoning beside its content and another think block" in refusal(
         chat(USER, {**REPLY, "content": inline, "reasoning": "other"})
     )
-    assert "reasoning and thinking hold different reasoning" in refusal(
+    assert "reasoning and thinking have different reasoning" in refusal(
         chat(USER, {**REPLY, "reasoning": "a", "thinking": "b"})
     )
 
@@ -324,7 +324,9 @@ def test_turns_under_alpacas_names():
     row = {"prompt": [USER], "completion": [REPLY]}
     names = {"prompt": "instruction", "completion": "output"}
     assert mapped(row, columns="alpaca", rename=names) == CHAT
-    assert "has input beside an instruction of turns" in refusal({**row, "input": "x"}, columns="alpaca", rename=names)
+    assert "has input beside an instruction that is a list of turns" in refusal(
+        {**row, "input": "x"}, columns="alpaca", rename=names
+    )
 
 
 def test_xlam_rows():
@@ -353,7 +355,7 @@ def test_json_as_text_is_read_in_every_shape():
     assert mapped(pair)["rejected"] == [USER, OTHER]
     listed = mapped({**CHAT, "tools": [json.dumps(WEATHER)]})
     assert listed["tools"] == [WEATHER]
-    assert "f:1: messages: is no JSON" in refusal({"messages": '[{"role"'})
+    assert "f:1: messages: is not JSON" in refusal({"messages": '[{"role"'})
 
 
 def test_conversations_of_role_and_content_need_no_setting():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolpost.data import overlap
-from smolpost.data.hygiene import Hygiene, Removal, digest_of, features, turns_of
+from smolpost.data.hygiene import HygieneFilter, Removal, digest_of, features, turns_of
 from smolpost.data.overlap import EvaluationTexts, SignatureIndex, band_size, signature_of, words_of
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
@@ -34,7 +34,7 @@ def pair(prompt, chosen, rejected):
 def removals(rows, **settings):
     """The removal, or None, of each row; the rows are f:1, f:2, ..."""
     settings = Settings(**settings)
-    hygiene = Hygiene(settings)
+    hygiene = HygieneFilter(settings)
     return [hygiene.check(features(row, settings), f"f:{i}") for i, row in enumerate(rows, start=1)]
 
 
@@ -276,7 +276,7 @@ def test_texts_of_fewer_words_are_found_whole(evaluation):
 
 
 def test_what_was_searched_is_counted(evaluation):
-    hygiene = Hygiene(Settings(against=[evaluation]))
+    hygiene = HygieneFilter(Settings(against=[evaluation]))
     assert hygiene.searched == {evaluation: {"rows": 2, "texts": 3, "short texts": 2}}
 
 
@@ -377,9 +377,9 @@ def test_what_the_row_alone_decides_comes_first(evaluation):
 def test_nothing_asked_removes_nothing():
     assert removals([chat("a", "b")] * 3) == [None] * 3
     assert features(chat("a", "b"), Settings()) == b"+"
-    assert not Hygiene.needed(Settings())
+    assert not HygieneFilter.needed(Settings())
     wanted = ({"exact": True}, {"near": 0.5}, {"against": ["f"]}, {"languages": ["en"]})
-    assert all(Hygiene.needed(Settings(**one)) for one in wanted)
+    assert all(HygieneFilter.needed(Settings(**one)) for one in wanted)
 
 
 def test_any_process_and_order_computes_the_same(evaluation):
@@ -397,7 +397,7 @@ def test_any_process_and_order_computes_the_same(evaluation):
     decided = []
     for computed in (here, backwards, there):
         assert computed == here
-        hygiene = Hygiene(settings)
+        hygiene = HygieneFilter(settings)
         decided.append([hygiene.check(feature, row.where) for feature, row in zip(computed, rows, strict=True)])
     assert decided[0] == decided[1] == decided[2]
     reasons = [removal.reason for removal in decided[0] if removal]
@@ -422,32 +422,35 @@ def test_digests_are_the_same_everywhere():
         ({"near_permutations": 4096}, r"near_permutations=4096 is outside"),
         ({"min_confidence": 0.0}, r"min_confidence=0\.0 is outside \(0, 1\]; use 0\.5"),
         ({"min_confidence": 2.0}, r"min_confidence=2\.0 is outside"),
-        ({"against": ["absent.jsonl"]}, r"hygiene\.against\[0\]=absent\.jsonl is no file; expected JSONL or Parquet"),
+        (
+            {"against": ["absent.jsonl"]},
+            r"hygiene\.against\[0\]=absent\.jsonl is not a file; expected JSONL or Parquet",
+        ),
     ],
 )
 def test_settings_out_of_range(wrong, message):
     with pytest.raises(UserError, match=message):
-        Hygiene(Settings(**wrong), key="data.mid.hygiene")
+        HygieneFilter(Settings(**wrong), key="data.mid.hygiene")
 
 
 @pytest.mark.parametrize("code", ["xx", "EN", "english", ""])
 def test_unknown_languages(code):
     pytest.importorskip("lingua")
-    message = rf"hygiene\.languages\[1\]={code} is no language the detector knows; use ISO 639-1 codes, of af, .*, zu"
+    message = rf"hygiene\.languages\[1\]={code} is not a language of the detector; use ISO 639-1 codes, of af, .*, zu"
     with pytest.raises(UserError, match=message):
-        Hygiene(Settings(languages=["en", code]))
+        HygieneFilter(Settings(languages=["en", code]))
 
 
 def test_evaluation_files_without_content(evaluation, write_jsonl):
     empty = write_jsonl([], "empty.jsonl")
     with pytest.raises(UserError, match=r"empty\.jsonl: is empty; expected at least one row"):
-        Hygiene(Settings(against=[evaluation, empty]))
+        HygieneFilter(Settings(against=[evaluation, empty]))
     numbers = write_jsonl([{"question": "2 + 2", "answer": "4", "level": 1}], "numbers.jsonl")
     with pytest.raises(UserError, match=r"numbers\.jsonl: none of its 2 texts has 5 words or more, so nothing"):
-        Hygiene(Settings(against=[numbers]))
+        HygieneFilter(Settings(against=[numbers]))
     broken = write_jsonl([json.dumps({"a": 1}), "{"], "broken.jsonl")
-    with pytest.raises(UserError, match=r"broken\.jsonl:2: is no JSON"):
-        Hygiene(Settings(against=[broken]))
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: is not JSON"):
+        HygieneFilter(Settings(against=[broken]))
 
 
 @pytest.mark.parametrize(
@@ -456,5 +459,5 @@ def test_evaluation_files_without_content(evaluation, write_jsonl):
 def test_a_missing_library_names_the_extra(monkeypatch, module, wanted):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"needs {module}, which is not installed; pip install 'smolpost\[hygiene\]'"):
-        Hygiene(Settings(**wanted))
+        HygieneFilter(Settings(**wanted))
     assert removals([chat("a", "b")] * 2, exact=True)[1]  # what needs neither runs without

@@ -39,7 +39,7 @@ def test_a_bad_element_is_its_own_rows_fault(tmp_path):
         {"text": "a"},
         " is a JSON list",
         " holds the key 'k' twice in one object",
-        " holds NaN, which is no JSON",
+        " holds NaN, which is not JSON",
         {"text": "b"},
     ]
 
@@ -49,8 +49,8 @@ def test_a_bad_element_is_its_own_rows_fault(tmp_path):
     [
         ('[{"a": 1}', r"rows.json:1: is followed by ''; expected , or the \]"),
         ('[{"a": 1} {"a": 2}]', r"rows.json:1: is followed by '{\"a\": 2}\]'"),
-        ('[{"a": 1}, {"a" 2}]', r"rows.json:2: is no JSON \(Expecting ':' delimiter: line 1 column 17"),
-        ('[{"a": 1}]\n{"a": 2}', "rows.json: goes on after its list; expected one list, or one object per line"),
+        ('[{"a": 1}, {"a" 2}]', r"rows.json:2: is not JSON \(Expecting ':' delimiter: line 1 column 17"),
+        ('[{"a": 1}]\n{"a": 2}', "rows.json: continues after its list; expected one list, or one object per line"),
         ("[]", "rows.json: is empty; expected at least one row"),
     ],
 )

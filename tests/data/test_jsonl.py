@@ -28,7 +28,7 @@ def test_gzipped_jsonl(tmp_path):
     assert read(path) == [(1, ROWS[0])]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(
-        UserError, match=r"rows.jsonl.gz: is no whole compressed file that can be read .* compress it again"
+        UserError, match=r"rows.jsonl.gz: is not a readable complete compressed file .* compress it again"
     ):
         read(path)
 
@@ -84,9 +84,9 @@ def test_a_broken_line_is_its_own_rows_fault(write_jsonl):
     good, bad = slices(source, 2)
     assert list(read_slice(source, good)) == ROWS[:2]
     broken, whole = read_slice(source, bad)
-    assert broken.fault.startswith(f"{path}:3: is no JSON") and broken.number == 3
+    assert broken.fault.startswith(f"{path}:3: is not JSON") and broken.number == 3
     assert (whole, whole.number, whole.fault) == (ROWS[2], 4, None)
-    with pytest.raises(UserError, match=r"rows.jsonl:3: is no JSON"):
+    with pytest.raises(UserError, match=r"rows.jsonl:3: is not JSON"):
         read(path)
     assert read(path, first_row=3) == [(4, ROWS[2])]
 
@@ -125,6 +125,6 @@ def test_joined_and_broken_compressed_files(tmp_path, suffix, kind):
     for broken in (once[:-5], b"no such thing", once + b"no such thing"):
         path.write_bytes(broken)
         with pytest.raises(
-            UserError, match=f"rows.jsonl{suffix}: is no whole compressed file that can be read .*; compress it again"
+            UserError, match=f"rows.jsonl{suffix}: is not a readable complete compressed file .*; compress it again"
         ):
             read(path)

@@ -78,7 +78,7 @@ def test_settings_out_of_range_are_refused(files, settings, message):
 
 def test_what_is_read_as_text_cannot_be_cleaned_or_cut_by_tokens(files):
     for change, message in [
-        ({"hygiene": Hygiene(exact=True)}, "hygiene cleans what training stages tokenize"),
+        ({"hygiene": Hygiene(exact=True)}, "hygiene applies to tokenized rows of training stages"),
         ({"sources": {"a": Source(path=files["a"], max_tokens=9)}}, "sources.a.max_tokens counts what training stages"),
         ({"sources": {"a": Source(path=files["a"], share=1.0)}}, "sources.a.share counts what training stages"),
     ]:

@@ -17,7 +17,7 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
-from smolpost.data import prepare_apo, prepare_sft
+from smolpost.data import prepare_documents, prepare_pairs
 from smolpost.data.collate import PARTS, collate_packs, collate_pairs
 from smolpost.data.dataset_folder import write_dataset
 from smolpost.data.mixtures import mix
@@ -26,7 +26,9 @@ from smolpost.data.report import format_report
 from smolpost.data.tokenize import SCHEMA, num_shared
 from smolpost.data.tokens import Tokens
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.prepared import prepared
 
 OVERRIDE = {"role": "system", "content": "/system_override"}
@@ -67,9 +69,15 @@ def documents_of(dataset):
     found = []
     for row in dataset:
         edges = np.cumsum([0, *row["seq_lengths"]])
-        assert edges[-1] == len(row["input_ids"]) == len(row["labels"])
-        found += [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(edges)]
+        labels = labels_of(row)
+        assert edges[-1] == len(labels)
+        found += [(row["input_ids"][a:b], labels[a:b]) for a, b in pairwise(edges)]
     return found
+
+
+def labels_of(row):
+    """The ids of a pack's trained tokens, -100 elsewhere, as collating makes them."""
+    return [i if fate == Fate.TRAINED else -100 for i, fate in zip(row["input_ids"], row["fates"], strict=True)]
 
 
 def decoded_labels(tokenizer, labels):
@@ -82,25 +90,25 @@ def decoded_labels(tokenizer, labels):
 def test_one_conversation_by_hand(tokenizer, tmp_path):
     dataset, _ = prepared(sft(), [chat("ab", "cd")], tokenizer, new(tmp_path))
     ids = tokenizer.encode(f"<|im_start|>user\nab{END}\n<|im_start|>assistant\ncd{END}\n", add_special_tokens=False)
-    labels = [-100] * 10 + ids[10:13] + [-100]
     header = 5  # <|im_start|>user\n is a token each, and the first of the document
     fates = [Fate.FIRST, *[Fate.TEMPLATE] * 2, *[Fate.USER] * 2, *[Fate.TEMPLATE] * header, *[Fate.TRAINED] * 3, 4]
     assert dataset[:] == {
-        "input_ids": [ids], "labels": [labels], "fates": [fates], "seq_lengths": [[14]], "rows": [[0]],
+        "input_ids": [ids], "fates": [fates], "seq_lengths": [[14]], "rows": [[0]],
     }  # fmt: skip
+    assert labels_of(dataset[0]) == [-100] * 10 + ids[10:13] + [-100]
     assert len(ids) == CHAT_TOKENS + 4
 
 
 def test_text_trains_all_but_its_first_token_and_ends_with_end_of_text(tokenizer, tmp_path):
     dataset, report = prepared(sft(), [{"text": "abc"}], tokenizer, new(tmp_path))
     ids = tokenizer.convert_tokens_to_ids(["a", "b", "c", "<|end_of_text|>"])
-    assert (dataset["input_ids"][:], dataset["labels"][:]) == ([ids], [[-100, *ids[1:]]])
+    assert (dataset["input_ids"][:], labels_of(dataset[0])) == ([ids], [-100, *ids[1:]])
     assert report["totals"]["think_rows"] == report["totals"]["no_think_rows"] == 0
 
 
 def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
     dataset, report = prepared(sft(), [chat("ab", "cd")], tokenizer, tmp_path)
-    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_sft.PACK_TYPES
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_documents.PACK_TYPES
     assert [file["filename"] for file in dataset.cache_files] == [str(tmp_path / "rows" / "data-00000-of-00001.arrow")]
     assert json.loads((tmp_path / "rows" / "data_report.json").read_text()) == report
 
@@ -110,7 +118,7 @@ def test_the_folder_is_memory_mapped_and_typed(tokenizer, tmp_path):
 def test_packs_hold_every_document_whatever_the_chunks(tokenizer, tmp_path, monkeypatch, packing, chunk):
     rng = np.random.default_rng(0)
     rows = [chat("u" * rng.integers(1, 20), "r" * rng.integers(1, 20)) for _ in range(30)]
-    monkeypatch.setattr(prepare_sft, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_documents, "CHUNK_TOKENS", chunk)
     dataset, report = prepared(sft(packing=packing), rows, tokenizer, tmp_path)
     found = documents_of(dataset)
     whole = [encode(tokenizer, row["messages"], today="x") for row in rows]
@@ -159,15 +167,14 @@ def test_the_folder_equals_a_naive_construction(flags, packing, chunk, rows_per_
         return
     stage = sft(packing=packing, max_seq_len=16)
     tokens = Tokens([token_batch(rows[i : i + rows_per_batch]) for i in range(0, len(rows), rows_per_batch)])
-    _, pieces, plan = prepare_sft.pack(stage, tokens, prepare_sft.whole_rows(tokens, np.arange(len(rows))))
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare_sft, "CHUNK_TOKENS", chunk):
-        write_dataset(Path(folder), prepare_sft.PACK_TYPES, prepare_sft.pack_chunks(tokens, pieces, plan, None))
+    _, pieces, plan = prepare_documents.pack(stage, tokens, prepare_documents.whole_rows(tokens, np.arange(len(rows))))
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prepare_documents, "CHUNK_TOKENS", chunk):
+        write_dataset(
+            Path(folder), prepare_documents.PACK_TYPES, prepare_documents.pack_chunks(tokens, pieces, plan, None)
+        )
         found = datasets.load_from_disk(folder)
-    assert found.select_columns(["input_ids", "labels", "seq_lengths"]).to_list() == naive_packs(
-        documents, PLANS[packing]([len(ids) for ids, _ in documents], 16)
-    )
-    trained = np.concatenate(found["fates"][:]) == Fate.TRAINED
-    assert trained.tolist() == (np.concatenate(found["labels"][:]) != -100).tolist()
+    columns = [{key: row[key] for key in ("input_ids", "seq_lengths")} | {"labels": labels_of(row)} for row in found]
+    assert columns == naive_packs(documents, PLANS[packing]([len(ids) for ids, _ in documents], 16))
 
 
 def token_batch(rows):
@@ -217,7 +224,7 @@ def test_last_turn_only_trains_the_last_reply(tokenizer, tmp_path):
     row = chat("a", "first")
     row["messages"] += chat("b", "second")["messages"][1:]
     dataset, _ = prepared(sft(last_turn_only=True), [row], tokenizer, new(tmp_path))
-    assert decoded_labels(tokenizer, dataset["labels"][0]) == f"second{END}"
+    assert decoded_labels(tokenizer, labels_of(dataset[0])) == f"second{END}"
 
 
 OVERLONG = chat("u" * 30, "r" * 30)  # 70 tokens, of which the last 32 are the reply, its stop token and a line break
@@ -244,7 +251,7 @@ KEPT_KEYS = ("rows_kept", "rows_truncated", "rows_split", "tokens_trained", "tok
 def test_overlong_rows_are_truncated(tokenizer, tmp_path):
     dataset, report = prepared(sft(overlong="truncate"), [OVERLONG], tokenizer, new(tmp_path))
     assert dataset["seq_lengths"][0] == [64]
-    assert decoded_labels(tokenizer, dataset["labels"][0]) == "r" * 26
+    assert decoded_labels(tokenizer, labels_of(dataset[0])) == "r" * 26
     assert source_entry(report, *KEPT_KEYS) == [1, 1, 0, 26, 6, 0]
 
 
@@ -252,7 +259,7 @@ def test_overlong_rows_are_split(tokenizer, tmp_path):
     dataset, report = prepared(sft(overlong="split"), [OVERLONG], tokenizer, new(tmp_path))
     assert sorted(map(sum, dataset["seq_lengths"])) == [6, 64]
     # The second piece's first token follows nothing it could be predicted from.
-    assert decoded_labels(tokenizer, dataset["labels"][0] + dataset["labels"][1]) == "r" * 26 + "r" * 3 + END
+    assert decoded_labels(tokenizer, labels_of(dataset[0]) + labels_of(dataset[1])) == "r" * 26 + "r" * 3 + END
     assert source_entry(report, *KEPT_KEYS) == [1, 0, 1, 30, 0, 0]
 
 
@@ -309,7 +316,7 @@ def test_report_by_hand(tokenizer, tmp_path):
     assert (a["tokens_unknown"], b["tokens_unknown"]) == (0, 1)
     assert b["masked"]["first of a document"] == 1
     assert a["length_percentiles"] == {"50": 17, "90": 18, "99": 18, "100": 18}
-    assert report["settings"] == {"kind": "sft", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
+    assert report["settings"] == {"layout": "documents", "packing": "bfd", "max_seq_len": 64, "overlong": "refuse"}
     assert report["totals"]["tokens_read"] == a["tokens_read"] + b["tokens_read"] == 43
 
 
@@ -323,15 +330,15 @@ def test_every_token_read_is_accounted_for(tokenizer, tmp_path, packing, overlon
         parts = [entry[f"tokens_{part}"] for part in ("trained", "masked", "truncated", "dropped")]
         assert entry["tokens_read"] == sum(parts)
         assert entry["rows_read"] == entry["rows_kept"] + sum(entry["dropped"].values())
-    labels = np.concatenate(dataset["labels"][:])
-    assert report["totals"]["tokens_trained"] == (labels != -100).sum()
-    assert report["totals"]["tokens_masked"] == (labels == -100).sum()
+    fates = np.concatenate(dataset["fates"][:])
+    assert report["totals"]["tokens_trained"] == (fates == Fate.TRAINED).sum()
+    assert report["totals"]["tokens_masked"] == (fates != Fate.TRAINED).sum()
 
 
 def test_rows_of_the_wrong_kind_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row in an sft stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: is a preference row, and the stage trains on documents"):
         prepared(sft(), [pair("u", "a", "b")], tokenizer, new(tmp_path))
-    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text in an apo stage"):
+    with pytest.raises(UserError, match=r"only.jsonl:1: has the columns text, and the stage trains on pairs"):
         prepared(apo(), [{"text": "x"}], tokenizer, new(tmp_path))
     with pytest.raises(UserError, match=r"a mixture has no sources; give at least one"):
         prepared(sft(), [], tokenizer, new(tmp_path))
@@ -353,7 +360,7 @@ def test_one_pair_by_hand(tokenizer, tmp_path):
     assert tokenizer.decode(row["chosen_ids"]) == f"<think>\nx\n</think>\ny{END}"
     assert tokenizer.decode(row["rejected_ids"]) == f"n{END}"
     assert (row["chosen_mask"], row["rejected_mask"]) == ([1] * 8, [1] * 2)
-    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_apo.PAIR_TYPES
+    assert {name: column.feature.dtype for name, column in dataset.features.items()} == prepare_pairs.PAIR_TYPES
     totals = report["totals"]
     assert (totals["pairs"], totals["think_rows"], totals["tokens_trained"], totals["tokens_masked"]) == (1, 1, 10, 9)
     assert totals["tokens_per_pair"] == 19
@@ -438,7 +445,7 @@ def test_pairs_do_not_depend_on_the_chunks(tokenizer, tmp_path, monkeypatch, chu
     rows = [pair("u" * i, "c" * i, "r" * (i + 1)) for i in range(1, 9)]
     (tmp_path / "one").mkdir()
     whole, _ = prepared(apo(), rows, tokenizer, tmp_path / "one")
-    monkeypatch.setattr(prepare_apo, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prepare_pairs, "CHUNK_TOKENS", chunk)
     (tmp_path / "many").mkdir()
     assert prepared(apo(), rows, tokenizer, tmp_path / "many")[0][:] == whole[:]
 
@@ -535,10 +542,10 @@ def test_the_chatml_template_prepares_mid_training_rows(shared_data, bpe, tmp_pa
     assert tokenizer.chat_template == load_template("chatml")
     rows = mix(Mixture(sources={"mid": Source(path=str(shared_data / "gsm8k" / "smoltalk2_mid.jsonl"), max_rows=50)}))
     dataset, _ = prepared(sft(packing="wrapped", max_seq_len=100_000), rows, tokenizer, tmp_path)
-    text = decoded_labels(tokenizer, dataset["labels"][0])
+    text = decoded_labels(tokenizer, labels_of(dataset[0]))
     assert text == "".join(row["messages"][-1]["content"] + END for _, row in rows)
 
 
 def test_all_roles_train_every_token_but_each_documents_first(tokenizer, tmp_path):
     rows, _ = prepared(sft(train_roles=["all"]), [("chats", chat("hi", "yes"))], tokenizer, new(tmp_path))
-    assert rows[0]["labels"] == [-100, *rows[0]["input_ids"][1:]]
+    assert labels_of(rows[0]) == [-100, *rows[0]["input_ids"][1:]]

@@ -8,7 +8,9 @@ import pytest
 
 from smolpost.data.prepare import prepare
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, Hygiene, Mixture, SFTStage, Source
+from smolpost.schema import Hygiene, Mixture, Source
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 
 SHARED = {"init_from": "x", "data": "y", "max_seq_len": 512, "global_batch_size": 1, "num_workers": 1}
 SYSTEM = {"role": "system", "content": "/system_override"}
@@ -125,7 +127,7 @@ def test_settings_of_a_mixture(attempt):
     "call, message",
     [
         ({"name": "f"}, 'write "arguments": {} where the function takes none'),
-        ({"name": "f", "arguments": {}, "input": {"x": 1}}, "expected its arguments in one of them"),
+        ({"name": "f", "arguments": {}, "input": {"x": 1}}, "expected the arguments in one of them"),
         ({"name": "f", "arguments": [1]}, "expected a JSON object of names and values"),
     ],
 )

@@ -11,7 +11,8 @@ from smolpost.chat.render import load_template
 from smolpost.data.rendering import NOTES
 from smolpost.data.report import format_report
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 
@@ -104,7 +105,7 @@ def test_replies_that_do_not_train_may_lose_what_they_like(tmp_path):
 def test_a_turn_that_ends_in_text_is_refused(template, roles, tmp_path):
     ends = template.replace("<|im_end|>", "</s>")  # which the tokenizer spells out
     with pytest.raises(
-        UserError, match=r"ends the turn with 't is 42\.</s>', which is no stop .*\(<\|im_start\|>, <\|im"
+        UserError, match=r"ends the turn with 't is 42\.</s>', which is not a stop .*\(<\|im_start\|>, <\|im"
     ):
         ledger(ends, [row(USER, REPLY)], tmp_path, sft(train_roles=roles))
 
@@ -190,7 +191,7 @@ def test_rows_that_do_not_say_their_mode_are_noted_with_share_and_setting(tmp_pa
     console = Console(width=1000, file=io.StringIO())
     console.print(format_report(report))
     assert (
-        "only: 2 of 8 rows (25%) do not say their mode and hold no think block, so they train as replies in think "
+        "only: 2 of 8 rows (25%) do not state their mode and have no think block, so they train as replies in think "
         "mode; set enable_thinking: false of the source, or in each row's chat_template_kwargs\n"
     ) in console.file.getvalue()
 

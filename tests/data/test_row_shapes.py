@@ -9,7 +9,7 @@ from smolpost import recipe
 from smolpost.data.row_shapes.shape import row_shape
 from smolpost.errors import UserError
 from smolpost.registry import ROW_SHAPES
-from smolpost.schema import SFTStage
+from smolpost.stages.sft import SFTStage
 from tests.prepared import prepared
 
 

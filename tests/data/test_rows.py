@@ -57,23 +57,26 @@ def test_what_json_writes_is_read_back(row, ascii_only):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b'{"a" 1}', r"f:1: is no JSON \(Expecting ':' delimiter at column 6\); expected one JSON object per line"),
-        (b'{"a": 1} {"a": 2}', r"f:1: is no JSON \(Extra data at column 10\); expected one JSON object per line"),
+        (b'{"a" 1}', r"f:1: is not JSON \(Expecting ':' delimiter at column 6\); expected one JSON object per line"),
+        (b'{"a": 1} {"a": 2}', r"f:1: is not JSON \(Extra data at column 10\); expected one JSON object per line"),
         (
             b"[1]",
             r"f:1: is a JSON list; expected one JSON object per line, or a list of objects as the whole file$",
         ),
-        (b"[\n", r"f:1: is no JSON .*; expected one JSON object per line, or a list of objects"),
+        (b"[\n", r"f:1: is not JSON .*; expected one JSON object per line, or a list of objects"),
         (b"null", "f:1: is a JSON null; expected one JSON object per line"),
-        (b'{"a": "\xe9"}', r"f:1: is no UTF-8 \(byte 0xe9 at column 8: Latin-1 .*; save it as UTF-8, .* `iconv -f"),
-        ('\ufeff{"a": 1}'.encode(), "f:1: begins with a byte order mark amid the file; remove it"),
+        (b'{"a": "\xe9"}', r"f:1: is not UTF-8 \(byte 0xe9 at column 8: Latin-1 .*; save it as UTF-8, .* `iconv -f"),
+        ('\ufeff{"a": 1}'.encode(), "f:1: has a byte order mark in the middle of the file; remove it"),
         (b'{"a": 1, "b": {"k": 1, "k": 1}}', "f:1: holds the key 'k' twice in one object; keep one of them"),
-        (b'{"a": NaN}', "f:1: holds NaN, which is no JSON; write null, a number or a string"),
-        (b'{"a": -Infinity}', "f:1: holds -Infinity, which is no JSON"),
+        (b'{"a": NaN}', "f:1: holds NaN, which is not JSON; write null, a number or a string"),
+        (b'{"a": -Infinity}', "f:1: holds -Infinity, which is not JSON"),
         (b'{"a": 1e999}', "f:1: holds the number 1e999, which is too large for a float; write it as a string"),
         (b'{"a": ' + b"9" * 5000 + b"}", "f:1: holds an integer of more than 4300 digits; write it as a string"),
         (b'{"a": ' + b"[" * 9999 + b"]" * 9999 + b"}", "f:1: is nested more than 100 levels deep; flatten it"),
-        (b'{"a": [{"b": "x\\ud800y"}]}', r"f:1: holds \\ud800, half of a surrogate pair and no character; remove it"),
+        (
+            b'{"a": [{"b": "x\\ud800y"}]}',
+            r"f:1: holds \\ud800, half of a surrogate pair, which is not a character; remove it",
+        ),
         (b'{"\\uDC00": 1}', r"f:1: holds \\udc00, half of a surrogate pair"),
     ],
 )
@@ -197,7 +200,7 @@ def test_sharegpt_preference():
             r"f:1: conversations\[0\] is a str; columns=sharegpt expects from and value; rename",
         ),
         ({"conversations": "x"}, r"f:1: conversations is a str; columns=sharegpt expects a list of {from, value}"),
-        ({"conversations": [said("function_call", "f(x)")]}, r"f:1: messages\[0\].content: is no JSON"),
+        ({"conversations": [said("function_call", "f(x)")]}, r"f:1: messages\[0\].content: is not JSON"),
         (
             {"conversations": [said("function_call", "[1]")]},
             r"messages\[0\].content is '\[1\]'; expected a call as JSON, with name and",
@@ -350,9 +353,9 @@ def test_known_shapes(row, shape):
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "f:1: chosen and rejected are equal; expected two"),
         (
             {"chosen": [REPLY], "rejected": [OTHER], "prompt": [USER]},
-            "f:1: chosen and rejected share no prompt; expected",
+            "f:1: chosen and rejected do not share a prompt; expected",
         ),
-        ({"chosen": [USER, REPLY], "rejected": [OTHER], "prompt": "x"}, "chosen and rejected share no prompt"),
+        ({"chosen": [USER, REPLY], "rejected": [OTHER], "prompt": "x"}, "chosen and rejected do not share a prompt"),
         (
             {"chosen": [USER, REPLY], "rejected": [USER, OTHER], "prompt": 3},
             "f:1: prompt is an int; expected a string or",
@@ -379,7 +382,7 @@ def test_known_shapes(row, shape):
         ),
         (
             {"messages": [{**USER, "content": ["x", {"type": "image", "image": "a.png"}]}, REPLY]},
-            r"f:1: messages\[0\].content\[1\]={'type': 'image', .* is no text part; only text can be trained on",
+            r"f:1: messages\[0\].content\[1\]={'type': 'image', .* is not a text part; only text can be trained on",
         ),
         (
             {"messages": [SYSTEM, SYSTEM, USER, REPLY]},
@@ -400,7 +403,10 @@ def test_known_shapes(row, shape):
             r"f:1: messages\[1\] is a tool turn without an assistant's call before it; .*; add the call or delete",
         ),
         ({"messages": [USER, REPLY, RESULT, REPLY]}, r"messages\[2\] is a tool turn without an assistant's call"),
-        (called(name="f", arguments="x=1"), r"messages\[1\].tool_calls\[0\].arguments: is no JSON .*; expected a JSON"),
+        (
+            called(name="f", arguments="x=1"),
+            r"messages\[1\].tool_calls\[0\].arguments: is not JSON .*; expected a JSON",
+        ),
         (
             called(name="f", arguments="[1]"),
             r"tool_calls\[0\].arguments is a list; expected a JSON object of names and",

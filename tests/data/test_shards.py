@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smolpost.data import prepare as prepare_module
 from smolpost.data import shards
 from smolpost.data.prepare import prepare
+from smolpost.data.source_slice import SourceSlice, joined
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 
 STAGE = {"init_from": "x", "data": "y", "max_seq_len": 64, "learning_rate": 1e-3, "global_batch_size": 1}
 
@@ -38,7 +39,6 @@ def run(mixture, tokenizer, folder: Path, **settings):
 
 @pytest.fixture
 def many_shards(monkeypatch):
-    monkeypatch.setattr(prepare_module, "SHARD_ROWS", 4)
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
 
 
@@ -52,6 +52,29 @@ def test_the_number_of_workers_changes_no_byte(tokenizer, tmp_path, many_shards)
     files = [made(tmp_path / str(workers)) for workers in (1, 2, 3)]
     assert files[0] == files[1] == files[2]
     assert sum(name.startswith("tokenized") for name in files[0]) == 8 + 3  # ceil(30 / 4) and ceil(9 / 4)
+
+
+def test_many_rows_make_few_shards_and_the_same_prepared_rows(tokenizer, tmp_path, many_shards, monkeypatch):
+    mixture = Mixture(sources={"a": Source(path=write_texts(tmp_path / "a.jsonl", 100), weight=0.5)})
+    found = {}
+    for most in (512, 5):
+        monkeypatch.setattr(shards, "MAX_SHARDS", most)
+        run(mixture, tokenizer, tmp_path / str(most), num_workers=2)
+        found[most] = made(tmp_path / str(most) / "rows")
+        assert len(list((tmp_path / str(most) / "tokenized" / "a").iterdir())) == min(most, 25)
+    assert found[512] == found[5]
+
+
+def test_slices_are_joined_within_a_path():
+    parts = [SourceSlice(path, "arrow", i, i + 4, i + 1, i, 4) for path in "ab" for i in range(0, 12, 4)]
+    found = joined(parts, 9)
+    assert [(s.path, s.begin, s.end, s.line, s.first, s.num_rows) for s in found] == [
+        ("a", 0, 8, 1, 0, 8),
+        ("a", 8, 12, 9, 8, 4),
+        ("b", 0, 8, 1, 0, 8),
+        ("b", 8, 12, 9, 8, 4),
+    ]
+    assert joined(parts, 3) == parts
 
 
 def test_the_first_bad_row_is_named_whichever_worker_finds_one(tokenizer, tmp_path, many_shards):
@@ -104,7 +127,7 @@ def test_a_half_written_shard_is_made_again(tokenizer, tmp_path, many_shards, ca
     whole = made(tmp_path / "one")
     broken = sorted((tmp_path / "one" / "tokenized" / "a").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:-50])
-    (tmp_path / "one" / "tokenized" / "a" / ".part-abc").write_bytes(b"of a killed process")
+    (tmp_path / "one" / "tokenized" / "a" / ".0000000000-4-0.arrow.part-abc").write_bytes(b"of a killed process")
     (tmp_path / "one" / "rows").rename(tmp_path / "aside")
     run(mixture, tokenizer, tmp_path / "one", num_workers=1)
     assert made(tmp_path / "one") == whole
@@ -117,8 +140,9 @@ import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from smolpost.data import prepare as p, shards
-from smolpost.schema import Mixture, SFTStage, Source
-p.SHARD_ROWS = 4
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
+shards.SHARD_ROWS = 4
 if sys.argv[2] == "slow":
     inner = shards.token_batches
     def slow(*args):

@@ -14,7 +14,8 @@ from smolpost.chat.render import load_template
 from smolpost.data.rows import MAX_DEPTH
 from smolpost.data.sources import read_rows, read_slice, slices
 from smolpost.errors import UserError
-from smolpost.schema import Mixture, SFTStage, Source
+from smolpost.schema import Mixture, Source
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 from tests.reading import read
@@ -160,7 +161,7 @@ def test_a_deep_row_is_its_own_fault(write, depth, tmp_path, monkeypatch):
 
 def test_deep_columns_are_refused(tmp_path):
     """Arrow has a limit of its own."""
-    with pytest.raises(UserError, match=r"rows\.parquet: is no Parquet file that can be read \(.* too deeply nested"):
+    with pytest.raises(UserError, match=r"rows\.parquet: is not a readable Parquet file \(.* too deeply nested"):
         read(parquet(tmp_path, [{"text": "a", "tools": nested(120)}]))
 
 
@@ -198,7 +199,9 @@ ODD = {
 def test_replies_that_take_a_rendering_each_are_bounded():
     tags = ("{%- generation -%}", "{%- endgeneration -%}")
     untagged = load_template("smollm3").replace(tags[0], "").replace(tags[1], "")
-    with pytest.raises(UserError, match=r"messages hold 1,001 replies, above the 1,000 that are found without {% gen"):
+    with pytest.raises(
+        UserError, match=r"messages have 1,001 replies, above the 1,000 that can be found without {% gen"
+    ):
         encode(byte_level(template=untagged), [USER, REPLY] * 1001, today="x")
 
 

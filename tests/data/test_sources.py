@@ -29,7 +29,7 @@ def test_first_row_and_max_rows(write_jsonl, first, most, kept):
         (
             ['{"a": 1}', '{"a" 1}'],
             {},
-            r"rows.jsonl:2: is no JSON \(Expecting ':' delimiter at column 6\); expected one",
+            r"rows.jsonl:2: is not JSON \(Expecting ':' delimiter at column 6\); expected one",
         ),
         (["[1]"], {}, r"rows.jsonl:1: is a JSON int; expected an object in the list"),
     ],
@@ -50,13 +50,13 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"rows.csv: is of no known kind; expected names that end in .jsonl, "):
         read(tmp_path / "rows.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: holds no data file; expected names that end in .jsonl, "):
+    with pytest.raises(UserError, match=r"empty: has no data file; expected names that end in .jsonl, "):
         read(tmp_path / "empty")
     (tmp_path / "rows.parquet").write_text("no parquet")
-    with pytest.raises(UserError, match=r"rows.parquet: is no Parquet file that can be read .*; write it again"):
+    with pytest.raises(UserError, match=r"rows.parquet: is not a readable Parquet file .*; write it again"):
         read(tmp_path / "rows.parquet")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match=r"latin.jsonl:1: is no UTF-8 .*; save it as UTF-8"):
+    with pytest.raises(UserError, match=r"latin.jsonl:1: is not UTF-8 .*; save it as UTF-8"):
         read(tmp_path / "latin.jsonl")
 
 
@@ -91,7 +91,9 @@ def test_a_file_that_changes_between_counting_and_reading_is_refused(write_jsonl
     source = Source(path=write_jsonl(ROWS))
     cut = slices(source, 9)
     write_jsonl(ROWS[:2])
-    with pytest.raises(UserError, match=r"rows.jsonl: has 2 rows from row 1 on, where 3 were counted: it was changed"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl: has 2 rows from row 1 on, but 3 were counted: the file was changed"
+    ):
         list(read_slice(source, cut[0]))
 
 

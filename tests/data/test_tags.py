@@ -7,7 +7,8 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data import tokenize
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "yo"}

@@ -6,10 +6,9 @@ import pytest
 
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
-from smolpost.data.tasks import chase_row, copy_row, recall_row, write_tasks
+from smolpost.data.tasks import TaskBlock, TaskFile, chase_row, copy_row, recall_row, write_tasks
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import TaskBlock, TaskFile
 
 
 def turns(row):

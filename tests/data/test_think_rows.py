@@ -5,7 +5,8 @@ import pytest
 from smolpost.chat.masks import Policy, encode, encode_pair
 from smolpost.errors import UserError
 from smolpost.evaluation.answers import opens_thinking
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
 from tests.prepared import prepared
 

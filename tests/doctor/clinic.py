@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-from small import Small, as_written, sum_rows
-
 from smolpost import recipe
 from smolpost.chat.render import load_template
 from smolpost.doctor.checks import Check, diagnose
 from smolpost.pipeline.lineage import Lineage
+from tests.small import Small, as_written, sum_rows
 
 ASK = {"role": "user", "content": "What is 6*7?"}
 CALL = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"function": {"name": "mul", "arguments": {}}}]}

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 import torch
-from clinic import Clinic, conversations, pairs
 
 from smolpost.pipeline import steps
+from tests.doctor.clinic import Clinic, conversations, pairs
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,7 @@ def healthy(tmp_path_factory) -> Clinic:
     clinic.write("sft", conversations())
     clinic.write("preference", pairs())
     lineage = clinic.lineage()
-    steps.make(
-        lineage, lineage.stages["init"], lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture)
-    )
+    steps.make(lineage, lineage.stages["init"])
     return clinic
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clinic import ASK, NO_THINK, conversations, failed, pairs
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -24,6 +23,7 @@ from smolpost.model import attention
 from smolpost.model.attention_segments import Segment
 from smolpost.objectives.losses import ApoZero
 from smolpost.training import sft
+from tests.doctor.clinic import ASK, NO_THINK, conversations, failed, pairs
 
 # ---------------------------------------------------------------- healthy
 
@@ -371,7 +371,7 @@ def test_the_report_says_status_numbers_remedy_and_verdict():
 
 def test_bad_input_is_one_line(healthy, tmp_path):
     lineage = healthy.lineage()
-    with pytest.raises(UserError, match="stage=init is a init stage; doctor checks sft and apo stages"):
+    with pytest.raises(UserError, match="stage=init of kind init trains nothing; doctor checks training stages"):
         diagnose(lineage, lineage.stages["init"])
     with pytest.raises(UserError, match="rows=0 is below 1"):
         diagnose(lineage, lineage.stages["sft"], rows=0)

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from clinic import ASK, TURNS, conversations, failed, pairs
 
 from smolpost.doctor import stage_sample as doctor_case
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest, steps
+from tests.doctor.clinic import ASK, TURNS, conversations, failed, pairs
 
 REPLY = {"role": "assistant", "content": "42."}
 GSM8K = "data.sft.sources.gsm8k"
@@ -97,7 +97,7 @@ def test_a_row_that_only_tokenizing_refuses_is_found_and_leaving_it_out_helps(cl
     found = clinic.diagnose("sft", short)
     assert failed(found) == {"rows"}
     line = found["rows"].detail.partition("the first refused: ")[2]
-    assert "smoltalk2_sft.jsonl:3: messages[0]: '<|im_end|>' in it is a control token" in line
+    assert "smoltalk2_sft.jsonl:3: messages[0] has '<|im_end|>', a control token" in line
     with pytest.raises(UserError, match=re.escape(line)):
         prepared(clinic, short, "stages.sft.max_dropped=0")
     assert found["rows"].remedy == "do what the line says, or delete these rows of data=sft"
@@ -136,7 +136,7 @@ def test_another_template_helps_against_one_that_rewrites_earlier_turns(clinic):
     rewriting = WITH_EOS.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
     found = clinic.diagnose("sft", own_template(clinic, rewriting))
     assert failed(found) >= {"rows", "template"}
-    assert "renders earlier turns differently once later ones follow; use one whose renderings" in found["rows"].detail
+    assert "renders earlier turns differently when later turns follow; use a template" in found["rows"].detail
     last = clinic.diagnose("sft", own_template(clinic, rewriting), "stages.sft.last_turn_only=true")
     assert "rows" not in failed(last)  # the line's other remedy
     assert failed(clinic.diagnose("sft", "stages.sft.template=smollm3")) == set()
@@ -177,7 +177,7 @@ def test_prepare_refuses_tags_around_something_else_as_the_doctor_does(clinic, s
     lineage = clinic.lineage(*words)
     with pytest.raises(UserError, match=re.escape(found[mask].detail[:200])) as refused:
         steps.prepare(lineage, lineage.stages[stage])
-    assert "take all of them out of the template" in str(refused.value)
+    assert "remove all tags from the template" in str(refused.value)
     assert not lineage.stages[stage].prepared.exists()
     for remedy in (TAGGED % TAGS, ANSWER_ONLY % ("", "")):
         words = [own_template(clinic, remedy).replace("sft", stage)]

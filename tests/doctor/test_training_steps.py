@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from smolpost.chat.fates import Fate
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.doctor import training_steps
 from smolpost.doctor.training_steps import PairSteps, Step, compare, documents, joined, short_documents
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import APOStage
+from smolpost.stages.preference import APOStage
 from smolpost.training.environment import Environment
 
 CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
@@ -18,14 +19,13 @@ CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=F
 
 def pack(*lengths, trained=None):
     """A pack of documents of consecutive ids, all of which train but the first of each."""
-    ids, labels = np.arange(10, 10 + sum(lengths)), np.arange(10, 10 + sum(lengths))
-    labels[np.cumsum((0, *lengths))[:-1]] = -100
+    ids = np.arange(10, 10 + sum(lengths))
+    fates = np.full(len(ids), Fate.TRAINED)
     if trained is not None:
-        labels[~np.isin(ids, trained)] = -100
-    fates = np.where(labels == -100, 4, 0)
+        fates[~np.isin(ids, trained)] = Fate.TEMPLATE
+    fates[np.cumsum((0, *lengths))[:-1]] = Fate.FIRST
     return {
         "input_ids": ids,
-        "labels": labels,
         "fates": fates,
         "seq_lengths": np.array(lengths),
         "rows": np.arange(len(lengths)),
@@ -48,9 +48,9 @@ def test_short_documents_are_the_shortest_that_fit():
 def test_two_long_documents_lose_their_beginning():
     """Ids 10 to 19 of which 15 and 16 train: of at most 4 tokens, the last ones up to 16."""
     found = short_documents([pack(10, trained=[15, 16]), pack(10)], 8)
-    assert found[0]["input_ids"].tolist() == [13, 14, 15, 16] and found[0]["labels"].tolist() == [-100, -100, 15, 16]
+    assert found[0]["input_ids"].tolist() == [13, 14, 15, 16] and found[0]["fates"].tolist() == [7, 4, 0, 0]
     assert found[0]["seq_lengths"].tolist() == [4]
-    assert found[1]["input_ids"].tolist() == [16, 17, 18, 19] and found[1]["labels"].tolist() == [-100, 17, 18, 19]
+    assert found[1]["input_ids"].tolist() == [16, 17, 18, 19] and found[1]["fates"].tolist() == [7, 0, 0, 0]
 
 
 def test_documents_without_a_trained_token_are_left_out():

@@ -1,6 +1,6 @@
 """An engine that answers as a test tells it to, without a model."""
 
-from smolpost.evaluation.engine import Reply
+from smolpost.inference.engine import Reply
 
 
 class Canned:

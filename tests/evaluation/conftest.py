@@ -1,29 +1,19 @@
-"""A character tokenizer, transformers' own SmolLM3 tiny and random, and models rigged to reply as a function says."""
+"""A tiny random model and its tokenizer, and models rigged to reply as a function says."""
 
 import pytest
-import torch
-from rigged import Rigged
-from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
-from smolpost.chat.tokenizer import build_tokenizer
+from tests.char_model import char_model, char_tokenizer
+from tests.rigged import Rigged
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return build_tokenizer(["abc"], kind="char", vocab_size=256, template="smollm3")
+    return char_tokenizer()
 
 
 @pytest.fixture
 def model(tokenizer):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    config = SmolLM3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes, **ids)
-    model = SmolLM3ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return char_model(tokenizer)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
-"""The runner: batches, kills and resumption; the tables."""
+"""The runner: batches, kills and resumption."""
 
-import io
 import json
 import os
 import re
@@ -8,17 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.run import batched, run_task
-from smolpost.evaluation.table import results_table, scores_table
 from smolpost.evaluation.task import Item, Sample
-from smolpost.schema import RecallTask
+from smolpost.evaluation.tasks.recall import RecallTask
 
 
 class Counting:
@@ -114,7 +112,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from smolpost.evaluation.run import run_task
-from test_eval_run import Counting, Engine
+from tests.evaluation.test_eval_run import Counting, Engine
 class Slow(Counting):
     def measure(self, engine, items):
         time.sleep(0.2)
@@ -124,7 +122,7 @@ run_task("t", Slow([5] * 40), Engine(), Path(sys.argv[1]), batch_tokens=7, seed=
 
 
 def test_kill_9_loses_no_finished_batch(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
     file = tmp_path / SAMPLES
     deadline = time.monotonic() + 60
@@ -144,28 +142,3 @@ def test_nothing_to_measure_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"evaluation.tasks.t has nothing to measure: no row of its data can be asked"):
         run_task("t", Counting([]), Engine(), tmp_path / "t", batch_tokens=7, seed=0)
     assert not (tmp_path / "t").exists()
-
-
-def shown(table):
-    console = Console(file=io.StringIO(), width=80)
-    console.print(table)
-    return console.file.getvalue()
-
-
-def test_tables_have_headlines_side_by_side_and_all_of_one(tmp_path):
-    def result(**values):
-        scores = {name: {"value": v, "low": v - 0.1, "high": v + 0.1, "n": 7} for name, v in values.items()}
-        return {"scores": scores, "notes": {"rows_passed_over": 3, "nothing": 0}}
-
-    one = {"answer": result(**{"think": 0.5, "no_think": 0.25, "think/tokens": 9.0}), "recall": result(**{"64": 1.0})}
-    text = shown(results_table({"base": one, "sft": {"answer": one["answer"]}}))
-    assert "think/tokens" not in text and "no-th" in text
-    assert [line.split() for line in text.splitlines() if line.strip().startswith(("base", "sft"))] == [
-        ["base", "0.500", "0.250", "1.000"],
-        ["sft", "0.500", "0.250", "-"],
-    ]
-    text = shown(scores_table(one))
-    assert ["answer", "think/tokens", "9.000", "8.900", "to", "9.100", "7"] in [
-        line.split() for line in text.splitlines()
-    ]
-    assert "rows_passed_over" in text and "nothing" not in text

@@ -199,7 +199,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path, environment, chec
         ({"environment": str(old)}, r"holds lighteval 0.9.2, not 0.13"),
         ({"max_new_tokens": 99, "backend": "accelerate"}, r"accelerate backend cuts prompts to it, not replies"),
         ({"max_new_tokens": 10**6}, r"harness.max_new_tokens=1000000 leaves no room"),
-        ({"custom_tasks": "gone.py"}, r"harness.custom_tasks=gone.py is no file"),
+        ({"custom_tasks": "gone.py"}, r"harness.custom_tasks=gone.py is not a file"),
     ):
         harness = Harness(kind="lighteval", tasks=["sums"], **{"environment": str(environment)} | fields)
         with pytest.raises(UserError, match=message) as caught:

@@ -6,14 +6,14 @@ from copy import copy
 
 import pytest
 import torch
-from harness_tasks import LIKELIHOOD, write_rows, write_task
-from rigged import Rigged
 from transformers import AutoModelForCausalLM
 
 from smolpost.errors import UserError
 from smolpost.evaluation.harness import lm_eval as ours
 from smolpost.evaluation.harness.run import harness_key, run_harness
 from smolpost.schema import Harness
+from tests.evaluation.harness_tasks import LIKELIHOOD, write_rows, write_task
+from tests.rigged import Rigged
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 TODAY = "08 July 2025"
@@ -212,9 +212,8 @@ def test_a_kill_keeps_finished_tasks(tmp_path, rigged):
     with pytest.raises(KeyboardInterrupt):
         ask(*arguments, lines)
     assert [line.split(":")[0] for line in lines] == ["sums think"]
-    shutil.copytree(
-        tmp_path / "out" / "sums" / "think", tmp_path / "out" / "sums" / "no_think.part"
-    )  # as SIGKILL would
+    half = tmp_path / "out" / "sums" / ".no_think.part-0"
+    shutil.copytree(tmp_path / "out" / "sums" / "think", half)  # as SIGKILL would
     killing = False
     results = ask(*arguments, lines)
     assert [line.split(":")[0] for line in lines[1:]] == ["sums no_think", "more think", "more no_think"]
@@ -253,7 +252,11 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tmp_path, rigged, monkeypat
         (["my_ifeval"], {}, "NLTK's punkt_tab"),
         (["gone"], {}, "cannot load gone"),
         (["sums"], {"max_new_tokens": 500}, "tokens for its longest prompt and 500 for a reply.* 512 positions"),
-        (["sums"], {"headline": {"sums": "acc"}}, "harness.headline.sums=acc is no metric of this task; it has exact"),
+        (
+            ["sums"],
+            {"headline": {"sums": "acc"}},
+            "harness.headline.sums=acc is not a metric of this task; it has",
+        ),
         (["sums"], {"headline": {"other": "acc"}}, "harness.headline.other is not among the tasks sums"),
         (["sums"], {"modes": ["loud"]}, r"harness.modes=\['loud'\] may hold only think and no_think"),
         (["sums"], {"limit": 0}, "harness.limit=0"),

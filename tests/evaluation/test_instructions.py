@@ -3,16 +3,16 @@
 import json
 
 import pytest
-from canned import Canned
 
 from smolpost.errors import UserError
 from smolpost.evaluation.constraints import LANGUAGE, VERIFIERS, checked, follows
-from smolpost.evaluation.engine import LocalEngine, Reply
 from smolpost.evaluation.instruction_prompts import FORBIDDEN, KINDS, REQUESTS, TOPICS, own_prompts
-from smolpost.evaluation.instructions import Instructions
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import InstructionsTask
+from smolpost.evaluation.tasks.instructions import Instructions, InstructionsTask
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 LEAST, LESS = "at least", "less than"
 
@@ -217,7 +217,7 @@ def test_through_a_model(tmp_path, tokenizer, model):
         ),
         ({"instruction_id_list": []}, r"prompts.jsonl:1: instruction_id_list=\[\]; expected a list"),
         ({"kwargs": [{}, {}]}, "prompts.jsonl:1: kwargs=.*one object per instruction"),
-        ({"kwargs": [3]}, r"prompts.jsonl:1: .*kwargs\[0\] is no object"),
+        ({"kwargs": [3]}, r"prompts.jsonl:1: .*kwargs\[0\] is not an object"),
         ({"prompt": None}, "prompts.jsonl:1: prompt=None; expected a text"),
     ],
 )

@@ -7,11 +7,10 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.masks import encode
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.perplexity import Perplexity
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import PerplexityTask
+from smolpost.evaluation.tasks.perplexity import Perplexity, PerplexityTask
+from smolpost.inference.local import LocalEngine
 
 TODAY = "08 July 2025"
 

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from small import sum_rows
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.preference import Preference
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import PreferenceTask
+from smolpost.evaluation.tasks.preference import Preference, PreferenceTask
+from smolpost.inference.local import LocalEngine
+from tests.small import sum_rows
 
 TODAY = "08 July 2025"
 

@@ -6,15 +6,15 @@ import re
 from itertools import combinations
 
 import pytest
-from canned import Canned
 
 from smolpost.data.rows import Row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine, Reply
-from smolpost.evaluation.reasoning import Reasoning, pass_at
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import ReasoningTask
+from smolpost.evaluation.tasks.reasoning import Reasoning, ReasoningTask, pass_at
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 SUMS = ["1+1?", "2+2?", "3+4?", "4+4?", "5+5?", "6+6?"]
 
@@ -222,9 +222,9 @@ def test_bad_rows_are_named(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modes": ["fast"]}, r"modes=\['fast'\] is no list of different modes; use some of think, no_think"),
-        ({"modes": []}, r"modes=\[\] is no list"),
-        ({"modes": ["think", "think"]}, "modes=.* is no list of different modes"),
+        ({"modes": ["fast"]}, r"modes=\['fast'\] is not a list of different modes; use some of think, no_think"),
+        ({"modes": []}, r"modes=\[\] is not a list"),
+        ({"modes": ["think", "think"]}, "modes=.* is not a list of different modes"),
         ({"max_rows": 0}, "max_rows=0 is below 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
         ({"num_samples": 0}, "num_samples=0 is below 1"),

@@ -4,16 +4,15 @@ import re
 
 import numpy as np
 import pytest
-from canned import Canned
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.schema import RecallTask
+from smolpost.evaluation.tasks.recall import Recall, RecallTask
+from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 HEADERS = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
 
@@ -126,8 +125,8 @@ def test_replies_of_a_batch_are_those_of_prompts_alone(model, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(lengths=[]), r"lengths=\[\] is no list"),
-        (dict(lengths=[64, 64]), r"lengths=\[64, 64\] is no list of different lengths"),
+        (dict(lengths=[]), r"lengths=\[\] is not a list"),
+        (dict(lengths=[64, 64]), r"lengths=\[64, 64\] is not a list of different lengths"),
         (dict(pairs=27), "pairs=27 is above 26, the number of keys"),
         (dict(pairs=2, queries=3), "queries=3 is above 2, pairs; lower it"),
         (dict(num_prompts=0), "num_prompts=0 is below 1"),

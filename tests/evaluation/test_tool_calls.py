@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-from canned import Canned
 
 from smolpost.chat.render import render
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine, Reply
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
-from smolpost.evaluation.tool_calls import ToolCalls, category
-from smolpost.schema import ToolCallsTask
+from smolpost.evaluation.tasks.tool_calls import ToolCalls, ToolCallsTask, category
+from smolpost.inference.engine import Reply
+from smolpost.inference.local import LocalEngine
+from tests.evaluation.canned import Canned
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "bfcl"
 
@@ -97,12 +97,12 @@ def test_a_right_reply(judged, style, frame):
         ("xml", "<think>\n" + RIGHT["xml"] + "\n</think>\nDone.", 0, 0, "0 calls instead of 1"),
         ("xml", RIGHT["xml"] * 2, 1, 0, "2 calls instead of 1"),
         ("xml", RIGHT["xml"].replace("geometry.", ""), 1, 0, "calls area instead of geometry.area"),
-        ("xml", RIGHT["xml"].replace('"base": 1', '"base": 2'), 1, 1, "base=2 is none of [1]"),
+        ("xml", RIGHT["xml"].replace('"base": 1', '"base": 2'), 1, 1, "base=2 is not one of [1]"),
         ("xml", RIGHT["xml"].replace('"base": 1', '"base": "1"'), 1, 1, "base='1' is of type str, not int"),
-        ("xml", RIGHT["xml"].replace("}}", "}"), 0, 0, "the block: is no JSON"),
-        ("xml", RIGHT["xml"] + "<tool_call>{</tool_call>", 1, 1, "the block: is no JSON"),
+        ("xml", RIGHT["xml"].replace("}}", "}"), 0, 0, "the block: is not JSON"),
+        ("xml", RIGHT["xml"] + "<tool_call>{</tool_call>", 1, 1, "the block: is not JSON"),
         ("python", RIGHT["python"].replace("base=1, ", ""), 1, 1, "the required base is missing"),
-        ("python", RIGHT["python"].replace("base=1", "base=f(1)"), 0, 0, "the argument f(1) is no literal"),
+        ("python", RIGHT["python"].replace("base=1", "base=f(1)"), 0, 0, "the argument f(1) is not a literal"),
     ],
 )
 def test_a_wrong_reply(judged, style, reply, parsed, name, reason):
@@ -134,7 +134,7 @@ def test_what_the_reader_finds(judged):
         "reply": "<code>geometry.area(1, height=6)</code>",
         "calls": ["geometry.area(1, height=6)"],
         "expected": [{"geometry.area": {"base": [1], "height": [5.0], "unit": ["cm", ""]}}],
-        "reason": "height=6 is none of [5.0]",
+        "reason": "height=6 is not one of [5.0]",
     }
 
 
@@ -207,8 +207,12 @@ JAVA = {"name": "f", "parameters": {"properties": {"m": {"type": "HashMap"}}}}
 @pytest.mark.parametrize(
     ("questions", "answers", "message"),
     [
-        ([question(1), question(1)], ANSWERS, r"questions.jsonl:2: id='simple_1' is no text or stood before"),
-        ([question(1, id=3)], ANSWERS, "questions.jsonl:1: id=3 is no text"),
+        (
+            [question(1), question(1)],
+            ANSWERS,
+            r"questions.jsonl:2: id='simple_1' is not a text, or an earlier",
+        ),
+        ([question(1, id=3)], ANSWERS, "questions.jsonl:1: id=3 is not a text"),
         ([question(1, id="name_1")], ANSWERS, "id='name_1' begins with the name of a metric"),
         ([{"id": "simple_1"}], ANSWERS, "questions.jsonl:1: has no question but the columns id"),
         ([question(1, question="area?")], ANSWERS, r"questions.jsonl:1: question is a str; expected \[\[message"),
@@ -220,7 +224,11 @@ JAVA = {"name": "f", "parameters": {"properties": {"m": {"type": "HashMap"}}}}
         ([question(1)], [{"id": "simple_1", "ground_truth": ["f(x=1)"]}], r"ground_truth\[0\] is 'f\(x=1\)'; expected"),
         ([question(1)], [{"id": "simple_1", "ground_truth": [{"f": {"x": 1}}]}], r"ground_truth\[0\] is .*; expected"),
         ([question(1)], [{"id": "simple_1", "ground_truth": [{"f": {"x": [{"y": 1}]}}]}], r"objects among the values"),
-        ([question(1)], [{"id": "simple_1", "ground_truth": [{"f": {"x": [1]}}]}], "calls 'f', which is none of the"),
+        (
+            [question(1)],
+            [{"id": "simple_1", "ground_truth": [{"f": {"x": [1]}}]}],
+            "calls 'f', which is not one of",
+        ),
     ],
 )
 def test_bad_rows_are_refused(make, tokenizer, questions, answers, message):
@@ -232,8 +240,8 @@ def test_bad_rows_are_refused(make, tokenizer, questions, answers, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"styles": ["json"]}, r"styles=\['json'\] is no list of different styles; use some of xml, python"),
-        ({"styles": []}, r"styles=\[\] is no list"),
+        ({"styles": ["json"]}, r"styles=\['json'\] is not a list of different styles; use some of xml, python"),
+        ({"styles": []}, r"styles=\[\] is not a list"),
         ({"max_rows": 0}, "max_rows=0 is below 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
     ],

@@ -10,7 +10,7 @@ from smolpost.chat.masks import encode_prompt
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.tasks import recall_row
 from smolpost.evaluation.task import Item, Sample
-from smolpost.export.check import Asked
+from smolpost.export.check import LengthCheck
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import RELEASE_DAY
 
@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, *, kind="char", dtype=torch.float32, sampling=
 def letters(*lengths):
     """What is asked of a model here: the task below, at these lengths."""
     tokenizer = build_tokenizer(["abc"], kind="char", vocab_size=280, template="smollm3")
-    return {length: Asked(Letters(length), Letters(length).items(tokenizer)) for length in lengths}
+    return {length: LengthCheck(Letters(length), Letters(length).items(tokenizer)) for length in lengths}
 
 
 class Letters:

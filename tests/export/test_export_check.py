@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from export_models import THETA, letters, save_checkpoint
 
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.recall import Recall
-from smolpost.evaluation.ruler import Ruler
 from smolpost.evaluation.task import Sample
-from smolpost.export.check import Asked, Limits, ask, compare, logit_difference, refuse_failed
+from smolpost.evaluation.tasks.recall import Recall
+from smolpost.evaluation.tasks.ruler import Ruler
+from smolpost.export.check import LengthCheck, Limits, ask, compare, logit_difference, refuse_failed
 from smolpost.export.command import _prompt
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
 from smolpost.export.session import CHUNK, GreedyEngine, TorchSession
+from smolpost.inference.local import LocalEngine
 from smolpost.model import SmolLM3ForCausalLM
+from tests.export.export_models import THETA, letters, save_checkpoint
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return Source(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
+    return ExportSource(save_checkpoint(tmp_path_factory.mktemp("check") / "model"))
 
 
 def load(source, **config):
@@ -61,7 +61,7 @@ class Known:
 
 
 def known(asked, *scores):
-    return {n: Asked(Known(*pair), items) for (n, (_, items)), pair in zip(asked.items(), scores, strict=True)}
+    return {n: LengthCheck(Known(*pair), items) for (n, (_, items)), pair in zip(asked.items(), scores, strict=True)}
 
 
 def test_greedy_engine_replies_as_the_local_one(source):

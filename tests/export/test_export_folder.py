@@ -6,17 +6,17 @@ import signal
 
 import pytest
 import torch
-from export_models import THETA, YARN, save_checkpoint
 from transformers import AutoTokenizer
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 
 from smolpost.errors import UserError
-from smolpost.export.folder import Source, building, carry, portable_config, stage
+from smolpost.export.folder import ExportSource, building, carry, portable_config, stage
 from smolpost.files import hashes, write_json
+from tests.export.export_models import THETA, YARN, save_checkpoint
 
 
 def test_config_holds_both_spellings_of_rope(tmp_path):
-    source = Source(save_checkpoint(tmp_path / "model", rope_parameters=YARN, max_position_embeddings=2048))
+    source = ExportSource(save_checkpoint(tmp_path / "model", rope_parameters=YARN, max_position_embeddings=2048))
     assert "rope_theta" not in json.loads((source.folder / "config.json").read_text())
     config = portable_config(source)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
@@ -26,13 +26,13 @@ def test_config_holds_both_spellings_of_rope(tmp_path):
 
 
 def test_config_without_scaling_names_none(tmp_path):
-    config = portable_config(Source(save_checkpoint(tmp_path / "model", no_rope_layers=[1, 0, 1, 0, 1, 1])))
+    config = portable_config(ExportSource(save_checkpoint(tmp_path / "model", no_rope_layers=[1, 0, 1, 0, 1, 1])))
     assert config["rope_scaling"] is None
     assert config["no_rope_layers"] == [1, 0, 1, 0]  # one per layer
 
 
 def test_stock_transformers_reads_the_written_config(tmp_path):
-    source = Source(save_checkpoint(tmp_path / "model", rope_parameters=YARN, max_position_embeddings=2048))
+    source = ExportSource(save_checkpoint(tmp_path / "model", rope_parameters=YARN, max_position_embeddings=2048))
     folder = stage(source, tmp_path / "staged")
     ids = torch.arange(600)[None] % 100
     logits = [SmolLM3ForCausalLM.from_pretrained(path)(ids).logits for path in (source.folder, folder)]
@@ -41,7 +41,7 @@ def test_stock_transformers_reads_the_written_config(tmp_path):
 
 
 def test_template_and_generation_defaults_are_carried(tmp_path):
-    source = Source(save_checkpoint(tmp_path / "model"))
+    source = ExportSource(save_checkpoint(tmp_path / "model"))
     (tmp_path / "out").mkdir()
     carry(source, tmp_path / "out")
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
@@ -70,7 +70,7 @@ def test_template_and_generation_defaults_are_carried(tmp_path):
 )
 def test_incomplete_checkpoints_are_refused(tmp_path, spoil, message):
     spoil(save_checkpoint(tmp_path / "model"))
-    source = Source(tmp_path / "model")
+    source = ExportSource(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         _ = source.config, source.weight_files, source.tokenizer
 
@@ -78,12 +78,12 @@ def test_incomplete_checkpoints_are_refused(tmp_path, spoil, message):
 def test_a_file_that_is_not_the_written_one_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     write_json(folder / "manifest.json", {"key": "k", "files": hashes(folder)})
-    assert Source(folder).weight_files
+    assert ExportSource(folder).weight_files
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"model/model.safetensors is not the file that was written: "):
-        _ = Source(folder).weight_files
+        _ = ExportSource(folder).weight_files
 
 
 def test_full_folder_is_not_touched(tmp_path):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from smolpost.errors import UserError
 from smolpost.export import to_gguf
 from smolpost.export.command import check_format, export
-from smolpost.export.folder import Source
+from smolpost.export.folder import ExportSource
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 ASKED = letters(64, 600)
 LLAMA_CPP = Path(os.environ.get(to_gguf.FOLDER_VARIABLE, ""))
@@ -26,7 +26,7 @@ def with_llama_cpp():
 
 @pytest.mark.parametrize("layers", [[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
 def test_other_nope_patterns_are_refused(tmp_path, layers):
-    source = Source(save_checkpoint(tmp_path / "model", no_rope_layers=layers))
+    source = ExportSource(save_checkpoint(tmp_path / "model", no_rope_layers=layers))
     found = [i for i, uses_rope in enumerate(layers) if not uses_rope]
     with pytest.raises(UserError) as error:
         check_format("gguf", source)
@@ -36,11 +36,11 @@ def test_other_nope_patterns_are_refused(tmp_path, layers):
 
 def test_what_llama_cpp_leaves_out_is_refused(tmp_path):
     for field in ("attention_bias", "mlp_bias"):
-        source = Source(save_checkpoint(tmp_path / field, **{field: True}))
+        source = ExportSource(save_checkpoint(tmp_path / field, **{field: True}))
         with pytest.raises(UserError, match=f"{field}=True is not in llama.cpp"):
             check_format("gguf", source)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": THETA}
-    source = Source(save_checkpoint(tmp_path / "dynamic", rope_parameters=dynamic))
+    source = ExportSource(save_checkpoint(tmp_path / "dynamic", rope_parameters=dynamic))
     with pytest.raises(UserError, match=r"rope_type=dynamic is not in llama.cpp's .*; export it as mlx or vllm"):
         check_format("gguf", source)
 
@@ -57,7 +57,7 @@ def test_converter_is_asked_for_in_one_line(tmp_path, monkeypatch):
 
 
 def test_pre_tokenizer_is_read_from_the_tokenizer(tmp_path):
-    char, bpe = (Source(save_checkpoint(tmp_path / kind, kind=kind)) for kind in ("char", "bpe"))
+    char, bpe = (ExportSource(save_checkpoint(tmp_path / kind, kind=kind)) for kind in ("char", "bpe"))
     assert to_gguf.pre_tokenizer(char) == "none"
     assert to_gguf.pre_tokenizer(bpe) == "gpt-2"
     file = bpe.folder / "tokenizer.json"
@@ -88,7 +88,7 @@ def test_export_is_the_checkpoint(tmp_path, fields):
     exact = fields.get("dtype") is None
     for row in manifest["check"]["lengths"].values():
         assert row["logit_difference"] < (1e-3 if exact else row["logit_limit"])
-    carried = not any("holds no tokenizer" in note for note in manifest["check"]["notes"])
+    carried = not any("has no tokenizer" in note for note in manifest["check"]["notes"])
     assert carried is (fields.get("kind") == "bpe")
 
 
@@ -98,7 +98,7 @@ def test_stop_tokens_that_the_file_cannot_name_are_told(tmp_path):
     with_llama_cpp()
     model = save_checkpoint(tmp_path / "model", kind="bpe")
     names = ["<|im_end|>", "<|end_of_text|>", "<|begin_of_text|>"]
-    ids = Source(model).tokenizer.convert_tokens_to_ids(names)
+    ids = ExportSource(model).tokenizer.convert_tokens_to_ids(names)
     for number, expected in (
         (2, []),
         (3, ["model.gguf: llama.cpp does not stop at <|begin_of_text|>; name it as a stop string"]),
@@ -123,8 +123,8 @@ def test_a_head_that_is_stored_alone_is_the_embedding(tmp_path):
 @pytest.mark.slow
 def test_wrong_theta_is_caught(tmp_path, monkeypatch):
     with_llama_cpp()
-    source = Source(save_checkpoint(tmp_path / "model", kind="bpe"))
-    other = Source(save_checkpoint(tmp_path / "other", kind="bpe"))
+    source = ExportSource(save_checkpoint(tmp_path / "model", kind="bpe"))
+    other = ExportSource(save_checkpoint(tmp_path / "other", kind="bpe"))
     config = json.loads((other.folder / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 10_000.0
     (other.folder / "config.json").write_text(json.dumps(config))
@@ -139,7 +139,7 @@ def test_wrong_theta_is_caught(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_converter_that_fails_is_one_line(tmp_path):
     with_llama_cpp()
-    source = Source(save_checkpoint(tmp_path / "model", kind="bpe"))
+    source = ExportSource(save_checkpoint(tmp_path / "model", kind="bpe"))
     file = source.folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     split = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}

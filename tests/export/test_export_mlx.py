@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from smolpost.errors import UserError
 from smolpost.export import folder
 from smolpost.export.command import export
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is in the extra smolpost[export]")
 pytest.importorskip("mlx.core", reason="mlx has no build for this machine")

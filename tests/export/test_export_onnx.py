@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from export_models import THETA, letters, save_checkpoint
 
 from smolpost.errors import UserError
 from smolpost.export.command import export
 from smolpost.model import SmolLM3ForCausalLM
+from tests.export.export_models import THETA, letters, save_checkpoint
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra smolpost[export]")
 pytest.importorskip("onnxscript", reason="onnxscript is in the extra smolpost[export]")

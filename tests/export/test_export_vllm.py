@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from export_models import THETA, YARN, letters, save_checkpoint
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -12,11 +11,12 @@ from smolpost.errors import UserError
 from smolpost.export import command, folder, to_vllm
 from smolpost.export.check import logit_difference
 from smolpost.export.command import export, export_command, show
-from smolpost.export.folder import Source, carry
+from smolpost.export.folder import ExportSource, carry
 from smolpost.files import sha256
+from smolpost.inference.generation import stored_stop_token_ids
 from smolpost.merging.placed import place_weights
 from smolpost.model import SmolLM3ForCausalLM
-from smolpost.model.generation import stored_stop_token_ids
+from tests.export.export_models import THETA, YARN, letters, save_checkpoint
 
 ASKED = letters(600)
 
@@ -90,7 +90,7 @@ def test_the_folder_is_read_as_vllm_reads_it(tmp_path):
     rename(model, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
     ids = [i % 100 for i in range(64)]
     (out := tmp_path / "out").mkdir()
-    to_vllm.convert(source := Source(model), out)
+    to_vllm.convert(source := ExportSource(model), out)
     carry(source, out)
     session = to_vllm.VllmSession(out, source.config, 64)
     assert logit_difference(SmolLM3ForCausalLM.from_pretrained(model), session, ids) > 1
@@ -112,7 +112,7 @@ def test_an_export_stops_where_the_checkpoint_does(tmp_path, settings, eos, stop
     if settings:
         (model / "generation_config.json").write_text(json.dumps(settings))
     manifest = export("vllm-config", model, tmp_path / "out", asked=ASKED)
-    own = Source(model).tokenizer.eos_token_id  # vLLM stops at it whatever else is said
+    own = ExportSource(model).tokenizer.eos_token_id  # vLLM stops at it whatever else is said
     assert {name: set(ids) for name, ids in manifest["check"]["stop_tokens"].items()} == {
         "ours": stops,
         "exported": stops | {own},

@@ -267,7 +267,7 @@ def test_refuses_configs_that_give_the_weights_another_meaning(fields, values, t
     edit_config(edited, **fields)
     message = refused_pair(trained, edited, tmp_path)
     assert message.startswith(f"merge inputs 'a' and 'b' differ in config.json: {values}")
-    assert "; merge checkpoints of one architecture only" in message
+    assert "; merge only checkpoints with the same architecture" in message
 
 
 def test_refuses_rope_spelled_in_two_ways_that_differ(trained, edited, tmp_path):
@@ -279,7 +279,8 @@ def test_refuses_rope_spelled_in_two_ways_that_differ(trained, edited, tmp_path)
 def test_an_unknown_field_is_refused_with_a_remedy_that_works(trained, edited, tmp_path):
     edit_config(edited, unsloth_fixed=True, tuned_by="someone")
     message = refused_pair(trained, edited, tmp_path)
-    assert message.endswith("tuned_by=None and someone; merge checkpoints of one architecture only, or delete tuned_by "
+    assert message.endswith("tuned_by=None and someone; merge only checkpoints with the "
+    "same architecture, or delete tuned_by "
                             "if it is only a tool's note")  # fmt: skip
     file = edited / "config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "tuned_by"}))
@@ -317,7 +318,7 @@ def test_refuses_a_permuted_vocabulary_and_another_added_token(trained, edited, 
     save_tokenizer(edited, words=[*WORDS[:-2], "h", "g"])
     assert refused_pair(trained, edited, tmp_path) == (
         "merge inputs 'a' and 'b' differ in tokenizer.json: token 'g' has id 8 and 9; "
-        "merge checkpoints of one tokenizer only, or state tokenizer_source in a mergekit file, which aligns "
+        "merge only checkpoints with the same tokenizer, or state tokenizer_source in a mergekit file, which aligns "
         "vocabularies"
     )
     file = edited / "tokenizer.json"
@@ -334,7 +335,7 @@ def test_refuses_an_input_with_a_value_that_is_not_finite(value, dtype, trained,
 
     edit_weights(edited, spoil)
     message = refused_pair(trained, edited, tmp_path)
-    assert message.startswith("merge input 'b': tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity; ")
+    assert message.startswith("merge input 'b': tensor model.layers.2.mlp.up_proj.weight has NaN or infinity; ")
 
 
 def test_refuses_quantized_weights(trained, edited, tmp_path):

@@ -339,13 +339,13 @@ TIES = {"merge_method": "ties", "models": entries("pre", "a", "b", **WEIGHTED), 
         ({"models": [{"model": "pre", "layer_range": [0, 3]}, {"model": "a"}]}, "not look at layer_range=[0, 3] of"),
         ({"models": [{"model": "pre", "weights": 1}]}, "key weights in models is not one of model, parameters"),
         ({"models": [{"parameters": {}}]}, "an entry of models has no model"),
-        ({"models": entries("pre", "nowhere")}, "model nowhere is no folder here and not one of pre; download it"),
+        ({"models": entries("pre", "nowhere")}, "model nowhere is not a folder here and not one of pre; download it"),
         ({"merge_method": "dare"}, "merge method 'dare' is not one of mergekit's: arcee_fusion, breadcrumbs"),
         ({"parameters": {"t": 0.3, "tt": 1}}, "parameter tt is not used; it takes t here"),
         ({"parameters": {"t": "much"}}, "parameter t='much' is not a value it can have"),
         ({"parameters": {"t": [{"filtre": "mlp", "value": 1}]}}, "key filtre in a conditional value is not one of"),
         ({"parameters": {"t": [{"filter": "atn", "value": 1}, 0]}}, "parameter t mixes conditional values"),
-        ({"parameters": {"t": [{"filter": "atn", "value": 1}, {"value": 0}]}}, "filter 'atn' is in no tensor's name"),
+        ({"parameters": {"t": [{"filter": "atn", "value": 1}, {"value": 0}]}}, "filter 'atn' matches no tensor's name"),
         ({"parameters": {}}, "mergekit refuses it (Missing required parameter t for"),
         ({"models": entries("pre", "a", a={"t": 1})}, "t of 'a' belongs to the whole merge, not to an input"),
         ({"models": entries("pre", "a", "b")}, "mergekit refuses it (Merge method requires exactly 2 inputs"),
@@ -366,7 +366,7 @@ def test_the_tokenizer_of_another_model_than_the_base(trained, tmp_path):
     report = merged(file, tmp_path / "out", trained)
     assert (report["base"], report["tokenizer"], report["donated"]) == ("pre", "a", ["config"])
     message = refused(tmp_path, trained, {"base": "pre"}, **SLERP, tokenizer_source="a")
-    assert "takes the tokenizer of 'a', but base='pre'; name one model for both" in message
+    assert "uses the tokenizer of 'a', but base='pre'; name one model for both" in message
 
 
 def test_parameters_without_effect_are_named(trained, tmp_path):
@@ -435,7 +435,7 @@ def test_slices_that_make_no_model_are_refused(config, message, trained, tmp_pat
 def test_yaml_with_a_key_twice_is_refused(trained, tmp_path):
     file = tmp_path / "merge.yml"
     file.write_text("merge_method: slerp\nmodels: []\nmerge_method: ties\n")
-    with pytest.raises(UserError, match="cannot be read \\(key merge_method stands twice"):
+    with pytest.raises(UserError, match="cannot be read \\(key merge_method is repeated"):
         merged(file, tmp_path / "out", trained)
 
 
@@ -472,9 +472,9 @@ def test_the_preflight_of_the_linear_merge_holds_for_every_method(trained, edite
     assert "base_model='z' is not among the inputs a, b" in refused_method(tmp_path, inputs=inputs, base_model="z")
     assert "merge base='z' is not among the inputs" in refused_method(tmp_path, inputs=inputs, base="z")
     assert "starts from no model; drop base_model='a'" in refused_method(tmp_path, inputs=inputs, method="karcher")
-    assert "are one folder" in refused_method(tmp_path, inputs=[("a", a, {}), ("b", a, {})])
+    assert "are the same folder" in refused_method(tmp_path, inputs=[("a", a, {}), ("b", a, {})])
     edit_weights(edited, lambda tensors: tensors["model.norm.weight"].view(-1)[-1:].fill_(float("nan")))
-    assert "tensor model.norm.weight holds NaN or infinity" in refused_method(tmp_path, inputs=inputs)
+    assert "tensor model.norm.weight has NaN or infinity" in refused_method(tmp_path, inputs=inputs)
     edit_weights(edited, lambda tensors: tensors.pop("model.norm.weight"))
     assert "is in 'a' and missing in 'b'" in refused_method(tmp_path, inputs=inputs)
     edit_config(edited, no_rope_layers=[1, 1, 0, 1])
@@ -485,33 +485,32 @@ def test_a_result_the_dtype_cannot_hold_is_refused(trained, edited, tmp_path):
     edit_weights(edited, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
     inputs = [("a", trained["a"], {}), ("b", edited, {})]
     message = refused_method(tmp_path, inputs=inputs, dtype="float16")
-    assert "merge result: tensor model.norm.weight holds NaN or infinity in float16 though its inputs" in message
+    assert "merge result: tensor model.norm.weight has NaN or infinity in float16 though its inputs" in message
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from smolpost.merging import shards
-from smolpost.merging import build
+from smolpost.merging import build, shards
 from smolpost.merging.mergekit import mean
 step = sys.argv[4]
 def here():
     print("here", flush=True)
     time.sleep(60)
-computed = mergekit._computed
+computed = mean._computed
 def slow(plan):
     for number, item in enumerate(computed(plan)):
         if step == str(number):
             here()
         yield item
-mergekit._computed = slow
+mean._computed = slow
 def stopping(name):
-    function = getattr(draft, name)
+    function = getattr(build, name)
     def call(*arguments):
         if step == name:
             here()
         return function(*arguments)
-    setattr(draft, name, call)
+    setattr(build, name, call)
 for name in ("write_config", "check_tensors", "check_model", "_write_manifest"):
     stopping(name)
 from smolpost.merging.mergekit.methods import merge_method
@@ -535,12 +534,12 @@ def test_a_killed_merge_leaves_nothing_that_loads(step, trained, tmp_path):
         time.sleep(0.1)
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    draft = tmp_path / ".out.making" / "out"
-    assert list(tmp_path.iterdir()) == [draft.parent] and any(draft.iterdir())
+    unfinished = tmp_path / ".out.making" / "out"
+    assert list(tmp_path.iterdir()) == [unfinished.parent] and any(unfinished.iterdir())
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(draft)
+        AutoModelForCausalLM.from_pretrained(unfinished)
     if step.isdigit():
-        assert not list(draft.glob("*.safetensors"))
+        assert not list(unfinished.glob("*.safetensors"))
     # The next merge starts afresh.
     inputs = [("a", trained["a"], {}), ("b", trained["b"], {})]
     merge_method("slerp", inputs, "a", out, "float32", parameters={"t": 0.5}, base_model="a")

@@ -249,13 +249,16 @@ def test_documents_are_merged_in_order(llamas):
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([blend("a", "b"), LAYERS], "document 1 has no name, by which a later one could name its result; put it last"),
+        (
+            [blend("a", "b"), LAYERS],
+            "document 1 has no name, so later documents cannot use its result; give it a name or put it last",
+        ),
         ([blend("a", "b", name="x"), blend("a", "b")], "no later document names x, and the last one is the result"),
-        ([blend("x", "b", name="y"), blend("a", "y", name="x")], "document 1: model x is no folder here"),
+        ([blend("x", "b", name="y"), blend("a", "y", name="x")], "document 1: model x is not a folder here"),
         ([blend("a", "b", name="x")] * 2 + [blend("x", "c")], "document 2: name x is that of an earlier document"),
         ([blend("a", "b", name="x"), blend("x", "b", nme="y")], "document 2: key nme in file is not one of"),
         ([blend("a", "b", name="x"), blend("x", "b", method="nuslurp")], "merge method 'nuslurp' is not one of"),
-        ([], "merge.yml holds no merge"),
+        ([], "merge.yml has no merge"),
     ],
 )
 def test_documents_that_do_not_fit_together_are_refused(documents, message, llamas):
@@ -265,7 +268,7 @@ def test_documents_that_do_not_fit_together_are_refused(documents, message, llam
 def test_a_later_document_that_fails_leaves_nothing(llamas):
     edit_weights(llamas / "c", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     file = written(llamas / "merge.yml", blend("a", "b", name="x"), blend("x", "c"))
-    assert "merge input 'c': tensor model.norm.weight holds NaN" in refused(file, llamas / "out")
+    assert "merge input 'c': tensor model.norm.weight has NaN" in refused(file, llamas / "out")
 
 
 # ---------------------------------------------------------------- donors, seeds, dtypes
@@ -323,7 +326,7 @@ def test_names_for_folders_and_folders_as_they_are(llamas):
     torch.testing.assert_close(weights(llamas / "out")[name].double(), exact[name], rtol=1e-2, atol=1e-2)
     words = {"org/x@main": llamas / "b", "c": llamas / "c"}
     message = refused(file, llamas / "not", folders=words)
-    assert f"names no model c; drop c={llamas / 'c'}, or mend its name" in message
+    assert f"names no model c; drop c={llamas / 'c'}, or correct its name" in message
     os.rename(llamas / "far", llamas / "away")
     message = refused(file, llamas / "not", folders={"org/x@main": llamas / "b"})
-    assert "model far/model@1 is no folder here and not one of org/x@main; download it" in message
+    assert "model far/model@1 is not a folder here and not one of org/x@main; download it" in message

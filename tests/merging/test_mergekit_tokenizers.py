@@ -125,8 +125,10 @@ def test_tokens_that_no_input_has_are_counted(models, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (linear("plain", "chatml"), "vocab_size=10 and 12; merge checkpoints of one architecture only, or state"),
-        (linear("plain", "permuted"), "token 'a' has id 2 and 9; merge checkpoints of one tokenizer only, or state"),
+        (linear("plain", "chatml"), "vocab_size=10 and 12; merge only checkpoints "
+        "with the same architecture, or state"),
+        (linear("plain", "permuted"), "token 'a' has id 2 and 9; merge only checkpoints "
+        "with the same tokenizer, or state"),
         (linear("plain", "twin", tokenizer={"tokens": {"<new>": {}}}), "mergekit cannot compute the merge ("),
         (
             linear("plain", "twin", tokenizer={"tokens": {"<new>": {"source": "plain"}}}),

@@ -152,8 +152,7 @@ def test_memory_is_a_few_chunks_per_thread(tmp_path, monkeypatch):
 SLOW_MERGE = """
 import sys, time
 from pathlib import Path
-from smolpost.merging import linear
-from smolpost.merging import build
+from smolpost.merging import build, linear
 step = sys.argv[4]
 def slow(module, name):
     function = getattr(module, name)
@@ -163,7 +162,7 @@ def slow(module, name):
             time.sleep(60)
         return function(*arguments, **keywords)
     setattr(module, name, call)
-for module, name in ((linear, "compare_with_mean"), (draft, "_write_manifest")):
+for module, name in ((linear, "compare_with_mean"), (build, "_write_manifest")):
     slow(module, name)
 if step == "chunk":
     from smolpost.merging import shards
@@ -193,12 +192,12 @@ def test_killed_merge_leaves_nothing_that_loads(step, large, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
-    draft = tmp_path / ".out.making" / "out"
-    assert list(tmp_path.iterdir()) == [draft.parent] and any(draft.iterdir())
+    unfinished = tmp_path / ".out.making" / "out"
+    assert list(tmp_path.iterdir()) == [unfinished.parent] and any(unfinished.iterdir())
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(draft)
+        AutoModelForCausalLM.from_pretrained(unfinished)
     if step == "chunk":
-        assert not list(draft.glob("*.safetensors"))
+        assert not list(unfinished.glob("*.safetensors"))
     # The next merge starts afresh.
     merge(inputs_of(large), "a", out, "float32")
     assert list(tmp_path.iterdir()) == [out]

@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import (
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import SmolLM3Config as StockConfig
+from transformers import SmolLM3ForCausalLM as StockModel
+
+from smolpost.model import attention_kernels as kernels
+from smolpost.model.attention import packed_attention, packed_mask
+from smolpost.model.attention_segments import find_segments, lengths_from_positions
+from tests.model.packed_rows import (
     PAIRS,
     VOCAB,
     Work,
@@ -22,13 +29,6 @@ from packed_rows import (
     run,
     step,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers import SmolLM3Config as StockConfig
-from transformers import SmolLM3ForCausalLM as StockModel
-
-from smolpost.model import attention_kernels as kernels
-from smolpost.model.attention import packed_attention, packed_mask
-from smolpost.model.attention_segments import find_segments, lengths_from_positions
 
 pair_lists = st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=1, max_size=4).filter(lambda x: sum(map(sum, x)))
 # All segments in calls of their own, or those of one length in one.

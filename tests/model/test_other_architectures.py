@@ -14,26 +14,28 @@ from small import Small, sum_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smolpost import recipe
+from smolpost.chat.fates import Fate
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.rows import Row
 from smolpost.doctor.checks import diagnose
 from smolpost.errors import UserError
-from smolpost.evaluation.engine import LocalEngine
-from smolpost.evaluation.perplexity import Perplexity
-from smolpost.evaluation.preference import Preference
-from smolpost.evaluation.reasoning import Reasoning
-from smolpost.evaluation.recall import Recall
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
+from smolpost.evaluation.tasks.perplexity import Perplexity, PerplexityTask
+from smolpost.evaluation.tasks.preference import Preference, PreferenceTask
+from smolpost.evaluation.tasks.reasoning import Reasoning, ReasoningTask
+from smolpost.evaluation.tasks.recall import Recall, RecallTask
+from smolpost.inference.generation import reply_text
+from smolpost.inference.local import LocalEngine
 from smolpost.merging.linear import merge
-from smolpost.model.generation import reply_text
 from smolpost.model.loading import load_model
 from smolpost.objectives.head import head_of
 from smolpost.objectives.logprobs import token_scores
 from smolpost.pipeline.lineage import Lineage
 from smolpost.pipeline.steps import adopt
-from smolpost.schema import APOStage, PerplexityTask, PreferenceTask, ReasoningTask, RecallTask, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.environment import Environment
 from smolpost.training.train import train
 from tests.prepared import prepared
@@ -155,8 +157,8 @@ def trained(family: Family, stage, rows: list[dict], tokenizer) -> tuple[dict, P
     (folder / "model").mkdir(parents=True)
     dataset, _ = prepared(stage, rows, tokenizer, folder)
     report = train(
-        stage.kind, stage, seed=1, start=family.start, prepared=folder / "rows", out=folder / "model",
-        references=folder / "references", code="x", attn_implementation="packed", environment=CPU,
+        stage.kind, stage, stage.method(), seed=1, start=family.start, prepared=folder / "rows", out=folder / "model",
+        references=folder / "references", attn_implementation="packed", environment=CPU,
     )  # fmt: skip
     return report, folder / "model", dataset.to_list()
 
@@ -180,7 +182,8 @@ def test_sft_trains_on_transformers_own_loss_of_unpacked_rows(family, sft):
     peer, nats, num_tokens = stock(family.start), 0.0, 0
     for row in rows[:4]:
         ends = np.cumsum(row["seq_lengths"])[:-1]
-        for ids, labels in zip(np.split(row["input_ids"], ends), np.split(row["labels"], ends), strict=True):
+        for ids, fates in zip(np.split(row["input_ids"], ends), np.split(row["fates"], ends), strict=True):
+            labels = np.where(fates == Fate.TRAINED, ids, IGNORE_INDEX)
             num = int((labels[1:] != IGNORE_INDEX).sum())
             nats += peer(torch.tensor(ids)[None], labels=torch.tensor(labels)[None].long()).loss * num
             num_tokens += num

@@ -7,19 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import (
-    VOCAB,
-    Work,
-    assert_equal,
-    build,
-    document_positions,
-    inputs,
-    pair_positions,
-    pair_step,
-    reference_varlen_attn,
-    run,
-    step,
-)
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -35,10 +22,23 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from smolpost.inference.generation import generate
 from smolpost.model import attention_kernels as kernels
 from smolpost.model.attention import packed_attention, packed_mask
 from smolpost.model.attention_segments import find_segments, tiles
-from smolpost.model.generation import generate
+from tests.model.packed_rows import (
+    VOCAB,
+    Work,
+    assert_equal,
+    build,
+    document_positions,
+    inputs,
+    pair_positions,
+    pair_step,
+    reference_varlen_attn,
+    run,
+    step,
+)
 
 WINDOW = 8
 ALTERNATING = ["sliding_attention", "full_attention"] * 2

@@ -18,9 +18,9 @@ from smolpost import recipe
 from smolpost.data.collate import collate_packs
 from smolpost.data.mixtures import mix
 from smolpost.evaluation import results
-from smolpost.evaluation.table import headlines
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
+from smolpost.report.score_tables import headlines
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

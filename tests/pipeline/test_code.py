@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from smolpost import schema
+from smolpost import stages  # noqa: F401 (registers the kinds)
 from smolpost.pipeline import code
-from smolpost.pipeline.lineage import CODE
+from smolpost.registry import STAGE_KINDS
 
 LIBRARY = Path(__file__).parent.parent.parent / "smolpost"
 
@@ -23,6 +23,7 @@ def library(tmp_path, monkeypatch):
     (root / "room" / "b.py").write_text("def g(x):\n    return x + 1\n")
     (root / "room" / "c.py").write_text("import smolpost.room.a\n")
     monkeypatch.setattr(code, "__file__", str(root / "pipeline" / "code.py"))
+    monkeypatch.setattr(code.inspect, "getfile", lambda kind: str(root / "room" / "a.py"))
     yield root
     clear()
 
@@ -35,7 +36,7 @@ def clear():
 def version(library, file, text):
     (library / "room" / file).write_text(text)
     clear()
-    return code.code_version("room/a.py")
+    return code.code_version(object)
 
 
 def test_code_counts_at_any_depth_and_comments_do_not(library):
@@ -47,25 +48,30 @@ def test_code_counts_at_any_depth_and_comments_do_not(library):
     assert code.imported(library, "room/c.py") == {"room/c.py", "room/__init__.py"}
 
 
-def test_entries_exist():
-    entries = {entry for entries in CODE.values() for entry in entries}
-    entries |= {f"evaluation/{kind}.py" for kind in schema.TASK_KINDS}
-    assert [entry for entry in entries if not (LIBRARY / entry).is_file()] == []
+def test_a_class_outside_the_library_counts_with_its_own_file(tmp_path, monkeypatch):
+    own = tmp_path / "mine.py"
+    own.write_text("class Mine:\n    x = 1\n")
+    monkeypatch.setattr(code.inspect, "getfile", lambda kind: str(own))
+    clear()
+    before = code.code_version(object)
+    clear()
+    own.write_text('class Mine:\n    """Words."""\n\n    x = 1  # why\n')
+    assert code.code_version(object) == before
+    clear()
+    own.write_text("class Mine:\n    x = 2\n")
+    assert code.code_version(object) != before
 
 
 @pytest.mark.parametrize(
-    "step, inside, outside",
+    "kind, inside, outside",
     [
         ("sft", "model/attention.py", "evaluation/run.py"),
-        ("sft", "objectives/logprobs.py", "data/sources.py"),
-        ("prepare", "data/packing.py", "model/attention.py"),
-        ("prepare", "data/tokenize.py", "training/train.py"),
+        ("sft", "data/packing.py", "merging/linear.py"),
         ("init", "chat/render.py", "data/packing.py"),
-        ("merge", "merging/shards.py", "merging/sweep.py"),
-        ("sweep", "merging/sweep.py", "training/train.py"),
-        ("task", "model/generation.py", "evaluation/ruler.py"),
+        ("merge", "merging/shards.py", "training/train.py"),
+        ("sweep", "evaluation/run.py", "training/train.py"),
     ],
 )
-def test_a_step_hangs_on_what_it_runs(step, inside, outside):
-    used = set().union(*(code.imported(LIBRARY, entry) for entry in CODE[step]))
+def test_a_kind_hangs_on_what_it_runs(kind, inside, outside):
+    used = code.imported(LIBRARY, STAGE_KINDS[kind].__module__.replace("smolpost.", "").replace(".", "/") + ".py")
     assert inside in used and outside not in used

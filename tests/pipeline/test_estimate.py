@@ -27,7 +27,7 @@ def words(tmp_path):
 
 def finish(stage, key, seconds, measuring=0.0, **config):
     """Leave what a finished run of the stage leaves, under another key."""
-    name, seed = stage.plan.name, stage.plan.seed
+    name, seed = stage.name, stage.seed
     folder = stage.folder.with_name(f"{name}-{key}")
     folder.mkdir(parents=True)
     settings = as_stored(stage) | config

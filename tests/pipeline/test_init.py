@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from small import SMALL
 from transformers import AutoTokenizer
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import steps
 from smolpost.pipeline.lineage import Lineage
+from tests.small import SMALL
 
 TEMPLATE = (
     "{{ bos_token + strftime_now('%Y') + '\n' }}"
@@ -37,9 +37,7 @@ def made(tmp_path, template: str, kind: str):
     lineage = Lineage(
         recipe.load([*SMALL, *words, *(f"stages.{s}.allow_template_change=true" for s in ("sft", "apo"))])
     )
-    return steps.make(
-        lineage, lineage.stages["init"], lambda s, folder: steps.init(s, folder, lineage.recipe.model.architecture)
-    )
+    return steps.make(lineage, lineage.stages["init"])
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])

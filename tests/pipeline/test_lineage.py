@@ -9,6 +9,7 @@ from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
+from smolpost.pipeline.steps import adopt, tokenized
 from tests.merging.checkpoints import save_checkpoint
 
 ROW = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer is 2."}]}
@@ -109,7 +110,18 @@ def test_a_seeds_key_does_not_hang_on_the_other_seeds(words):
 def test_a_missing_data_file_is_one_line(words, tmp_path):
     (tmp_path / "smoltalk2_mid.jsonl").unlink()
     with pytest.raises(UserError, match=r"smoltalk2_mid.jsonl: does not exist; expected a JSONL or Parquet file"):
-        Lineage(recipe.load(words))
+        keys(words)
+
+
+def test_only_the_stages_that_are_asked_for_are_looked_at(words, tmp_path):
+    """Nor is the data of the others."""
+    words = [*words, "stages.init.tokenizer_data=[sft]"]
+    before = keys(words)["init"]
+    (tmp_path / "smoltalk2_preference.jsonl").unlink()
+    stages = Lineage(recipe.load(words)).stages
+    assert (stages["init"].key, len(stages)) == (before, 9)
+    with pytest.raises(UserError, match=r"smoltalk2_preference.jsonl: does not exist"):
+        stages["apo-42"]
 
 
 def test_an_unfinished_parent_is_refused_with_the_remedy(words):
@@ -119,15 +131,13 @@ def test_an_unfinished_parent_is_refused_with_the_remedy(words):
 
 
 def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path):
-    from smolpost.pipeline.steps import adopt
-
     folder = tmp_path / "base"
     folder.mkdir()
     plain = [*words, f"model.checkpoint={folder}", "stages.base.init_from=checkpoint"]
     with pytest.raises(
         UserError, match=r"has no manifest.json: it is unfinished, or comes from elsewhere; `smolpost adopt"
     ):
-        Lineage(recipe.load(plain))
+        keys(plain)
     with pytest.raises(UserError, match=r"checkpoint has no config\.json"):
         adopt(folder)
     (folder / "adapter_config.json").write_text("{}")
@@ -162,7 +172,7 @@ def test_another_template_than_the_parents_needs_a_word(words):
 def test_tokenized_rows_are_named_by_what_decides_them_and_nothing_else(words):
     def folder(*more, tokenizer="t"):
         lineage = Lineage(recipe.load([*words, *more]))
-        return lineage.tokenized(lineage.stages["sft"], "gsm8k", tokenizer)
+        return tokenized(lineage, lineage.stages["sft"], "gsm8k", tokenizer)
 
     base = folder()
     for same in ("stages.sft.max_seq_len=256", "stages.sft.packing=none", "data.sft.sources.gsm8k.weight=0.5",

@@ -20,12 +20,12 @@ def test_evaluations_wait_for_the_stages_that_write_their_rows(tmp_path, monkeyp
         """Leave what the command would: a manifest, or scores."""
         stage = lineage.stages[command[-1].removeprefix("stage=")]
         if command[:2] == ("smolpost", "eval"):
-            assert all(lineage.stages[name].finished() for name in lineage.measured_on(stage.plan.name))
+            assert all(lineage.stages[name].finished() for name in lineage.measured_on(stage.name))
             for folder in stage.evaluation.values():
                 write_json(folder / "scores.json", {"scores": {"think": SCORE}, "notes": {}})
-        elif command == stage.plan.making[-1]:
-            write_json(stage.folder / "manifest.json", {"key": stage.key, "kind": stage.plan.config.kind, "seconds": 1})
-        done.append((command[1] if command[0] == "smolpost" else command[0], stage.plan.name))
+        elif command == stage.making[-1]:
+            write_json(stage.folder / "manifest.json", {"key": stage.key, "kind": stage.config.kind, "seconds": 1})
+        done.append((command[1] if command[0] == "smolpost" else command[0], stage.name))
         return 0
 
     monkeypatch.setattr(run, "execute", execute)
@@ -37,5 +37,5 @@ def test_evaluations_wait_for_the_stages_that_write_their_rows(tmp_path, monkeyp
     assert done[-3:] == [("accelerate", "sft"), ("python", "heldout_pairs"), ("eval", "sft")]
     assert ("python", "pairs") not in done  # not needed
     assert run.run(recipe.load(words), console) == 0
-    assert len(done) == len(set(done)) == sum(len(stage.plan.commands) for stage in lineage.stages.values())
+    assert len(done) == len(set(done)) == sum(len(stage.commands) for stage in lineage.stages.values())
     assert run.run(recipe.load(words), console) == 0 and len(done) == len(set(done))

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import Small
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
+from tests.small import Small
 
 TWO = [  # random weights of two seeds stand for two checkpoints
     "+schema@stages.other=init", "stages.other.seed=1", "stages.other.tokenizer_data=[mid,sft,preference]",

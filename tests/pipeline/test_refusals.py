@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from small import Small, call
 
-from smolpost.pipeline.run import PROGRAMS
+from smolpost.pipeline import processes
+from tests.small import Small, call
 
 # More room than any disk has: refused by the ranks, once the rows are prepared and the model is loaded.
 TOO_MUCH = ["stages.sft.save_total_limit=1000000000", "stages.sft.max_steps=1000000000"]
@@ -73,10 +73,10 @@ def test_one_of_the_ranks_says_it(started, tmp_path, who, rank):
         f"    time.sleep((3 if {who!r} == 'all' else 60) if rank == 0 else 0)\n"
         "    raise UserError(f'said by rank {rank}')\n"
         f"train.GRACE = 30 if {who!r} == 'all' else 1\n"
-        "steps.train = refuse\n"
+        "steps.make_on_ranks = refuse\n"
         "train.main()\n"
     )
-    launch = [*PROGRAMS["accelerate"], "launch", "--quiet", "--config_file", "recipes/accelerate/ddp.yaml"]
+    launch = processes.arguments(("accelerate", "launch", "--quiet", "--config_file", "recipes/accelerate/ddp.yaml"))
     launch += ["--num_processes", "2", "--main_process_port", "0", str(program), *started.words, "stage=sft"]
     assert refusal(call(launch)) == f"said by rank {rank}"
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from small import Small
 
 from smolpost import recipe
 from smolpost.errors import UserError
@@ -11,6 +10,7 @@ from smolpost.evaluation import results
 from smolpost.pipeline import manifest, run
 from smolpost.pipeline.lineage import Lineage
 from smolpost.screen import console
+from tests.small import Small
 
 
 class Run:
@@ -39,8 +39,8 @@ class Run:
                 folder.mkdir(parents=True)
                 (folder / results.SCORES).write_text(json.dumps({"scores": {}, "task": task, "seconds": 1.0}))
         elif command[1] != "prepare":
-            config = stage.plan.config
-            fields = {"stage": stage.plan.name, "kind": config.kind, "config": stage.plan.config, "parents": {}}
+            config = stage.config
+            fields = {"stage": stage.name, "kind": config.kind, "config": stage.config, "parents": {}}
             stage.folder.mkdir(parents=True)
             manifest.write(stage.folder, key=stage.key, seconds=1.0, **json.loads(json.dumps(fields, default=vars)))
         return 0

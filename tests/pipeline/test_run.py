@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest
+from tests.small import ROOT, Small, environment
 
 LONGER = ["stages.sft.max_steps=400", "stages.sft.save_steps=20"]
 

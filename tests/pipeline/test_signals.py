@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from small import ROOT, Small, environment
 
 from smolpost.pipeline import manifest
+from tests.small import ROOT, Small, environment
 
 WORDS = ["stages.sft.max_steps=60", "stages.sft.save_steps=1000"]  # no checkpoint is due before the end
 
@@ -123,8 +123,8 @@ def test_ctrl_c_while_the_launcher_starts(whole, tmp_path):
 def test_a_second_signal_kills_what_does_not_end(whole, tmp_path):
     run = Run(untrained(whole, tmp_path), tmp_path / "log")
     run.until("'loss'")
-    for process in run.processes("smolpost.train"):
-        process.suspend()
+    [training] = psutil.Process(run.process.pid).children()
+    training.suspend()
     os.kill(run.process.pid, signal.SIGTERM)
     time.sleep(2.5)
     assert run.process.poll() is None

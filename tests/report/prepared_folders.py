@@ -99,10 +99,6 @@ def write_sft(folder: Path, packs: list[list[Made]] | None = None, words=None) -
         "seq_lengths": [np.array([len(d.ids[0]) for d in pack]) for pack in packs],
         "rows": [np.array([made.index(d) for d in pack]) for pack in packs],
     }
-    columns["labels"] = [
-        np.where(fates == Fate.TRAINED, ids, -100)
-        for ids, fates in zip(columns["input_ids"], columns["fates"], strict=True)
-    ]
     _write_columns(folder, columns)
     num_tokens = sum(map(len, columns["input_ids"]))
     packed = {"packs": len(packs), "tokens_per_pack": num_tokens / len(packs), "fill_percent": 90.0}

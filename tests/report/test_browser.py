@@ -7,12 +7,12 @@ import shutil
 
 import prepared_folders as made
 import pytest
-from prepared_folders import HOSTILE, HOSTILE_SOURCE
 
 from smolpost.chat.fates import Fate
 from smolpost.report.fate_names import NAMES
 from smolpost.report.inspect import Prepared
 from smolpost.report.page import write_page
+from tests.report.prepared_folders import HOSTILE, HOSTILE_SOURCE
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (smolpost[dev])")
 from selenium.webdriver.chrome.service import Service  # noqa: E402

@@ -32,11 +32,11 @@ def test_means_and_ranges_of_the_headlines(tmp_path):
     console = Console(file=io.StringIO(), width=80)
     console.print(compare_table(runs))
     text = " ".join(console.file.getvalue().split())
-    assert "mean and range of 3 runs" in text and "0.58" in text and ".25-1" in text
+    assert "mean and range of 3 runs" in text and "0.58" in text and "0.25-1.00" in text and "0.50-0.50" not in text
     assert markdown_table(runs).splitlines() == [
         "| stage | answer think | answer no_think |",
         "|---|---:|---:|",
-        "| base | 0.58 (0.25 to 1.00) | 0.50 (0.50 to 0.50) |",
+        "| base | 0.58 (0.25-1.00) | 0.50 |",
     ]
 
 
@@ -44,7 +44,7 @@ def test_a_range_below_zero_is_readable(tmp_path):
     runs = [run(tmp_path / str(i), think=value) for i, value in enumerate((-1.04, -0.242, 0.5))]
     console = Console(file=io.StringIO(), width=80)
     console.print(compare_table(runs[:2]), compare_table(runs[1:]))
-    assert "-1.04 to -.24" in console.file.getvalue() and "-.24 to .50" in console.file.getvalue()
+    assert "-1.04 to -0.24" in console.file.getvalue() and "-0.24 to 0.50" in console.file.getvalue()
 
 
 def test_other_metrics_and_unfinished_runs_are_refused(tmp_path):
@@ -64,5 +64,5 @@ def test_runs_that_lack_stages_are_refused_by_name(tmp_path):
         over_runs(runs)
     for content in ("", "{}", '{"stages": [3]}'):
         (tmp_path / "a" / "results.json").write_text(content)
-        with pytest.raises(UserError, match=r"results.json holds no stages; remove it, and `smolpost run` writes it"):
+        with pytest.raises(UserError, match=r"results.json has no stages; remove it, and run `smolpost run`"):
             evaluations(tmp_path / "a")

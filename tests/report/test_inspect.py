@@ -8,11 +8,11 @@ import prepared_folders as made
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 from smolpost.chat.fates import Fate
 from smolpost.errors import UserError
 from smolpost.report.inspect import Prepared
+from tests.report.prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 
 def test_every_token_once(sft):
@@ -130,19 +130,19 @@ def test_first_think_and_no_think_of_each_source(sft, apo):
 def test_no_such_pack_or_pair(sft, apo):
     with pytest.raises(UserError, match=r"pack 3 does not exist; .* has packs 0 to 2"):
         sft[0].pack(3)
-    with pytest.raises(UserError, match=r"holds the rows of an sft stage, which have no pairs"):
+    with pytest.raises(UserError, match=r"has the rows of an sft stage, which have no pairs"):
         sft[0].pair(0)
     with pytest.raises(UserError, match=r"pair -1 does not exist"):
         apo[0].pair(-1)
 
 
 def test_only_prepared_folders_open(tmp_path):
-    with pytest.raises(UserError, match=r"none is no folder"):
+    with pytest.raises(UserError, match=r"none is not a folder"):
         Prepared(tmp_path / "none")
     made.write_sft(tmp_path / "sft")
     for name in ("rows.parquet", "manifest.json", "data_report.json", "state.json"):
         hidden = (tmp_path / "sft" / name).rename(tmp_path / "hidden")
-        with pytest.raises(UserError, match=rf"sft is no prepared folder: it has no {name}; .* `smolpost prepare`"):
+        with pytest.raises(UserError, match=rf"sft is not a prepared folder: it has no {name}; .* `smolpost prepare`"):
             Prepared(tmp_path / "sft")
         hidden.rename(tmp_path / "sft" / name)
     (tmp_path / "sft" / "data_report.json").write_text("{")
@@ -158,23 +158,21 @@ def test_a_file_cut_short_is_no_prepared_folder(tmp_path):
         Prepared(tmp_path / "sft")
 
 
-@pytest.mark.parametrize(
-    ("column", "position", "value"), [("labels", 30, 5), ("seq_lengths", 0, 190), ("fates", 30, 0)]
-)
-def test_a_contradiction_is_not_shown_as_truth(tmp_path, column, position, value):
+@pytest.mark.parametrize(("column", "value"), [("seq_lengths", [190]), ("fates", [0]), ("rows", [])])
+def test_a_contradiction_is_not_shown_as_truth(tmp_path, column, value):
     folder = tmp_path / "sft"
     made.write_sft(folder)
     file = folder / "data-00000-of-00001.arrow"
     table = pa.ipc.open_stream(file.read_bytes()).read_all()
     values = table.column(column).to_pylist()
-    values[1][position] = value
+    values[1] = value
     field = table.schema.field(column)
     table = table.set_column(table.column_names.index(column), field, pa.array(values, field.type))
     with pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
     prepared = Prepared(folder)
     assert prepared.pack(0).num_tokens == 170
-    with pytest.raises(UserError, match=r"labels, fates and lengths of pack 1 contradict one another"):
+    with pytest.raises(UserError, match=r"ids, fates and lengths of pack 1 contradict each other"):
         prepared.pack(1)
 
 
@@ -185,7 +183,7 @@ def test_opening_and_reading_one_pack_leaves_the_rest_on_disk(tmp_path):
     file = folder / "data-00000-of-00001.arrow"
     schema = pa.ipc.open_stream(file.read_bytes()).schema
     long = np.zeros(tokens, np.int32)
-    columns = {"input_ids": long, "labels": long - 100, "fates": long + Fate.USER, "seq_lengths": [tokens], "rows": [2]}
+    columns = {"input_ids": long, "fates": long + Fate.USER, "seq_lengths": [tokens], "rows": [2]}
     lists = [pa.array([columns[name]] * 16, schema.field(name).type) for name in schema.names]
     with pa.ipc.new_stream(file, schema) as stream:
         for _ in range(40):
@@ -196,7 +194,7 @@ def test_opening_and_reading_one_pack_leaves_the_rest_on_disk(tmp_path):
     pack = prepared.pack(639)
     assert len(prepared) == 640 and pack.num_tokens == tokens
     assert pa.total_allocated_bytes() - before < 10 * tokens
-    assert file.stat().st_size > 90e6
+    assert file.stat().st_size > 50e6
     assert [place.pack for place in prepared.locate(prepared.find(row="7"))][-1] == 639
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import prepared_folders as made
 import pytest
 from markupsafe import escape
-from prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 from smolpost.chat.fates import MASKED, Fate
 from smolpost.data.report import caption
@@ -16,6 +15,7 @@ from smolpost.errors import UserError
 from smolpost.report.fate_names import NAMES
 from smolpost.report.inspect import Prepared
 from smolpost.report.page import write_page
+from tests.report.prepared_folders import HOSTILE_PATH, HOSTILE_SOURCE
 
 
 class Page(HTMLParser):
@@ -165,7 +165,7 @@ def test_only_its_own_file_is_replaced(sft, tmp_path):
     assert file.stat().st_size > small and file.stat().st_mode & 0o777 == 0o644
     file.write_text("<html>the thesis</html>")
     with pytest.raises(
-        UserError, match=r"page.html exists and is no page of `smolpost inspect`; remove it or name another"
+        UserError, match=r"page.html exists and is not a page of `smolpost inspect`; remove it or give another name"
     ):
         write_page(prepared, file)
     assert file.read_text() == "<html>the thesis</html>"

@@ -5,13 +5,13 @@ import re
 
 import prepared_folders as made
 import pytest
-from prepared_folders import HOSTILE
 from rich.console import Console
 
 from smolpost.chat.fates import Fate
 from smolpost.report.fate_names import NAMES
 from smolpost.report.inspect import Prepared
 from smolpost.report.terminal import show, visible
+from tests.report.prepared_folders import HOSTILE
 
 LINE = re.compile(r"^ *([\d,]+)  (\w+) +(?: |$)(.*)$")
 

@@ -1,8 +1,9 @@
 """Fixtures on `tiny_checkpoints`, and checkpoints rigged to reply as a function says."""
 
 import pytest
-from rigged import Rigged
-from tiny_checkpoints import make_models, make_tokenizer
+
+from tests.rigged import Rigged
+from tests.synthesis.tiny_checkpoints import make_models, make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import make_rows
 
 from smolpost.chat.masks import encode_pair
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
-from smolpost.schema import PairsStage
+from smolpost.stages.pairs import PairsStage
 from smolpost.synthesis import pairs
 from smolpost.synthesis.pairs import sample_pairs
+from tests.synthesis.tiny_checkpoints import make_rows
 
 TODAY = "08 July 2025"
 
@@ -317,9 +317,9 @@ def test_a_kill_between_the_last_two_steps_changes_nothing(tokenizer, models, un
 CHILD = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from tiny_checkpoints import make_models, make_rows, make_tokenizer
-from smolpost.schema import PairsStage
+sys.path.insert(0, {root!r})
+from tests.synthesis.tiny_checkpoints import make_models, make_rows, make_tokenizer
+from smolpost.stages.pairs import PairsStage
 from smolpost.synthesis import pairs
 generate = pairs.generate
 def slowly(*args, **kwargs):
@@ -334,7 +334,7 @@ pairs.sample_pairs(stage, make_rows({num_rows}), chosen, rejected, Path(sys.argv
 
 
 def test_a_run_killed_for_real_ends_in_the_same_bytes(tokenizer, models, uninterrupted, tmp_path):
-    script = CHILD.format(tests=str(Path(__file__).parent), num_rows=NUM_ROWS)
+    script = CHILD.format(root=str(Path(__file__).parents[2]), num_rows=NUM_ROWS)
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     partial, deadline = tmp_path / "replies.partial.jsonl", time.monotonic() + 120
     while not partial.exists() or partial.read_bytes().count(b"\n") < 3:

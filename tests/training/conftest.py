@@ -1,7 +1,8 @@
 """The toy pipeline, started and trained once for all launch tests."""
 
 import pytest
-from small import Small
+
+from tests.small import Small
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import PROGRAM, ROOT, as_written, call, environment
 
 from smolpost.pipeline import manifest
+from tests.small import PROGRAM, ROOT, as_written, call, environment
 
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 WEIGHTS = {"atol": 2e-5, "rtol": 0}  # FACTS section 4: 2 processes against 1

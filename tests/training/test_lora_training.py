@@ -7,8 +7,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import LoRA
 from smolpost.training.adapters import add_adapters, check_targets, linear_layers, lora_config, merged
+from smolpost.training.settings import LoRA
 from tests.model.conftest import TINY
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -32,7 +32,7 @@ def check(*targets, config=None, **fields):
             f"{KEY} names embed_tokens, the embedding of SmolLM3ForCausalLM, whose matrix is its head's",
         ),
         (["model.embed_tokens"], f"{KEY} names model.embed_tokens, the embedding"),
-        (["all-linear", "q_proj"], f"{KEY}=['all-linear', 'q_proj']: all-linear stands for all linear layers; give it"),
+        (["all-linear", "q_proj"], f"{KEY}=['all-linear', 'q_proj']: all-linear means all linear layers; use it"),
         (["mlp"], f"{KEY}=['mlp']: peft refuses it (Target module SmolLM3MLP("),
     ],
 )

@@ -53,9 +53,8 @@ def fill(folder, rank=0, world_size=1, stop_in=None, seconds=0.0):
 
 
 def start(folder, *args) -> subprocess.Popen:
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    code = f"import test_reference_cache; test_reference_cache.fill({str(folder)!r}, *{args})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, root)))}
+    code = f"from tests.training.test_reference_cache import fill; fill({str(folder)!r}, *{args})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -267,17 +266,17 @@ def flipped(place):
 
 
 DAMAGES = {
-    "truncated": (cut(0.9), "no whole safetensors file"),
-    "header cut": (cut(0.1), "no whole safetensors file"),
-    "empty": (cut(0), "no whole safetensors file"),
-    "garbage": (lambda file: file.write_bytes(random.Random(0).randbytes(5000)), "no whole safetensors file"),
-    "bytes added": (lambda file: file.write_bytes(file.read_bytes() + b"\0\0\0\0"), "no whole safetensors file"),
+    "truncated": (cut(0.9), "not a complete safetensors file"),
+    "header cut": (cut(0.1), "not a complete safetensors file"),
+    "empty": (cut(0), "not a complete safetensors file"),
+    "garbage": (lambda file: file.write_bytes(random.Random(0).randbytes(5000)), "not a complete safetensors file"),
+    "bytes added": (lambda file: file.write_bytes(file.read_bytes() + b"\0\0\0\0"), "not a complete safetensors file"),
     "data flipped": (flipped(-7), "do not have the checksum"),
     "other key": (written_by(key="other"), "its key is other where key belongs"),
     "other layout": (layout_of_others, "its layout is"),
     "other range": (written_by(counts=COUNTS[::-1].copy()), "its pairs is"),
     "not finite": (nan_inside, "a value is not finite"),
-    "other tensor": (lambda file: save_file({"x": np.zeros(9, "f4")}, file), "no whole safetensors file"),
+    "other tensor": (lambda file: save_file({"x": np.zeros(9, "f4")}, file), "not a complete safetensors file"),
     "unlabelled": (lambda file: save_file({"logps": np.zeros(9, "f4")}, file), "its key is None"),
 }
 
@@ -403,7 +402,7 @@ def test_opens_200k_pairs_in_bounded_memory(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- keys
 
-PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "code": "v1"}
+PARTS = {"rows": "ids and mask", "weights": "sha", "precision": "bf16", "context": "None/None", "version": 1}
 
 
 def test_key_follows_each_part():
@@ -417,7 +416,7 @@ def test_key_follows_each_part():
 
 def test_key_is_stable():
     """Across processes and releases: a new value here throws away every user's cache."""
-    assert reference_key(**PARTS) == "fcd3658c959b9973"
+    assert reference_key(**PARTS) == "de85da435c036e5a"
 
 
 @pytest.mark.parametrize("name", ["seed", "beta", "learning_rate", "loss", "ld_alpha"])
@@ -458,7 +457,7 @@ def test_weights_hash_follows_weights_and_config_alone(tmp_path):
 def test_weights_hash_wants_a_checkpoint(tmp_path):
     folder = checkpoint(tmp_path / "a")
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"a is no checkpoint: it has no config.json; save it with save_pretrained"):
+    with pytest.raises(UserError, match=r"a is not a checkpoint: it has no config.json; save it with save_pretrained"):
         weights_hash(folder)
     with pytest.raises(UserError, match=r"it has no \*.safetensors"):
         weights_hash(tmp_path)

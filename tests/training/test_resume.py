@@ -12,11 +12,11 @@ import time
 
 import pytest
 import torch
-from small import PROGRAM, ROOT, environment
-from test_launch import assert_same
 
 from smolpost.pipeline import manifest
 from smolpost.training.checkpoints import WHOLE, last_whole
+from tests.small import PROGRAM, ROOT, environment
+from tests.training.test_launch import assert_same
 
 PLACES = [(backend, ranks) for backend in ("ddp", "fsdp2", "zero2", "zero3") for ranks in (1, 2)]
 STEPS = {"sft": 6, "apo": 2}  # after which the first try is killed
@@ -98,7 +98,9 @@ def test_a_damaged_checkpoint_is_passed_over(cut, tmp_path, capsys, damage):
     assert last_whole(folder)[0].name == "checkpoint-4"
     printed = capsys.readouterr().out
     assert f"{folder}/checkpoint-5 was cut short while saving; removed\n" in printed
-    expected = rf"{folder}/checkpoint-6 is damaged \({reason}\); removed, going back to the one before\n"
+    expected = (
+        rf"{folder}/checkpoint-6 is damaged \({reason}\); it is removed, and training continues from the previous one\n"
+    )
     assert re.search(expected, printed)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4"]
 

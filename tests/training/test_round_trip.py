@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_is_training_that_diverged(trained, tmp_path):
 
 
 def test_the_tokens_are_the_beginning_of_the_rows():
-    packs = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 200, "labels": [[1, 2, 3]] * 200})
+    packs = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 200, "fates": [[0, 0, 0]] * 200})
     assert probe(packs).tolist() == [([1, 2, 3] * 100)[:NUM_TOKENS]]
     pairs = Dataset.from_dict({"prompt_ids": [[1], [5]], "chosen_ids": [[2, 3], [6]], "rejected_ids": [[4], [7]]})
     assert probe(pairs).tolist() == [[1, 2, 3, 5, 6]]

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from smolpost.errors import UserError
-from smolpost.schema import APOStage, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.start import check_start
 
 SIZES = dict(
@@ -51,7 +52,7 @@ def check(folder, attention="packed", stage=SFTStage, **settings):
         ),
         (
             Llama4TextConfig(**SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=4),
-            r"Llama4ForCausalLM attends in chunks \(layer_types in its config.json holds chunked_attention\)",
+            r"Llama4ForCausalLM attends in chunks \(layer_types in its config.json has chunked_attention\)",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

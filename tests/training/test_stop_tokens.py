@@ -14,8 +14,10 @@ from smolpost.chat.render import load_template
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import APOStage, LoRA, SFTStage
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
 from smolpost.training.environment import Environment
+from smolpost.training.settings import LoRA
 from smolpost.training.stop_tokens import change, stop_tokens, trained_ends
 from smolpost.training.train import train
 from tests.prepared import prepared
@@ -255,8 +257,8 @@ def trained(name, stage, rows, tokenizer, start, folder):
     prepared(stage, rows, tokenizer, mkdir(folder))
     (folder / "out").mkdir()
     report = train(
-        name, stage, seed=1, start=start, prepared=folder / "rows", out=folder / "out", references=folder / "r",
-        code="0", attn_implementation="packed", environment=CPU,
+        name, stage, stage.method(), seed=1, start=start, prepared=folder / "rows", out=folder / "out",
+        references=folder / "r", attn_implementation="packed", environment=CPU,
     )  # fmt: skip
     return folder / "out", report
 

@@ -6,6 +6,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from smolpost import signals
+from smolpost.chat.fates import Fate
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import collate_packs
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import APOStage, SFTStage
-from smolpost.training import apo, reference, sft
+from smolpost.stages.preference import APOStage
+from smolpost.stages.sft import SFTStage
+from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
 from smolpost.training.environment import Environment
 from smolpost.training.optimizer import decayed_parameters
@@ -121,7 +124,7 @@ def sft_trainer(tokenizer, folder, model, **changes):
     stage = SFTStage(**settings(**changes))
     rows = packs(tokenizer, folder / "rows", stage)
     arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
-    return sft.trainer(stage, model, tokenizer, rows, arguments, 1, CPU, []), rows, stage
+    return sft.trainer(stage, model, tokenizer, rows, None, arguments, 1, CPU), rows, stage
 
 
 class SameDecay(SFTTrainer):
@@ -164,7 +167,7 @@ def test_resuming_inside_a_later_epoch_changes_nothing(tokenizer, tmp_path):
     again = build(tokenizer, seed=9)
     rows = load_from_disk(str(tmp_path / "rows" / "rows"))
     arguments = training_arguments(stage, 1, len(rows), tmp_path / "out", CPU)
-    other = sft.trainer(stage, again, tokenizer, rows, arguments, 1, CPU, [])
+    other = sft.trainer(stage, again, tokenizer, rows, None, arguments, 1, CPU)
     other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
     assert len(other.batches) == 3 and other.batches.epoch == 2
     keys = ("loss", "grad_norm", "num_tokens", "epoch")
@@ -201,7 +204,7 @@ def test_a_signal_ends_training_after_its_step_and_changes_nothing(tokenizer, tm
     assert [signal.getsignal(number) for number in signals.ENDING] == before
     assert [folder.name for folder in (tmp_path / "cut" / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     arguments = training_arguments(stage, 1, len(rows), tmp_path / "cut" / "out", CPU)
-    again = sft.trainer(stage, copy.deepcopy(model), tokenizer, rows, arguments, 1, CPU, [])
+    again = sft.trainer(stage, copy.deepcopy(model), tokenizer, rows, None, arguments, 1, CPU)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "out" / f"checkpoint-{step}"))
     assert again.state.global_step == 9
     assert again.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
@@ -242,7 +245,7 @@ def test_speed_counts_the_rows_steps_and_tokens_of_this_run(tokenizer, tmp_path)
     trainer.train()
     assert counted(trainer) == pytest.approx([2 * size, 4, 2 * sum(lengths)], rel=1e-2)
     arguments = training_arguments(stage, 1, size, tmp_path / "out", CPU)
-    other = sft.trainer(stage, build(tokenizer), tokenizer, rows, arguments, 1, CPU, [])
+    other = sft.trainer(stage, build(tokenizer), tokenizer, rows, None, arguments, 1, CPU)
     other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert counted(other) == pytest.approx([last, 1, sum(lengths[-last:])], rel=1e-2)
 
@@ -251,9 +254,11 @@ def test_batches_are_the_prepared_packs(tokenizer, tmp_path):
     trainer, rows, _ = sft_trainer(tokenizer, tmp_path, build(tokenizer), shuffle_packs=False)
     steps = list(trainer.get_train_dataloader())
     for i, passes in enumerate(steps):  # of two packs, one a pass, in any order
-        for key in ("input_ids", "labels"):
+        packs = [rows[j] for j in (2 * i, 2 * i + 1)]
+        labels = [np.where(np.array(p["fates"]) == Fate.TRAINED, p["input_ids"], -100).tolist() for p in packs]
+        for key, expected in {"input_ids": [p["input_ids"] for p in packs], "labels": labels}.items():
             found = sorted(batch[key][0].tolist() for batch, counts in passes if counts)
-            assert found == sorted(rows[key][2 * i : 2 * i + 2])
+            assert found == sorted(expected)
     assert 2 * len(steps) == len(rows)
 
 
@@ -320,7 +325,7 @@ def pair_trainer(tokenizer, folder, model, ref_model, **changes):
     reference.fill(cache, rows, lambda: copy.deepcopy(ref_model), 150, CPU)
     cache.open()
     arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
-    return apo.trainer(stage, model, tokenizer, rows, cache, arguments, 1, CPU, []), rows, stage
+    return preference.trainer(stage, model, tokenizer, rows, cache, arguments, 1, CPU), rows, stage
 
 
 LOSSES = [
@@ -453,12 +458,12 @@ def weighted_step(tokenizer, folder, kind, rows, weights, **changes):
     model, stage.global_batch_size = build(tokenizer), len(found)
     arguments = training_arguments(stage, 1, len(found), folder / "out", CPU)
     if kind is SFTStage:
-        trainer = sft.trainer(stage, model, tokenizer, found, arguments, 1, CPU, [])
+        trainer = sft.trainer(stage, model, tokenizer, found, None, arguments, 1, CPU)
     else:
         cache = ReferenceCache(folder / "cache", "k", reference.scored_tokens(found))
         reference.fill(cache, found, lambda: build(tokenizer, seed=7), 150, CPU)
         cache.open()
-        trainer = apo.trainer(stage, model, tokenizer, found, cache, arguments, 1, CPU, [])
+        trainer = preference.trainer(stage, model, tokenizer, found, cache, arguments, 1, CPU)
     trainer.train()
     return [trainer.state.log_history[0][key] for key in ("loss", "grad_norm")]
 

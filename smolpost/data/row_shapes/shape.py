@@ -10,14 +10,22 @@ from smolpost.schema import Source
 RowShape = Callable[[Row, Source], dict]
 
 
-def row_shape(name: str) -> Callable[[RowShape], RowShape]:
+def row_shape(name: str, version: int = 1) -> Callable[[RowShape], RowShape]:
     """A decorator that registers a row shape under the name that a source's `columns` has in recipes.
 
     The function gets a row under the names that the source's `rename` gives, with JSON in its list columns read, and
     the source. It returns the row's content in our columns: `messages`, or `chosen` and `rejected`, or `text`, beside
     whatever other columns it keeps. It raises UserError, with `row.where`, for a row that is not of its shape.
+
+    Args:
+        version: Raised when the same row gives other content: rows are tokenized again then.
     """
-    return lambda shape: ROW_SHAPES.add(name, shape)
+
+    def register(shape: RowShape) -> RowShape:
+        shape.VERSION = version
+        return ROW_SHAPES.add(name, shape)
+
+    return register
 
 
 def is_turns(value) -> bool:

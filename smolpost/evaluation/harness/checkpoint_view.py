@@ -13,11 +13,11 @@ TEMPLATE = "chat_template.jinja"
 
 
 def write_view(checkpoint: Path, view: Path, *, today: str, template: bool) -> None:
-    """Link a checkpoint's files into a new folder, but for three that are written anew and a head stored alone.
+    """Link a checkpoint's files into a new folder; three files are rewritten, and so is a head stored alone.
 
-    transformers 4 reads `rope_theta`, where 5 writes `rope_parameters` alone, and takes a default base where it is
-    missing; nor does it know the tokenizer class that 5 writes. The chat template gets a fixed date: a harness that
-    renders it has no way to give one, and prompts would change every day.
+    transformers 5 writes only `rope_parameters`; transformers 4 reads `rope_theta` and takes a default base where it
+    is missing. It does not know the tokenizer class that transformers 5 writes either. The chat template gets a fixed
+    date: a harness cannot give one, and prompts would change every day.
 
     Args:
         view: Does not exist.

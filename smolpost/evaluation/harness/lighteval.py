@@ -23,7 +23,6 @@ from smolpost.chat.reasoning import ends_thinking
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.checkpoint_view import write_view
 from smolpost.evaluation.harness.store import (
-    building,
     finished,
     folder_of,
     joined,
@@ -37,6 +36,7 @@ from smolpost.evaluation.harness.store import (
     write_unit,
 )
 from smolpost.evaluation.task import MODES
+from smolpost.files import building
 from smolpost.schema import Harness
 
 SUPPORTED = "0.13"
@@ -93,7 +93,7 @@ def _check(harness: Harness, checkpoint: Path) -> None:
     custom = harness.custom_tasks
     if custom is not None and custom.endswith(".py") and not Path(custom).is_file():
         raise UserError(
-            f"harness.custom_tasks={custom} is no file; lighteval reads a Python file or an installed module"
+            f"harness.custom_tasks={custom} is not a file; lighteval reads a Python file or an installed module"
         )
     if harness.max_new_tokens is None:
         return

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolpost.chat.clock import frozen
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.store import (
-    building,
     finished,
     folder_of,
     joined,
@@ -25,8 +24,12 @@ from smolpost.evaluation.harness.store import (
     with_samples,
     write_unit,
 )
+from smolpost.files import building
 from smolpost.model.loading import load_for_inference
 from smolpost.schema import Harness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = 'pip install -c constraints.txt "smolpost[eval]"'
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the environment's leave to run code that a model wrote, as `evaluate` reads it
@@ -48,7 +51,7 @@ def run(harness: Harness, checkpoint: Path, out: Path, log: Callable[[str], None
     """`run.run_harness` by lm-evaluation-harness; a group of tasks is one task, a tag stands for its tasks."""
     key = unit_key(settings_key(harness, version(harness)), checkpoint)
     tasks = Tasks(harness)
-    asked = Asked(harness, checkpoint, tasks)
+    runner = UnitRunner(harness, checkpoint, tasks)
     found = {
         (name, mode): finished(folder_of(out, name, mode), key) for name in tasks.names for mode in modes_of(harness)
     }
@@ -56,7 +59,7 @@ def run(harness: Harness, checkpoint: Path, out: Path, log: Callable[[str], None
     reasons = {unit: tasks.why_not(*unit) for unit, result in found.items() if result is None}
     for (name, mode), reason in reasons.items():
         with building(folder_of(out, name, mode)) as part:
-            unit, samples = skipped(reason) if reason else asked.unit(name, mode)
+            unit, samples = skipped(reason) if reason else runner.unit(name, mode)
             write_unit(part, unit | {"key": key}, samples)
         found[name, mode] = unit
         log(summary(name, mode, unit))
@@ -83,7 +86,7 @@ class Tasks:
 
         folder = harness.custom_tasks
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"harness.custom_tasks={folder} is no folder; lm_eval reads a folder of task YAML files")
+            raise UserError(f"harness.custom_tasks={folder} is not a folder; lm_eval reads a folder of task YAML files")
         self.manager = tasks.TaskManager(include_path=folder, include_defaults=False)
         if not set(harness.tasks) <= set(self.manager.all_subtasks):  # reading lm_eval's own takes a while
             self.manager = tasks.TaskManager(include_path=folder)
@@ -159,14 +162,15 @@ def _require_sentence_splitter(name: str) -> None:
         ) from None
 
 
-class Asked:
-    """The checkpoint, loaded when the first task needs it."""
+class UnitRunner:
+    """Measures tasks on a checkpoint, which is loaded when the first of them needs it."""
 
     def __init__(self, harness: Harness, checkpoint: Path, tasks: Tasks):
         self.harness, self.checkpoint, self.manager = harness, checkpoint, tasks.manager
 
     @cached_property
-    def model(self):
+    def model(self) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+        """The model and its tokenizer, whose template has the harness's date."""
         model, tokenizer = load_for_inference(self.checkpoint)
         if self.harness.apply_chat_template and not tokenizer.chat_template:
             raise UserError(f"{self.checkpoint} has no chat template; set harness.apply_chat_template=false")
@@ -178,12 +182,12 @@ class Asked:
         """Ask a task in a mode: its result, and its samples for a reader."""
         import lm_eval
 
-        from smolpost.evaluation.harness.lm_eval_model import Checkpoint, sample_records
+        from smolpost.evaluation.harness.lm_eval_model import HarnessModel, sample_records
 
         began = time.perf_counter()
-        asked = Checkpoint(*self.model, self.harness, mode)
+        replying = HarnessModel(*self.model, self.harness, mode)
         results = lm_eval.simple_evaluate(
-            asked,
+            replying,
             tasks=[name],
             task_manager=self.manager,
             num_fewshot=self.harness.num_fewshot,
@@ -195,7 +199,7 @@ class Asked:
             use_cache=None,
             cache_requests=False,
         )
-        samples = sample_records(results["samples"], asked)
+        samples = sample_records(results["samples"], replying)
         unit = {
             "scores": with_samples(scores_of(results, name), samples),
             "num_items": sum(count["effective"] for count in results["n-samples"].values()),

@@ -4,8 +4,9 @@ import json
 import sys
 from collections import defaultdict
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,19 +16,13 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.evaluation.harness.replies import answer_of
 from smolpost.evaluation.task import MODES
-from smolpost.model.generation import generate, padding_token_id, reply_text, stop_token_ids
+from smolpost.inference.engine import Reply
+from smolpost.inference.generation import generate, padding_token_id, reply_text, stop_token_ids
 from smolpost.progress import Progress
 from smolpost.schema import Harness
 
 
-class Made(NamedTuple):
-    """A generated reply, thoughts included; cut: it reached the longest length without a stop token."""
-
-    text: str
-    cut: bool
-
-
-class Checkpoint(HFLM):
+class HarnessModel(HFLM):
     """HFLM with three differences in what is generated.
 
     A reply that ends inside its think block has no answer, where HFLM takes the thoughts for one. A task's stop strings
@@ -53,9 +48,10 @@ class Checkpoint(HFLM):
         self.stop_tokens = stop_token_ids(model.generation_config)
         if self.thinks and (line := endless_replies(tokenizer, self.stop_tokens, model.name_or_path)):
             print(line, flush=True)
-        self.replies: dict[tuple[str, int], list[Made]] = defaultdict(list)  # (task name, row) -> its replies
+        self.replies: dict[tuple[str, int], list[Reply]] = defaultdict(list)  # (task name, row) -> its replies
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each request, which is the reply without thoughts, up to the task's stop strings."""
         answers = [""] * len(requests)
         groups = defaultdict(list)
         for place, request in enumerate(requests):
@@ -67,7 +63,7 @@ class Checkpoint(HFLM):
                     answers[place] = answer
         return answers
 
-    def _answers(self, requests, progress) -> list[str]:
+    def _answers(self, requests: list[Instance], progress: Progress) -> list[str]:
         """Answers to requests with one set of generation settings."""
         settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
         stops, longest = settings.pop("until"), settings.pop("max_gen_toks")
@@ -93,15 +89,17 @@ class Checkpoint(HFLM):
             batch_size=self.batch_size,
             progress=progress.update,
         )
-        made = [
-            Made(reply_text(self.tokenizer, reply, self.stop_tokens), reply[-1] not in self.stop_tokens)
+        produced = [
+            Reply(reply_text(self.tokenizer, reply, self.stop_tokens), len(reply), reply[-1] not in self.stop_tokens)
             for reply in replies
         ]
-        for request, reply in zip(requests, made, strict=True):
+        for request, reply in zip(requests, produced, strict=True):
             self.replies[request.task_name, request.doc_id].append(reply)
-        return [answer_of(reply.text, stops, thinks=self.thinks) for reply in made]
+        return [answer_of(reply.text, stops, thinks=self.thinks) for reply in produced]
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+    def _loglikelihood_tokens(
+        self, requests: list[tuple], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         self._check_room("a task", max(len(context) + len(rest) for _, context, rest in requests), 0)
         disable_tqdm = disable_tqdm or not sys.stderr.isatty()  # its bar would fill a log file with control characters
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
@@ -114,12 +112,12 @@ class Checkpoint(HFLM):
             )
 
 
-def sample_records(samples: dict[str, list[dict[str, Any]]], asked: Checkpoint) -> list[dict[str, Any]]:
+def sample_records(samples: dict[str, list[dict[str, Any]]], replying: HarnessModel) -> list[dict[str, Any]]:
     """lm_eval's samples, one per row in place of one per row and filter.
 
     Args:
         samples: Task name -> what `simple_evaluate` logged.
-        asked: What replied.
+        replying: What replied.
     Returns:
         "id" (TASK/ROW), "metrics", "record": the prompt, what was replied (likelihoods where nothing was), what each
         filter parsed, what was expected.
@@ -129,13 +127,13 @@ def sample_records(samples: dict[str, list[dict[str, Any]]], asked: Checkpoint) 
         for row in rows:
             name, suffix = f"{task}/{row['doc_id']}", "" if row["filter"] == "none" else f",{row['filter']}"
             if name not in records:
-                records[name] = _record(name, row, asked.replies.get((task, row["doc_id"])), asked.thinks)
+                records[name] = _record(name, row, replying.replies.get((task, row["doc_id"])), replying.thinks)
             records[name]["metrics"] |= {f"{metric}{suffix}": row[metric] for metric in row["metrics"]}
             records[name]["record"]["parsed"][row["filter"]] = row["filtered_resps"]
     return list(records.values())
 
 
-def _record(name: str, row: dict[str, Any], replies: list[Made] | None, thinks: bool) -> dict[str, Any]:
+def _record(name: str, row: dict[str, Any], replies: list[Reply] | None, thinks: bool) -> dict[str, Any]:
     metrics = {}
     if replies:
         metrics["cut"] = fmean(reply.cut for reply in replies)

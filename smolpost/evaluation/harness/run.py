@@ -10,6 +10,7 @@ from smolpost.evaluation.harness.store import settings_key
 from smolpost.evaluation.task import MODES
 from smolpost.schema import Harness
 
+VERSION = 1  # of what we make of a harness's scores
 KINDS = {"lm_eval": lm_eval, "lighteval": lighteval}
 
 
@@ -50,4 +51,4 @@ def _check(harness: Harness) -> None:
     if strange or not harness.modes:
         raise UserError(f"harness.modes={harness.modes} may hold only {' and '.join(MODES)}, and at least one")
     if harness.limit is not None and harness.limit < 1:
-        raise UserError(f"harness.limit={harness.limit} is no number of rows; give 1 or more, or null for all")
+        raise UserError(f"harness.limit={harness.limit} is not a number of rows; give 1 or more, or null for all")

@@ -1,13 +1,10 @@
 """What each benchmark left on the disk, one folder per task and mode, and the scores joined from them."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +13,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation.results import SAMPLES, SCORES, read
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Sample
-from smolpost.files import sha256, write_json
+from smolpost.files import digest, sha256, write_json
 from smolpost.schema import Harness
 
 PLAIN = "plain"  # the one mode without a chat template
@@ -26,6 +23,7 @@ _OF_SELECTION = ("tasks", "modes", "headline")  # say which units there are and 
 
 
 def modes_of(harness: Harness) -> list[str]:
+    """The modes that every task is asked in."""
     return list(harness.modes) if harness.apply_chat_template else [PLAIN]
 
 
@@ -40,7 +38,7 @@ def settings_key(harness: Harness, version: str) -> str:
         for field in dataclasses.fields(harness)
         if field.metadata.get("in_key", True) and field.name not in _OF_SELECTION
     }
-    return _digest({"settings": settings, "version": version, "files": _task_files(harness.custom_tasks)})
+    return digest({"settings": settings, "version": version, "files": _task_files(harness.custom_tasks)}, digits=16)
 
 
 def unit_key(settings: str, checkpoint: Path) -> str:
@@ -53,8 +51,8 @@ def unit_key(settings: str, checkpoint: Path) -> str:
     """
     files = sorted({file for pattern in _OF_MODEL for file in checkpoint.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"{checkpoint} is no checkpoint: it has no *.safetensors; save it with save_pretrained")
-    return _digest({"settings": settings, "model": {file.name: sha256(file) for file in files}})
+        raise UserError(f"{checkpoint} is not a checkpoint: it has no *.safetensors; save it with save_pretrained")
+    return digest({"settings": settings, "model": {file.name: sha256(file) for file in files}}, digits=16)
 
 
 def finished(folder: Path, key: str) -> dict[str, Any] | None:
@@ -64,23 +62,8 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def folder_of(out: Path, task: str, mode: str) -> Path:
+    """Where a task's mode is kept; any task's name makes a folder's name."""
     return out / quote(task, safe="") / mode
-
-
-@contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A new empty folder that takes `folder`'s place where the block ends well; a cut run's remains go first."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
 
 
 def write_unit(part: Path, unit: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
@@ -143,7 +126,7 @@ def joined(kind: str, task: str, units: dict[str, dict[str, Any]], headline: str
         metrics = unit["scores"]
         if headline is not None and metrics and headline not in metrics:
             known = ", ".join(metrics)
-            raise UserError(f"harness.headline.{task}={headline} is no metric of this task; it has {known}")
+            raise UserError(f"harness.headline.{task}={headline} is not a metric of this task; it has {known}")
         if metrics:
             scores[mode] = metrics[headline or next(iter(metrics))]
         details |= {f"{mode}/{name}": metric for name, metric in metrics.items()}
@@ -175,7 +158,3 @@ def _task_files(custom_tasks: str | None) -> dict[str, str]:
         words = re.findall(r"[^\s'\"\[\]{},]+", file.read_text(encoding="utf-8", errors="replace"))
         files |= {Path(word) for word in words if len(word) < 1024 and Path(word).is_file()}
     return {str(file): sha256(file) for file in sorted(files)}
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

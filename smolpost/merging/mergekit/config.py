@@ -108,5 +108,5 @@ def check_filters(config: dict[str, Any], tensors: set[str]) -> None:
     for text in sorted(set(_conditions(config)) - {"*"}):
         if not any(text in name for name in tensors):
             raise UserError(
-                f"merge method {config['merge_method']}: filter '{text}' is in no tensor's name; mend or drop it"
+                f"merge method {config['merge_method']}: filter '{text}' matches no tensor's name; correct or remove it"
             )

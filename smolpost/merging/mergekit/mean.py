@@ -66,7 +66,7 @@ def write_result(
             write_tensors(tensors, plan.shapes, folder, getattr(torch, dtype), limit=limit, finished=finished)
         except NotFinite as error:
             raise UserError(
-                f"merge result: tensor {error.args[0]} holds NaN or infinity in {dtype} though its inputs are finite; "
+                f"merge result: tensor {error.args[0]} has NaN or infinity in {dtype} though its inputs are finite; "
                 "change the method's parameters or write another dtype"
             ) from error
 

@@ -11,7 +11,7 @@ from smolpost.errors import UserError
 from smolpost.files import workplace
 from smolpost.merging import linear
 from smolpost.merging.adapters import base_of, is_adapter
-from smolpost.merging.build import Job, Made, build
+from smolpost.merging.build import Job, MethodResult, build
 from smolpost.merging.checkpoint import Checkpoint
 from smolpost.merging.mergekit import mean
 from smolpost.merging.mergekit.config import STOCHASTIC, check_config, check_filters, method_of
@@ -53,7 +53,7 @@ def merge_method(
         base: Name of the input whose config, tokenizer and chat template the result has.
         out: Result folder; empty or absent.
         dtype: "float32", "bfloat16" or "float16", of the written weights.
-        parameters: mergekit's parameters of the whole merge, and defaults for those of the inputs: {"t": 0.4}.
+        parameters: mergekit's parameters of the merge, and defaults for the inputs' parameters: {"t": 0.4}.
         base_model: Name of the input that differences are taken from, or slerp's t = 0; karcher, linear take none.
         seed: mergekit's random_seed, of the methods that draw numbers (dare, della, arcee_fusion).
         allow_template_change: Merge inputs whose chat templates differ; the result has the base's.
@@ -68,8 +68,8 @@ def merge_method(
         `normalized_weights`), `num_tensors`, `num_parameters`, `max_position_embeddings`, `read_bytes`,
         `written_bytes`, `seconds`.
     Raises:
-        UserError: The method, its parameters or the inputs make no merge; nothing is written.
-        OSError: The disk became full, among others; nothing is left behind.
+        UserError: The method, its parameters or the inputs are not valid; nothing is written.
+        OSError: For example, the disk is full; nothing is left behind.
     """
     names = [name for name, _, _ in inputs]
     if base_model is not None and base_model not in names:
@@ -109,12 +109,11 @@ def merge_yaml(
 ) -> dict[str, Any]:
     """Write the merge that a mergekit YAML file states to a new folder.
 
-    The weights are those of the `mergekit-yaml` command with --random-seed `seed`, bit for bit but for what
-    docs/merging.md names. `dtype` is the one that inputs are computed in, `out_dtype` the written one, each left to
-    mergekit's rule where absent. All keys of mergekit's work; any other is refused by name, and so is one that stands
-    twice. Parameters of other methods, which mergekit passes over, are `unused` in the report. `random_seed` may stand
-    in the file. The documents of a file are merged in order; each but the last has a `name` by which later ones name
-    its result, which is not kept.
+    The weights are bit for bit those of the `mergekit-yaml` command with --random-seed `seed`; docs/merging.md lists
+    the exceptions. Inputs are computed in `dtype` and written in `out_dtype`; mergekit's rule applies if one is
+    missing. All keys of mergekit work. Other keys and repeated keys are refused by name. Parameters of other methods,
+    which mergekit ignores, are `unused` in the report. The file may have `random_seed`. The documents of a file are
+    merged in order. Each except the last has a `name`, by which later documents use its result, which is not kept.
 
     Args:
         config_file: mergekit's YAML.
@@ -220,19 +219,21 @@ def _merge(
     check_request(job.checkpoints, job.base, job.out, job.dtype)
     _check_folders(job.checkpoints)
 
-    def write(full, donor, draft, finished) -> Made:
+    def write(full, donor, unfinished, finished) -> MethodResult:
         check_values(full, donor.tensors)
         with planned(config, full, donor) as plan:
             check_filters(config, plan.names)
             resolved = [_normalized(entry) for entry in plan.resolved] if method == "linear" else plan.resolved
             template = chat_template and template_text(chat_template, plan.references)
-            mean.write_result(plan, draft, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
+            mean.write_result(plan, unfinished, job.dtype, seed=seed, limit=shard_bytes, finished=finished)
         report = {"resolved": resolved if len(resolved) > 1 else [resolved[0] | {"tensors": "all"}]}
         if plan.vocabulary:
             report["tokenizer"] = config["tokenizer"].get("source", "union")
             report["tokens_without_embedding"] = without_embedding(plan, config)
         tokenizer = plan.vocabulary and plan.vocabulary[1].tokenizer
-        return Made(report, plan.shapes, plan.config, lambda folder: write_tokenizer(folder, tokenizer, template))
+        return MethodResult(
+            report, plan.shapes, plan.config, lambda folder: write_tokenizer(folder, tokenizer, template)
+        )
 
     def verify(full, merged) -> dict[str, Any]:
         check_finite(merged)
@@ -262,7 +263,7 @@ def _check_folders(checkpoints: list[Checkpoint]) -> None:
         folder = checkpoint.folder.resolve()
         first = seen.setdefault((folder, checkpoint.adapts), checkpoint.name)
         if first != checkpoint.name:
-            raise UserError(f"merge inputs '{first}' and '{checkpoint.name}' are one folder, {folder}; drop one")
+            raise UserError(f"merge inputs '{first}' and '{checkpoint.name}' are the same folder, {folder}; drop one")
 
 
 def _donor(document: Document, base: str | None) -> str:
@@ -270,7 +271,7 @@ def _donor(document: Document, base: str | None) -> str:
     source = document.config.get("tokenizer", {}).get("source")
     if base is not None and source in document.models and source != base:
         raise UserError(
-            f"{document.where} takes the tokenizer of '{source}', but base='{base}'; name one model for both"
+            f"{document.where} uses the tokenizer of '{source}', but base='{base}'; name one model for both"
         )
     if base not in (None, *document.models):
         raise UserError(f"{document.where}: base='{base}' is not one of its models {', '.join(document.models)}")

@@ -1,7 +1,7 @@
-"""mergekit's planner on our checkpoints: what it will compute, tensor by tensor, and what config.json must say of it.
+"""mergekit's planner on our checkpoints: what it computes for each tensor, and what config.json must say.
 
-What mergekit leaves to chance (which model is the donor where no base is stated, in which order tokens are united)
-follows the order of the inputs here. What it leaves out in silence is refused.
+mergekit leaves some choices to chance: the donor without a stated base, and the order in which tokens are united. Here
+they follow the order of the inputs. Tensors that mergekit would leave out silently are refused.
 """
 
 import json
@@ -32,9 +32,9 @@ class Plan:
         names: Of all tensors that mergekit knows of the architecture, stored or not.
         resolved: For each set of tensors that share them: `tensors` (names), `parameters` (name -> value) and
             `inputs` (input -> parameter -> value), with mergekit's defaults filled in, gradients and filters applied.
-        config: Dotted key of config.json -> its value in place of the base's.
+        config: Dotted key of config.json -> value that replaces the base's.
         references: mergekit's references to the models, the base's first.
-        vocabulary: The task that makes the tokenizer, and what it made: `tokenizer`, `permutations`; None where the
+        vocabulary: The task that makes the tokenizer, and its result (`tokenizer`, `permutations`); None if the
             configuration does not ask for a tokenizer.
     """
 
@@ -143,12 +143,12 @@ class _Inputs:
         return next((name for name in names if name in self._checkpoints[model].tensors), None)
 
     def shape(self, task: Any) -> tuple[int, ...]:
-        """Of the tensor that a task computes, with the first input's number of tokens."""
+        """Shape of the tensor that a task computes, with the first input's number of tokens."""
         for model, weight in _read(task):
             name = self._stored(model, weight)
             if name:
                 return self._checkpoints[model].tensors[name].shape
-        # Of a tensor that is made of several stored ones, as those of a mixture's experts are.
+        # A tensor that is made of several stored ones, such as the experts of a mixture.
         load = next(iter(_gather(task).arguments().values()))
         return tuple(load.execute().shape)
 
@@ -170,7 +170,8 @@ class _Inputs:
         if lost:
             raise UserError(
                 f"merge input '{base.name}': mergekit's description of {base.config['architectures'][0]} leaves out "
-                f"tensor {lost[0]} ({len(lost)} such), and the result would not load whole; merge it without mergekit "
+                f"tensor {lost[0]} ({len(lost)} such), so the result would not "
+                "load completely; merge it without mergekit "
                 "(a linear merge), or use a mergekit that knows the tensor"
             )
 
@@ -305,9 +306,9 @@ def in_users_words(what: str) -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep mergekit's progress bar and errors, drop its warnings: it has no file for SmolLM3 and says so at length."""
+    """Keep mergekit's progress bar and errors, and drop its long warnings that it has no file for SmolLM3."""
     root, previous = logging.getLogger(), logging.root.manager.disable
-    # mergekit warns on the root logger, which installs a handler for the whole process where there is none.
+    # mergekit warns on the root logger, which would install a handler for the process if it has none.
     handler = logging.NullHandler()
     root.addHandler(handler)
     logging.disable(logging.WARNING)

@@ -1,7 +1,7 @@
-"""mergekit's YAML files: their documents, read with the models by name, and refused where mergekit is silent.
+"""Reads mergekit's YAML files: their documents and the models that they name.
 
-mergekit ignores keys that it does not know; here each is refused by name. `name` and `random_seed`, which are options
-of its commands, may stand in a document.
+mergekit ignores unknown keys; here each of them is refused by name. A document may also have `name` and `random_seed`,
+which are options of mergekit's commands.
 """
 
 import os
@@ -16,7 +16,7 @@ import yaml
 from smolpost.errors import UserError
 from smolpost.merging.checkpoint import Checkpoint
 
-# Keys by the part of the file they stand in.
+# Part of the file -> its keys.
 KEYS = {
     "file": (
         "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
@@ -41,9 +41,9 @@ class Document:
 
     Attributes:
         where: The document in messages.
-        config: mergekit's keys with names for models, without those below; `tokenizer_source` stands as `tokenizer`.
+        config: mergekit's keys, with names for models and without the keys below; `tokenizer_source` is `tokenizer`.
         models: Name -> checkpoint of every model, in the order of the file.
-        name: By which later documents name its result, or None.
+        name: Later documents use the result by this name; or None.
         seed: `random_seed`, or None.
         chat_template: As stated: a name of mergekit's, "auto", a template's text, or None.
         used: The given names that the document names.
@@ -63,10 +63,10 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
 
     Args:
         named: Name in the file -> folder.
-        place: Number of a document, from 0 -> where its result will lie, for those that later ones name.
+        place: Number of a document, from 0 -> folder of its result, for documents that later ones name.
     Raises:
-        UserError: The file cannot be read, holds a key that mergekit or this project would ignore, a model is not
-            here, a name is of no model, or a document is neither the last nor named by a later one.
+        UserError: The file cannot be read, or has a key that would be ignored; a model is missing; a name belongs to no
+            model; or a document is neither the last nor named by a later one.
     """
     try:
         stated = [
@@ -77,7 +77,7 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"merge config {file} cannot be read ({reason(error)})") from error
     if not stated:
-        raise UserError(f"merge config {file} holds no merge")
+        raise UserError(f"merge config {file} has no merge")
     documents, made = [], {}
     for number, content in enumerate(stated):
         where = f"merge config {file}" + (f", document {number + 1}" if len(stated) > 1 else "")
@@ -87,11 +87,13 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
         documents.append(document)
         if number + 1 < len(stated):
             if document.name is None:
-                raise UserError(f"{where} has no name, by which a later one could name its result; put it last")
+                raise UserError(
+                    f"{where} has no name, so later documents cannot use its result; give it a name or put it last"
+                )
             made[document.name] = place(number)
     used = set().union(*(document.used for document in documents))
     for name in sorted(named.keys() - used):
-        raise UserError(f"merge config {file} names no model {name}; drop {name}={named[name]}, or mend its name")
+        raise UserError(f"merge config {file} names no model {name}; drop {name}={named[name]}, or correct its name")
     for name in sorted(made.keys() - used):
         raise UserError(
             f"merge config {file}: no later document names {name}, and the last one is the result; merge it in a file "
@@ -101,7 +103,7 @@ def read_file(file: Path, named: dict[str, Path], place: Callable[[int], Path]) 
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; the last one would win in silence."""
+    """YAML in which a repeated key is an error; otherwise the last one would win silently."""
 
     def compose_mapping_node(self, anchor):
         # Before anchors are merged into mappings (<<), where a key of the mapping's own may repeat an anchor's.
@@ -109,7 +111,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         repeated = [key for key in keys if keys.count(key) > 1]
         if repeated:
-            raise yaml.composer.ComposerError(None, None, f"key {repeated[0]} stands twice", node.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"key {repeated[0]} is repeated", node.start_mark)
         return node
 
 
@@ -134,7 +136,7 @@ def _document(content: Any, named: dict[str, Path], where: str) -> Document:
 def with_models(value: Any, change: Callable[[Any], Any], key: str = "") -> Any:
     """A copy of a configuration with `change(model)` in place of every model that it names.
 
-    A mapping that stands at several places, by an anchor of YAML, is copied for each.
+    A mapping that a YAML anchor puts at several places is copied for each of them.
     """
     if key in ("model", "base_model") and value is not None:
         return change(value)
@@ -221,7 +223,7 @@ class _Models:
         folder = Path(model)
         if not folder.is_dir():
             raise UserError(
-                f"{self._where}: model {model} is no folder here"
+                f"{self._where}: model {model} is not a folder here"
                 f"{' and not one of ' + ', '.join(self._named) if self._named else ''}; download it and name its "
                 f"folder in the file or as {model}=FOLDER (an adapter has a folder of its own)"
             )
@@ -243,7 +245,7 @@ def _check_keys(value: Any, part: str, where: str) -> None:
 
 
 def _elsewhere(key: str) -> str:
-    """Where a key that stands in the wrong part belongs."""
+    """For a key in the wrong part: where it belongs."""
     from mergekit.merge_methods.registry import registered_methods
 
     if key in KEYS["tokenizer"]:

@@ -1,0 +1,270 @@
+"""What a stage kind is: a dataclass of its fields, with its checks, inputs, key, commands and work.
+
+A kind is one file: a subclass of `Stage` under `@stage_kind`. Its module is imported whenever a recipe is read, so what
+takes long to import (torch, transformers) is imported inside the methods that need it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from smolpost.errors import UserError
+from smolpost.registry import STAGE_KINDS
+from smolpost.schema import MISSING, Mixture, Recipe
+
+CHECKPOINT = "checkpoint"  # stands for model.checkpoint wherever a stage may be named
+
+
+def stage_kind(cls: type["Stage"]) -> type["Stage"]:
+    """Register a stage kind under the value of its field `kind`."""
+    return STAGE_KINDS.add(cls.kind, cls)
+
+
+class Keys(Protocol):
+    """What decides results, as short texts that differ where the results may: for `Stage.key_parts`."""
+
+    recipe: Recipe
+
+    def mixture(self, mixture: Mixture) -> str:
+        """Content and settings of a mixture's rows."""
+
+    def file(self, path: str) -> str:
+        """Content of a file."""
+
+    def task(self, name: str, seed: int) -> dict:
+        """All that decides what an evaluation task measures, but the model."""
+
+    def tokenizer(self, name: str) -> str:
+        """The tokenizer of a stage's model, or of the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage to run, for one seed.
+
+    Attributes:
+        name: The stage's name, with `-SEED` where the stage has several seeds.
+        entry: Its name under `stages` in the recipe.
+        seed: Training seed, or None for kinds without one.
+        config: What the recipe says there.
+        weights: Name of a planned stage, or "checkpoint", that it reads -> weight; 1 where the stage starts from it.
+        base: The input that the result's config and tokenizer come from, or None for kinds that make no model.
+        data_stages: Names of the planned stages whose output files this one reads.
+        making: Command lines in order, as a user would type them.
+        measuring: The command line that evaluates the model, or None for kinds that make none.
+    """
+
+    name: str
+    entry: str
+    seed: int | None
+    config: "Stage"
+    weights: dict[str, float]
+    base: str | None
+    data_stages: tuple[str, ...]
+    making: tuple[tuple[str, ...], ...]
+    measuring: tuple[str, ...] | None
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        return (*self.making, *([self.measuring] if self.measuring else []))
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*(name for name in self.weights if name != CHECKPOINT), *self.data_stages]))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage gets to do its work.
+
+    Attributes:
+        stage: Which one, for which seed.
+        recipe: The whole recipe.
+        inputs: Folder of every checkpoint that it starts from, by name.
+        data: The mixtures that it reads, by name, with the paths of all files filled in.
+        rows: Name of any mixture -> its (source, row) pairs, in the mixture's order.
+        folder: Where it writes: an empty folder, or for `Stage.RESUMABLE` kinds what an earlier try left there.
+        prepared: Folder of its prepared rows, or None.
+        root: The pipeline's folder, for what stages share.
+    """
+
+    stage: Planned
+    recipe: Recipe
+    inputs: dict[str, Path]
+    data: dict[str, Mixture]
+    rows: Callable[[str], list[tuple[str, dict]]]
+    folder: Path
+    prepared: Path | None
+    root: Path
+
+
+@dataclass
+class Stage:
+    """The fields that a kind has in a recipe, and what the pipeline asks of it.
+
+    Attributes:
+        VERSION: Of the kind's result: raised when the same settings and inputs give another result than before, so that
+            nothing finished is reused for it. A golden test asks for it.
+        MAKES_MODEL: The folder holds a model that is worth evaluating.
+        RESUMABLE: The work goes on with what an earlier try left in the folder; otherwise it begins in an empty folder.
+        LAUNCHED: The work runs on all ranks of `accelerate launch`.
+        SCRIPT: The job under data_gen/ or merge/ that does the work; None: `smolpost make` does it.
+    """
+
+    kind: str = MISSING
+
+    VERSION: ClassVar[int] = 1
+    MAKES_MODEL: ClassVar[bool] = False
+    RESUMABLE: ClassVar[bool] = False
+    LAUNCHED: ClassVar[bool] = False
+    SCRIPT: ClassVar[str | None] = None
+
+    # ------------------------------------------------------------ inputs
+
+    def parents(self) -> list[tuple[str, str]]:
+        """(key, stage name or "checkpoint") of every checkpoint that the stage reads."""
+        return []
+
+    def mixtures(self) -> list[tuple[str, str]]:
+        """(key, mixture name) of every mixture under `data` that the stage reads."""
+        return []
+
+    def rows_read(self, mixture: Mixture) -> Mixture:
+        """The mixture without settings that this kind does not read."""
+        return mixture
+
+    def tasks(self) -> list[str]:
+        """Names of the evaluation tasks that the stage measures while it is made."""
+        return []
+
+    def seeds_to_run(self) -> list[int | None]:
+        """One planned stage for each."""
+        return [None]
+
+    def input_weights(self, entry: str, stages: Mapping[str, "Stage"]) -> dict[str, float]:
+        """`Planned.weights` of the stage that the recipe calls `entry`.
+
+        Raises:
+            UserError: An input has several seeds.
+        """
+        for key, parent in self.parents():
+            if len(found := leaves(parent, stages)) > 1:
+                raise UserError(
+                    f"stages.{entry}.{key}={parent} has several seeds ({', '.join(found)}); soup them in a merge "
+                    "stage first"
+                )
+        return {parent: 1.0 for _, parent in self.parents()}
+
+    def base_input(self, stages: Mapping[str, "Stage"]) -> str | None:
+        """`Planned.base`."""
+        return None
+
+    def mean_of(self) -> dict[str, float] | None:
+        """Stage or "checkpoint" -> weight where the model is no more than the weighted mean of these; else None.
+
+        A merge of such a model sums the inputs themselves, so that it rounds once and not twice.
+        """
+        return None
+
+    def template_of(self, stages: Mapping[str, "Stage"]) -> str | None:
+        """Name of the chat template that the model was trained with, where the recipe says it."""
+        return None
+
+    # ------------------------------------------------------------ checks
+
+    def folder_names(self) -> dict[str, list[str]]:
+        """Key -> names of the user's choice that become files."""
+        return {}
+
+    def nested_settings(self) -> list[tuple[str, dict[str, Any], type, str]]:
+        """(key, settings, dataclass, words) of every field whose keys are the fields of another registered entry.
+
+        The words name what chooses the dataclass, e.g. "loss=robust".
+        """
+        return []
+
+    def check(self, key: str, recipe: Recipe, place: Callable[[str], str]) -> None:
+        """Refuse settings that cannot be meant; types, choices and intervals are checked already.
+
+        Args:
+            key: `stages.NAME`.
+            place: Full key -> the file that wrote it, or "the command line".
+        Raises:
+            Wrong: With the key below `key`, the value and what would do.
+        """
+
+    def check_plan(self, entry: str, recipe: Recipe) -> None:
+        """Refuse what does not fit the other stages or the launch; all names exist, and nothing depends on itself.
+
+        Raises:
+            UserError: With the remedy.
+        """
+
+    # ------------------------------------------------------------ key
+
+    def key_parts(self, keys: Keys, stage: Planned) -> dict[str, Any]:
+        """What the key hangs on beside kind, version, seed, parents, fields and data."""
+        return {}
+
+    def keyed_fields(self) -> dict[str, Any]:
+        """The fields that can change the result."""
+        return keyed(self)
+
+    def prepared_parts(self, keys: Keys) -> dict[str, Any] | None:
+        """What the key of the stage's prepared rows hangs on; None where the kind prepares none."""
+        return None
+
+    def file_parts(self, path: str) -> list | None:
+        """What one of the files hangs on, where that is less than the stage's whole key; else None."""
+        return None
+
+    # ------------------------------------------------------------ work
+
+    def make(self, work: Work) -> dict[str, Any]:
+        """Write the stage's files into `work.folder`.
+
+        Returns:
+            A report for the manifest, fit for JSON.
+        Raises:
+            UserError: Something cannot be used.
+        """
+        raise NotImplementedError
+
+    def tidy(self, folder: Path) -> None:
+        """Remove what only an unfinished stage needs; the manifest is written."""
+
+
+def keyed(config: Any) -> dict[str, Any]:
+    """The fields of a stage or an evaluation task that can change its result."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata.get("in_key", True)]
+    return {f.name: getattr(config, f.name) for f in fields}
+
+
+def leaves(parent: str, stages: Mapping[str, Stage]) -> list[str]:
+    """Names of the planned stages of a stage: its own, or one for each of several seeds."""
+    seeds = stages[parent].seeds_to_run() if parent in stages else [None]
+    return [f"{parent}-{seed}" for seed in seeds] if len(seeds) > 1 else [parent]
+
+
+def summed(inputs: Mapping[str, float], stages: Mapping[str, Stage]) -> dict[str, float]:
+    """Checkpoints behind weighted inputs: a plain mean (`Stage.mean_of`) is taken apart, seeds share equally."""
+    flat: dict[str, float] = {}
+    for parent, weight in inputs.items():
+        mean = stages[parent].mean_of() if parent in stages else None
+        if mean is not None:
+            shares = summed(mean, stages)
+        else:
+            names = leaves(parent, stages)
+            shares = dict.fromkeys(names, 1 / len(names))
+        for name, share in shares.items():
+            flat[name] = flat.get(name, 0.0) + weight * share
+    return flat
+
+
+def base_leaf(base: str, stages: Mapping[str, Stage]) -> str:
+    """The planned stage behind a merge's `base`: a plain mean has its own base's config and tokenizer."""
+    while base in stages and stages[base].mean_of() is not None:
+        base = stages[base].base
+    return leaves(base, stages)[0]

@@ -1,0 +1,183 @@
+"""What the stages share that train: prepared rows, a start checkpoint, ranks, checkpoints to resume from."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
+from smolpost.errors import UserError, Wrong
+from smolpost.stages.base import CHECKPOINT, Stage, Work
+from smolpost.training.batch_size import check_global_batch
+
+RENDERING = ("layout", "today", "train_roles", "train_reasoning", "last_turn_only")
+
+
+class TrainStage(Stage):
+    """A kind that trains. Beside it a subclass has the fields of a `training.settings.Training`.
+
+    Attributes:
+        ROWS: The class of `data.settings` whose fields decide the prepared rows.
+    """
+
+    MAKES_MODEL: ClassVar[bool] = True
+    RESUMABLE: ClassVar[bool] = True
+    LAUNCHED: ClassVar[bool] = True
+    ROWS: ClassVar[type]
+
+    # ------------------------------------------------------------ inputs
+
+    def parents(self):
+        return [("init_from", self.init_from)]
+
+    def mixtures(self):
+        return [("data", self.data)]
+
+    def seeds_to_run(self):
+        return self.seeds
+
+    def base_input(self, stages):
+        return self.init_from
+
+    def template_of(self, stages):
+        return self.template
+
+    # ------------------------------------------------------------ checks
+
+    def check(self, key, recipe, place):
+        if self.lora.r and self.snapshot_steps:
+            raise Wrong(
+                f"{key}.snapshot_steps",
+                f"={self.snapshot_steps} keeps whole weights, and {key}.lora.r={self.lora.r} trains adapters; set one "
+                "of them to null or 0",
+            )
+
+    def check_plan(self, entry, recipe):
+        """Refuse more ranks than rows, and another template than the start's.
+
+        A base checkpoint's own template is known when its rows are prepared.
+        """
+        from smolpost.chat.render import load_template
+
+        check_global_batch(entry, self.global_batch_size, recipe.accelerate.get("num_processes", 1))
+        stages = recipe.stages
+        spoken = stages[self.init_from].template_of(stages) if self.init_from in stages else None
+        if spoken is None or self.allow_template_change or load_template(spoken) == load_template(self.template):
+            return
+        raise UserError(
+            f"stages.{entry}.template={self.template}, but {self.init_from} was trained with {spoken}; "
+            f"set the same one, or stages.{entry}.allow_template_change=true where the change is meant"
+        )
+
+    # ------------------------------------------------------------ keys
+
+    def rows_fields(self) -> dict[str, Any]:
+        """The fields that decide the prepared rows, without those that the key has by content."""
+        fields = [f for f in dataclasses.fields(self.ROWS) if f.metadata.get("in_key", True)]
+        return {f.name: getattr(self, f.name) for f in fields if f.name not in ("data", "template")}
+
+    def keyed_fields(self):
+        without = (*self.rows_fields(), "data", "template", "seeds", "init_from")
+        return {name: value for name, value in super().keyed_fields().items() if name not in without}
+
+    def prepared_parts(self, keys):
+        from smolpost.chat.render import load_template
+
+        return {
+            "layout": self.layout,
+            "tokenizer": keys.tokenizer(self.init_from),
+            "settings": self.rows_fields(),
+            "template": load_template(self.template),
+            "data": keys.mixture(keys.recipe.data[self.data]),
+            "version": [TOKENIZE_VERSION, PREPARE_VERSION],
+        }
+
+    def tokenized_parts(self, source: list, hygiene: list, tokenizer: str) -> dict[str, Any]:
+        """What the tokenized rows of a source hang on; all stages that read and render it in the same way share them.
+
+        Args:
+            source: Its rows by content and its settings, without SELECTING.
+            hygiene: The mixture's settings, and content of the evaluation files that rows are compared with.
+            tokenizer: All that decides how it renders and tokenizes.
+        """
+        return {
+            "source": source,
+            "rendering": {name: getattr(self, name) for name in RENDERING},
+            "hygiene": hygiene,
+            "tokenizer": tokenizer,
+            "version": TOKENIZE_VERSION,
+        }
+
+    # ------------------------------------------------------------ work
+
+    def check_start(self, work: Work) -> None:
+        """Refuse a start checkpoint that cannot be trained, before rows are prepared.
+
+        Raises:
+            UserError: With the remedy.
+        """
+        from smolpost.training.start import check_start
+
+        stage, attention = work.stage, work.recipe.model.attn_implementation
+        check_start(stage.entry, self, work.inputs[self.init_from], attention)
+
+    def tokenizer_for(self, work: Work):
+        """The start's tokenizer with the stage's chat template.
+
+        Raises:
+            UserError: The base checkpoint speaks another template, and the stage does not allow the change.
+        """
+        from transformers import AutoTokenizer
+
+        from smolpost.chat.render import load_template, template_hash
+
+        tokenizer, template = AutoTokenizer.from_pretrained(work.inputs[self.init_from]), load_template(self.template)
+        found = tokenizer.chat_template if self.init_from == CHECKPOINT else None
+        if isinstance(found, str) and found != template and not self.allow_template_change:
+            entry = work.stage.entry
+            raise UserError(
+                f"stages.{entry}.template={self.template} (hash {template_hash(template)}) is not the chat template "
+                f"of model.checkpoint (hash {template_hash(found)}); set a .jinja file with that one, or "
+                f"stages.{entry}.allow_template_change=true where the change is meant"
+            )
+        tokenizer.chat_template = template
+        return tokenizer
+
+    def prepare(self, work: Work, tokenizer, shards: Callable[[str], Path]) -> dict:
+        """Write the prepared rows into `work.folder`; the ledger.
+
+        Args:
+            tokenizer: Of `tokenizer_for`.
+            shards: Source's name -> folder of its tokenized rows.
+        Raises:
+            RefusedRows: Too many rows are refused.
+        """
+        from smolpost.data.prepare import prepare
+
+        return prepare(self, work.data[self.data], tokenizer, shards, work.folder)
+
+    def make(self, work: Work):
+        from smolpost.training.environment import detect
+        from smolpost.training.train import train
+
+        return train(
+            work.stage.entry,
+            self,
+            self.method(),
+            seed=work.stage.seed,
+            start=work.inputs[self.init_from],
+            prepared=work.prepared,
+            out=work.folder,
+            references=work.root / "references",
+            attn_implementation=work.recipe.model.attn_implementation,
+            environment=detect(self.precision),
+        )
+
+    def method(self):
+        """The `training.train.Method` that trains on the stage's rows, a module that imports torch."""
+        raise NotImplementedError
+
+    def tidy(self, folder):
+        from smolpost.training.checkpoints import remove_all
+
+        remove_all(folder)

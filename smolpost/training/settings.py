@@ -1,0 +1,74 @@
+"""The fields of a training stage. Apart from the code that reads them, as a plan is made without torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from smolpost.data.settings import DocumentRows, PairRows, Rows
+from smolpost.registry import LOSSES
+from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685) in place of the full weights; the finished stage has them merged in."""
+
+    r: int = number("[0, inf)", 0)  # rank of each adapter; 0: no adapters, all weights train
+    alpha: float = positive(32.0)  # an adapter's product counts alpha / r
+    dropout: float = number("[0, 1)", 0.0)  # of an adapter's input
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )  # linear layers that get an adapter, by the end of their names
+
+
+@dataclass
+class Training(Rows):
+    """What all training shares."""
+
+    init_from: str = MISSING  # stage name, or "checkpoint": model.checkpoint
+    allow_template_change: bool = tuning(False)  # start from a checkpoint that was trained with another template
+    learning_rate: float = positive()  # peak
+    min_lr_ratio: float = number("[0, 1)", 0.1)  # of the peak, where cosine and wsd end; linear ends at 0
+    lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
+    decay_ratio: float = number("[0, 1)", 0.2)  # of all steps: wsd's linear decay at the end
+    warmup_ratio: float = number("[0, 1)", 0.03)  # of all steps
+    max_grad_norm: float = positive(0.2)
+    weight_decay: float = number("[0, inf)", 0.1)  # not on embeddings, norms and biases
+    adam_beta1: float = number("[0, 1)", 0.9)
+    adam_beta2: float = number("[0, 1)", 0.95)
+    adam_epsilon: float = positive(1e-8)
+    num_epochs: float = positive(1.0)
+    max_steps: int | None = count(None)  # optimizer steps; overrides num_epochs
+    global_batch_size: int = count()  # rows (packs, or pairs) per optimizer step, on any number of ranks
+    seeds: list[int] = numbers(SEEDS, 42)  # one checkpoint each; several make NAME-SEED
+    precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
+    rope_theta: float | None = positive(None)  # new RoPE base, for long-context stages
+    max_position_embeddings: int | None = count(None)  # new longest context, tokens
+    lora: LoRA = field(default_factory=LoRA)
+    snapshot_steps: int | None = count(None)  # optimizer steps between weights kept for averages; null: none
+    gradient_checkpointing: bool = tuning(True)
+    logging_steps: int = tuning(10, "[1, inf)")
+    save_steps: int = tuning(500, "[1, inf)")  # optimizer steps between resumable checkpoints
+    save_total_limit: int = tuning(2, "[2, inf)")  # resumable checkpoints kept; with 1, a kill while saving loses all
+    report_to: list[str] = tuning(["tensorboard"])
+
+
+@dataclass
+class PackTraining(Training, DocumentRows):
+    """On packs of documents."""
+
+    shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
+    micro_batch_size: int = tuning(1, "[1, inf)")  # packs per rank and forward pass
+
+
+@dataclass
+class PairTraining(Training, PairRows):
+    """On preference pairs, beside a reference."""
+
+    loss: str = registered(LOSSES, "apo_zero")  # TRL's names; sigmoid is DPO
+    loss_settings: dict[str, Any] = field(default_factory=dict)  # of the loss alone, e.g. robust's label_smoothing
+    beta: float = positive(0.05)  # scale on the log-ratios, per nat
+    ld_alpha: float | None = number("[0, 1]", None)  # weight of tokens beyond the pair's shorter side (LD-DPO); null: 1
+    sft_weight: float = number("[0, inf)", 0.0)  # of the chosen tokens' mean negative log-likelihood, added to the loss
+    warmup_ratio: float = number("[0, 1)", 0.1)
+    learning_rate: float = positive(1e-6)
+    pack_tokens: int | None = tuning(None, "[2, inf)")  # tokens per forward pass, longer pairs alone; null: max_seq_len
