@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smolpost import recipe
+from smolpost.chat.fates import Fate
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.rows import Row
@@ -181,7 +182,8 @@ def test_sft_trains_on_transformers_own_loss_of_unpacked_rows(family, sft):
     peer, nats, num_tokens = stock(family.start), 0.0, 0
     for row in rows[:4]:
         ends = np.cumsum(row["seq_lengths"])[:-1]
-        for ids, labels in zip(np.split(row["input_ids"], ends), np.split(row["labels"], ends), strict=True):
+        for ids, fates in zip(np.split(row["input_ids"], ends), np.split(row["fates"], ends), strict=True):
+            labels = np.where(fates == Fate.TRAINED, ids, IGNORE_INDEX)
             num = int((labels[1:] != IGNORE_INDEX).sum())
             nats += peer(torch.tensor(ids)[None], labels=torch.tensor(labels)[None].long()).loss * num
             num_tokens += num
