@@ -1,11 +1,12 @@
 """Keys: a result's place changes with all that can change the result, and with nothing else."""
 
 import json
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from smolpost import recipe
+from smolpost import files, recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
@@ -184,3 +185,12 @@ def test_tokenized_rows_are_named_by_what_decides_them_and_nothing_else(words):
                   "data.sft.sources.gsm8k.columns=alpaca"):  # fmt: skip
         assert folder(other) != base, other
     assert folder(tokenizer="u") != base
+
+
+def test_a_second_command_reads_no_data_file(words, monkeypatch):
+    now, read = time.time_ns, []
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # the files have not changed just now
+    monkeypatch.setattr(files, "sha256", lambda file, own=files.sha256: read.append(file.name) or own(file))
+    first = keys(words)
+    assert sorted(read) == ["smoltalk2_mid.jsonl", "smoltalk2_preference.jsonl", "smoltalk2_sft.jsonl"]
+    assert keys(words) == first and len(read) == 3
