@@ -1,4 +1,4 @@
-"""Disks that do not take what is written: found before the work, and named where it fails in the middle."""
+"""Disks that cannot be written: found before the work begins, and named if a write fails later."""
 
 import errno
 import os
@@ -21,17 +21,17 @@ run_dir: Path | None = None  # the folder of this process's pipeline, once its r
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in the folder, or in the one in which it would be made; on a full disk, too."""
+    """Whether files can be created in the folder, or in the folder above if it does not exist; also on a full disk."""
     return os.access(_existing(folder), os.W_OK | os.X_OK)
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Try whether files can be made in the folder, or in the one in which it would be made.
+    """Refuse a folder in which no file can be created; for one that does not exist, its nearest existing parent.
 
     Args:
         setting: The words that chose it, for the message.
     Raises:
-        UserError: They cannot.
+        UserError: No file can be created there.
     """
     place = _existing(folder)
     try:
@@ -46,7 +46,7 @@ def check_writable(folder: Path, setting: str) -> None:
 
 
 def explained(error: BaseException) -> str | None:
-    """An error as one line where a disk caused it: which one, and what helps; None for any other error."""
+    """One line for an error that a disk caused, with the disk and the remedy; None for other errors."""
     for link in (error, error.__cause__):
         if isinstance(link, OSError) and link.errno in REFUSED and link.filename:
             return f"{link.filename}: {link.strerror}; give this user the right to it, or name another place"
@@ -74,7 +74,7 @@ def _full_place(file: Path | None) -> tuple[Path, str]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or the nearest existing folder above it."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 

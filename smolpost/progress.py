@@ -1,4 +1,4 @@
-"""How far work has come: one bar in a terminal, a plain line now and then in a log file.
+"""Progress of long work: one bar in a terminal, a plain line from time to time in a log file.
 
 All of it goes to stderr, beside what commands print.
 """
@@ -15,7 +15,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
 def duration(seconds: float) -> str:
-    """As exact as an estimate deserves: 42 s, 12 min, 3 h 20 min."""
+    """A duration with the precision of an estimate: 42 s, 12 min, 3 h 20 min."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -58,13 +58,13 @@ class Progress:
         self._view.close(finished=error is None)
 
     def update(self, number: int = 1) -> None:
-        """So many more units are done."""
+        """Count more units as done."""
         self.done += number
         self.part = 0.0
         self._moved()
 
     def find(self, number: int = 1) -> None:
-        """So many units turn out to be done by an earlier run."""
+        """Count units that an earlier run has done."""
         self.found += number
         self.update(number)
 
@@ -135,7 +135,7 @@ class Terminal:
 
 
 class Lines:
-    """What a log file can hold: a line at most every LINES seconds, and one at the end."""
+    """Lines for a log file: at most one every LINES seconds, and one at the end."""
 
     def __init__(self, progress: Progress):
         self.progress = progress

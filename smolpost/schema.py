@@ -19,7 +19,7 @@ SEEDS = "[0, 4294967295]"  # what numpy, torch and Python all take
 
 
 def tuning(default: Any, interval: str | None = None) -> Any:
-    """A field that changes how a stage runs, never what it makes: left out of the stage's cache key."""
+    """A field that changes how a stage runs and never its result, so it is not in the stage's key."""
     return _field(default, in_key=False, interval=interval)
 
 
@@ -29,7 +29,7 @@ def number(interval: str, default: Any = MISSING) -> Any:
 
 
 def count(default: Any = MISSING) -> Any:
-    """A number of things, one at least."""
+    """A number of things, at least one."""
     return _field(default, interval="[1, inf)")
 
 
@@ -44,7 +44,7 @@ def seeded(default: int) -> Any:
 
 
 def numbers(interval: str, *default: float) -> Any:
-    """A list of numbers, one at least, each in the interval and none twice."""
+    """A list of different numbers, at least one, each in the interval."""
     return _field(list(default), interval=interval, filled=True, distinct=True)
 
 
@@ -60,7 +60,7 @@ def _field(default: Any, **metadata: Any) -> Any:
 
 
 def registered(registry: Registry, default: str) -> Any:
-    """A field that takes the name of an entry, also of one that is added later."""
+    """A field that takes the name of an entry, including entries that plugins add later."""
     return field(default=default, metadata={"choices": registry})
 
 

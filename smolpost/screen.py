@@ -1,4 +1,4 @@
-"""The console that commands print on: texts of users, paths and names appear as they are, and no number is cut."""
+"""The console that commands print on. It shows users' texts, paths and names unchanged, and cuts no number."""
 
 import os
 import shlex
@@ -24,12 +24,12 @@ def console(width: int | None = None) -> Console:
 
 
 def command_line(words: Iterable[str]) -> str:
-    """The words as a shell takes them: pasted, they are the same words again."""
+    """The words quoted for a shell, so that pasting them gives the same words."""
     return shlex.join(map(str, words))
 
 
 class Blocks:
-    """A table for any width: columns that do not fit stand in a further block below, under the names of their rows.
+    """A table for any width: columns that do not fit go into another block below, which repeats the rows' names.
 
     Names fold where they must. A cell is never cut: a number without its last digits is another number.
 
@@ -111,6 +111,6 @@ class Blocks:
 
 
 def shown(path: Path) -> str:
-    """The path as a user in this directory would type it: relative where it lies below, absolute elsewhere."""
+    """The path as a user would type it here: relative if it is below this directory, else absolute."""
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith("..") else relative

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: raised where a process can end at once, kept where a step must end first, passed on."""
+"""SIGINT, SIGTERM and SIGHUP: a process ends at once, or after its current step, or passes the signal on."""
 
 import contextlib
 import os
@@ -30,12 +30,12 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(signum: int) -> int:
-    """What a shell shows of a process that the signal ended: 130 for ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """The exit code that shells show for a process that the signal ended: 130 ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     return 128 + signum
 
 
 def stopped_line(code: int, where: str = "") -> str:
-    """The one line about an end with `exit_code`."""
+    """The line that says why the process ended with `exit_code`."""
     number = signal.Signals(code - 128)
     name = "ctrl-C" if number == signal.SIGINT else number.name
     return f"smolpost: stopped by {name}{where}; the same command continues here"
@@ -47,13 +47,13 @@ def is_stop(code: int) -> bool:
 
 
 def stop(signum: int, frame: FrameType | None = None) -> None:
-    """The handler for work that goes on from its own parts."""
+    """The handler for work that can be continued from its finished parts."""
     leave_closed_terminal()
     raise Stopped(signum)
 
 
 def leave_closed_terminal() -> None:
-    """Print nowhere where the terminal is gone: it refuses all lines, which would end the work before it is saved."""
+    """Stop printing if the terminal is gone: failing prints would end the work before it is saved."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
@@ -82,7 +82,7 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 @contextlib.contextmanager
 def no_ctrl_c() -> Iterator[None]:
-    """A process started in this block never gets ctrl-C: a terminal sends it to all, this process passes it on.
+    """A process started in this block never gets ctrl-C from the terminal; this process passes it on.
 
     Blocked rather than ignored: one that comes to this process in the meantime is not lost.
     """
@@ -142,7 +142,7 @@ class PassedOn(Kept):
 
 
 def default_in_fork() -> None:
-    """In a forked worker: end at the signals that its parent handles, ctrl-C apart, after which the parent ends it."""
+    """In a forked worker: end at the signals that its parent handles, except ctrl-C, after which the parent ends it."""
     for number in ENDING:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

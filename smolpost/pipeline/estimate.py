@@ -20,7 +20,7 @@ def finished_before(stage: Located) -> list[dict]:
 
 
 def as_stored(stage: Located) -> dict:
-    """A stage's settings as its manifest holds them."""
+    """A stage's settings as its manifest has them."""
     return json.loads(json.dumps(stage.shown))
 
 
@@ -43,7 +43,7 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
 
 
 def _seconds(stage: Located, word: str) -> float | None:
-    """What the stage's commands took when they last did as much work, rather with its own seed; None: never."""
+    """Seconds that the stage's commands last took for as much work, with its own seed if possible; None: never."""
     same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage))]
     found = [m for m in same if m["stage"] == stage.name] or same
     if not found:

@@ -1,4 +1,4 @@
-"""Walk a plan: skip what is finished, continue what was cut, and end in one table."""
+"""Carry out a plan: skip finished stages, continue interrupted ones, and end in one table."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def status(stage: Located) -> tuple[str, str]:
 
 
 def _changes(stage: Located) -> str:
-    """How the stage differs from its newest finished namesake."""
+    """How the stage differs from the newest finished stage of the same name."""
     earlier = [found for found in estimate.finished_before(stage) if found["stage"] == stage.name]
     if not earlier:
         return "new"
@@ -101,7 +101,7 @@ def _check_tasks(tasks: dict[str, EvaluationTask]) -> None:
 
 
 def _check_made(stage: Located, measured: list[Located]) -> None:
-    """Refuse to go on where commands that ended well have made results under other keys than this run knows."""
+    """Refuse to go on if the commands succeeded but their results have other keys than this run expects."""
     missing = [s for s in (stage, *measured) if not s.finished()] + [s for s in measured if not s.evaluated()]
     if missing:
         raise UserError(
@@ -186,7 +186,7 @@ def _earlier_results(file: Path) -> dict[str, dict]:
 
 
 def _result(stage: Located, before: dict) -> dict:
-    """What the pipeline's results say of a finished stage.
+    """The entry of a finished stage in the pipeline's results.
 
     Args:
         before: What they said; its evaluation stays where this run measures nothing of the same model.
@@ -200,7 +200,7 @@ def _result(stage: Located, before: dict) -> dict:
 
 
 def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
-    """Lines that name the plots of these stages and the command that shows their training, where there are any."""
+    """Lines that name the plots of these stages and the command that shows their training curves, if they have any."""
     folders = [lineage.stages[name].folder for name in names]
     plots = [str(file) for folder in folders for file in sorted(folder.glob("*.png"))]
     measured = lineage.root / "evaluations"
@@ -213,7 +213,7 @@ def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
 
 
 def heading(text: str, console: Console) -> None:
-    """A rule across the screen that begins with the text, or the bare text where a rule would cut it."""
+    """A rule across the screen that begins with the text; the text alone if it is too long for that."""
     console.print(Rule(text, align="left") if cell_len(text) + 4 <= console.width else text, soft_wrap=True)
 
 

@@ -162,7 +162,7 @@ def _prepare(lineage: Lineage, stage: Located, locks: contextlib.ExitStack) -> d
 
 
 def tokenized(lineage: Lineage, stage: Located, source: str, tokenizer: str) -> Path:
-    """Folder of a source's tokenized rows, which all stages share that read and render them in the same way.
+    """Folder of a source's tokenized rows. All stages that read and render it in the same way share it.
 
     Args:
         source: Name in the stage's mixture.
@@ -206,7 +206,7 @@ def make_on_ranks(lineage: Lineage, stage: Located, rank: int) -> None:
 
 
 def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
-    """Every task of the recipe on one model, and the harness's; what has been measured already is read.
+    """Evaluate one model on every task of the recipe and of the harness; finished tasks are read from disk.
 
     Args:
         stage: Name of a stage that makes a model, or "checkpoint" for the model that the pipeline starts from.
@@ -228,7 +228,7 @@ def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
 
 
 def _harness(lineage: Lineage, stage: str, root: Path) -> dict[str, dict]:
-    """Scores of the harness's tasks, which stand beside ours."""
+    """Scores of the harness's tasks, shown beside ours."""
     from smolpost.evaluation.harness.run import VERSION as HARNESS_VERSION
     from smolpost.evaluation.harness.run import harness_key, run_harness
 
@@ -299,7 +299,7 @@ def adopt(folder: Path) -> None:
     """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key.
 
     Raises:
-        UserError: The folder is no checkpoint that loads whole, or has a manifest already.
+        UserError: The folder is not a checkpoint that loads completely, or it has a manifest already.
     """
     from smolpost.model.loading import check_whole
 

@@ -1,4 +1,4 @@
-"""YAML and command-line words in, one typed Recipe out. The only importer of hydra and omegaconf."""
+"""From YAML files and command-line words to one typed Recipe. Only this package imports hydra and omegaconf."""
 
 import smolpost.data.row_shapes
 import smolpost.evaluation.tasks

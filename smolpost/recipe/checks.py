@@ -1,4 +1,4 @@
-"""Do the parts of a recipe fit together, and can every value be meant?"""
+"""Checks of a typed recipe: its parts fit together, and every value makes sense."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ NAME = re.compile(r"\w[\w.+-]*")  # of a folder or file under run_dir
 
 
 def check(recipe: schema.Recipe, written: Written) -> None:
-    """Refuse a recipe whose values cannot mean anything.
+    """Refuse a recipe with values that make no sense.
 
     Args:
         written: Where each key was written, to say where the parts of a wrong sum come from.
@@ -45,7 +45,7 @@ def check(recipe: schema.Recipe, written: Written) -> None:
 
 
 def _check_names(recipe: schema.Recipe) -> None:
-    """Names that become folders and files: none leads out of run_dir."""
+    """Names that become folders and files must not lead out of run_dir."""
     named = {"stages": recipe.stages, "data": recipe.data, "evaluation.tasks": recipe.evaluation.tasks}
     named |= {f"data.{name}.sources": mixture.sources for name, mixture in recipe.data.items()}
     for stage, config in recipe.stages.items():
@@ -59,7 +59,7 @@ def _check_names(recipe: schema.Recipe) -> None:
 
 
 def _check_values(node: object, prefix: str) -> None:
-    """Choices, intervals and lists of every field that states them in the schema; numbers are finite everywhere."""
+    """Check the choices, intervals and lists that fields state; every number must be finite."""
     for f in dataclasses.fields(node):
         key, value = f"{prefix}{f.name}", getattr(node, f.name)
         options = f.metadata.get("choices")

@@ -1,4 +1,4 @@
-"""Hydra's part: files and words in, one untyped config out. Every fault is one line that names where it lies."""
+"""Hydra's part: it takes files and words and gives one untyped config. Each error is one line that says where it is."""
 
 import re
 from pathlib import Path
@@ -103,7 +103,7 @@ def _parse(words: list[str]) -> list[Override]:
 
 
 def _defaults(words: list[str], places: Places) -> Any:
-    """Hydra's defaults list: the files in the order in which they are merged, each with its place in the recipe."""
+    """Hydra's defaults list: the files in merge order, each with its place in the recipe."""
     try:
         return GlobalHydra.instance().config_loader().compute_defaults_list(ROOT, words, RunMode.RUN)
     except MissingConfigException as error:
@@ -121,7 +121,7 @@ def _defaults(words: list[str], places: Places) -> Any:
 
 
 def _written(defaults: list, words: list[Override], places: Places, unmeasured: bool) -> Written:
-    """All that is said, checked: by the files in their order, then by the words."""
+    """Everything that the files (in their order) and then the words say, checked against the schema."""
     written = Written()
     contents: list[tuple[dict, str]] = []
     for default in defaults:
@@ -166,7 +166,7 @@ def _misplaced(schema_entry: Any, defaults: list, places: Places) -> str:
 
 
 def _added(words: list[Override]) -> list[Override]:
-    """Words with `+`, and those about entries that they add: Hydra's own `+` cannot make an entry that has a type."""
+    """Words with `+`, and words about the entries that these add. Hydra's own `+` cannot add a typed entry."""
     adding = [word for word in words if word.is_add() or word.is_force_add()]
     touched = {_entry(word) for word in adding} - {None}
     return [word for word in words if word in adding or (_entry(word) in touched and not word.is_delete())]
@@ -230,7 +230,7 @@ def _missing(error: MissingConfigException, words: list[str], places: Places) ->
 
 
 def _one_line(error: Exception, places: Places, *, from_files: bool = False) -> str:
-    """A fault that only Hydra or OmegaConf sees, with the file in place of its name in a defaults list."""
+    """An error that only Hydra or OmegaConf finds, with the file instead of its name in a defaults list."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "No match in the defaults list" in str(error):
@@ -256,5 +256,5 @@ def _unreadable(word: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """The value as it stands between single quotes in Hydra's grammar."""
+    """The value as Hydra's grammar writes it between single quotes."""
     return re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", value))

@@ -1,4 +1,4 @@
-"""Where recipe files lie: in the user's folders first, then in the library's own."""
+"""Where recipe files are looked for: first in the user's folders, then in the library's own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +71,11 @@ class Places:
 
     @property
     def pipeline_name(self) -> str:
-        """The name of the pipeline file in the words of a defaults list: it lies one folder above its group's."""
+        """The pipeline file's name as a defaults list needs it: the file is one folder above its group's folder."""
         return f"pipeline/../{self.pipeline.stem}"
 
     def shadowed(self, names: list[str]) -> list[str]:
-        """A line for each file of the user's that stands in place of a file of the library with the same name."""
+        """A line for each of the user's files that replaces a file of the library with the same name."""
         shipped = room("recipes")
         files = {name: self.file(name) for name in dict.fromkeys(names)}
         return [

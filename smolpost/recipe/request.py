@@ -1,4 +1,4 @@
-"""A command line's words in, one typed Recipe out."""
+"""From the words of a command line to one typed Recipe."""
 
 import copy
 import re
@@ -74,7 +74,7 @@ def load(words: list[str]) -> Request:
 
 
 def as_yaml(words: list[str], *, resolve: bool) -> str:
-    """The composed recipe as YAML, interpolations as they are written or resolved; the environment's stay.
+    """The composed recipe as YAML. Interpolations are resolved on request; those of the environment never are.
 
     Raises:
         UserError: As `load` does.
@@ -127,7 +127,7 @@ def _launch_flags(recipe: schema.Recipe, composed: Composed) -> dict:
 
 
 def _typed(config: DictConfig) -> schema.Recipe:
-    """Dataclasses all the way down; values that are missing and interpolations that lead nowhere are found here."""
+    """The recipe as dataclasses; missing values and broken interpolations are found here."""
     try:
         for parent, kinds in KINDS.items():
             _set_kinds(OmegaConf.select(config, parent), kinds)
@@ -148,7 +148,7 @@ def _typed(config: DictConfig) -> schema.Recipe:
 
 
 def _set_kinds(nodes: DictConfig, kinds: dict[str, type]) -> None:
-    """Give the entries that say their kind themselves, instead of by a defaults list, their type."""
+    """Give a type to the entries that state their kind themselves and not by a defaults list."""
     for name, node in nodes.items():
         if OmegaConf.get_type(node) is dict:
             with open_dict(nodes):

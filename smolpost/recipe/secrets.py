@@ -1,4 +1,4 @@
-"""Values that a recipe takes from the environment with ${oc.env:NAME}: used as they are, shown by their name."""
+"""Values that a recipe takes from the environment with ${oc.env:NAME}: used as they are, shown only by name."""
 
 import os
 import re
@@ -14,7 +14,7 @@ MARK = re.compile("\0(\\w+)\0")
 
 
 def mask(config: DictConfig) -> None:
-    """From now on, what this process prints has each variable that the unresolved recipe names by its name."""
+    """From now on, this process prints the names of the variables that the recipe uses instead of their values."""
     texts = {os.environ.get(name, ""): f"${{oc.env:{name}}}" for name in NAME.findall(OmegaConf.to_yaml(config))}
     names = {text: texts[text] for text in sorted(texts, key=len, reverse=True) if len(text) >= LEAST}
     for stream in ("stdout", "stderr") if names else ():
@@ -22,7 +22,7 @@ def mask(config: DictConfig) -> None:
 
 
 class _Masked:
-    """A stream in whose text some words are written by a name."""
+    """A stream that replaces some words by names."""
 
     def __init__(self, stream: TextIO, names: dict[str, str]):
         self._stream, self._names = stream, names
@@ -37,7 +37,7 @@ class _Masked:
 
 
 def environment(config: DictConfig) -> dict[str, str]:
-    """Full key of each value that the environment has a part in -> what is shown of it."""
+    """Full key of each value that uses the environment -> what is shown of it."""
     if not NAME.search(OmegaConf.to_yaml(config)):
         return {}
     found: dict[str, str] = {}
@@ -53,7 +53,7 @@ def as_yaml(config: DictConfig, *, resolve: bool) -> str:
 
 
 def masked(values: Any, key: str, environment: dict[str, str]) -> Any:
-    """A copy of nested values for people to read, with what comes from the environment by its name.
+    """A copy of nested values for people to read; values from the environment are replaced by their names.
 
     Args:
         values: Dicts, lists and leaves.
@@ -69,7 +69,7 @@ def masked(values: Any, key: str, environment: dict[str, str]) -> Any:
 
 
 def _named(config: DictConfig) -> dict:
-    """The resolved recipe without types, in which a mark with its name stands for each environment variable."""
+    """The resolved recipe without types; each environment variable is replaced by a mark with its name."""
     read = OmegaConf.create(OmegaConf.to_container(config))
     OmegaConf.register_new_resolver("oc.env", lambda name, *_: f"\0{name}\0", replace=True)
     try:

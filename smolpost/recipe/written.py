@@ -1,4 +1,4 @@
-"""What files and words say, held against the schema before it is merged: each mistake with its file, key and value."""
+"""What files and words say, checked against the schema before it is merged. Errors name the file, key and value."""
 
 import dataclasses
 import difflib
@@ -39,12 +39,12 @@ class Written:
         self.kinds: dict[str, type] = {}
 
     def set_kind(self, key: str, kind: type) -> None:
-        """A defaults list's `/schema/KIND` at an entry."""
+        """Note the kind that a defaults list gives an entry with `/schema/KIND`."""
         self.kinds[key] = kind
         self.places |= {key: "", key.rpartition(".")[0]: ""}
 
     def learn_kinds(self, content: dict) -> None:
-        """Entries that say their kind themselves, where no schema did."""
+        """Note the kinds that entries state themselves, unless a defaults list gave them one."""
         for parent, kinds in KINDS.items():
             entries: object = content
             for name in parent.split("."):
@@ -99,11 +99,11 @@ class Written:
             self._add(full, value, hints[name], place, new=True)
 
     def place(self, key: str) -> str:
-        """Who wrote a key, in words."""
+        """The file that wrote a key, or "the command line"."""
         return self.places.get(key) or "the command line"
 
     def located(self, error: Wrong) -> UserError:
-        """The error with the file that wrote the key; as it is where the command line did."""
+        """The error, with the file that wrote the key in front; unchanged if the command line wrote it."""
         key = error.key
         while key and key not in self.places:  # a key that nobody wrote: whoever wrote what it is part of
             key = key.rpartition(".")[0]
@@ -251,7 +251,7 @@ def _not_fields(key: str, value: object, place: str) -> UserError:
 
 
 def _example(key: str, value: str, place: str) -> str:
-    """As a file would say it, or a word that a shell leaves as it is."""
+    """The setting as a file writes it, or as a word quoted for the shell."""
     return f"{key}={value}" if place else command_line([f"{key}={value}"])
 
 

@@ -1,4 +1,4 @@
-"""Where training ends before its last step, at a signal, and where it has nothing left to do."""
+"""Ends of training before its last step: at a signal, or because nothing is left to do."""
 
 from transformers import TrainerCallback
 
@@ -6,11 +6,11 @@ from smolpost.signals import Kept
 
 
 class NothingLeft(Exception):
-    """Training was cut between its last step and the end of its stage."""
+    """Training was interrupted between its last step and the end of its stage."""
 
 
 class EndOnce(TrainerCallback):
-    """Keeps transformers from one step more where it goes on from the checkpoint of the last one."""
+    """Prevents an extra step when training resumes from the checkpoint of its last step."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
