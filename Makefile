@@ -27,7 +27,7 @@ seeds: .venv/demo  ## the miniature with three seeds: the table and plot of docs
 	.venv/bin/smolpost compare runs/seed-0/tiny runs/seed-1/tiny runs/seed-2/tiny --plot docs/miniature.png
 
 test: .venv/test  ## the test suite without its slow part
-	$(PY) -m pytest --numprocesses 2 --dist loadfile -m 'not slow'
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: .venv/test  ## the whole test suite
 	$(PY) -m pytest
