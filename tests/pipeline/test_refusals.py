@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smolpost.pipeline import processes
-from tests.small import Small, call
+from tests.small import Small, call, environment
 
 # More room than any disk has: refused by the ranks, once the rows are prepared and the model is loaded.
 TOO_MUCH = ["stages.sft.save_total_limit=1000000000", "stages.sft.max_steps=1000000000"]
@@ -78,7 +78,8 @@ def test_one_of_the_ranks_says_it(started, tmp_path, who, rank):
     )
     launch = processes.arguments(("accelerate", "launch", "--quiet", "--config_file", "recipes/accelerate/ddp.yaml"))
     launch += ["--num_processes", "2", "--main_process_port", "0", str(program), *started.words, "stage=sft"]
-    assert refusal(call(launch)) == f"said by rank {rank}"
+    done = call(launch, env=environment() | processes.ENVIRONMENT)  # as `run` starts it
+    assert refusal(done) == f"said by rank {rank}"
 
 
 JOBS = [
