@@ -47,6 +47,27 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(self._entries)
 
 
+def check_dataclass(cls: type) -> None:
+    """Refuse a class whose annotations are not fields: recipes could not set them.
+
+    Raises:
+        UserError: The class itself is not a dataclass.
+    """
+    if "__dataclass_fields__" not in vars(cls):
+        raise UserError(f"{cls.__module__}.{cls.__qualname__} is not a dataclass; put @dataclass right above the class")
+
+
+def check_defined(cls: type, base: type, *methods: str) -> None:
+    """Refuse a class that leaves a method as its base has it.
+
+    Raises:
+        UserError: With the first such method.
+    """
+    for method in methods:
+        if getattr(cls, method, None) is getattr(base, method):
+            raise UserError(f"{cls.__module__}.{cls.__qualname__} has no method {method}; define it")
+
+
 STAGE_KINDS: Registry[type] = Registry("stage kind")
 TASK_KINDS: Registry[type] = Registry("evaluation task")
 LOSSES: Registry = Registry("preference loss")

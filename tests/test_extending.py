@@ -88,8 +88,18 @@ def test_a_version_makes_again_what_hangs_on_it_and_words_do_not(folder):
         ("x = 1 +\n", "broken cannot be imported (SyntaxError: invalid syntax"),
         ("1 / 0\n", "broken cannot be imported (ZeroDivisionError: division by zero; broken.py, line 1)"),
         (
-            "from smolpost.objectives.losses import Loss, loss\n@loss('sigmoid')\nclass Mine(Loss):\n    pass\n",
+            "from smolpost.objectives.losses import Sigmoid, loss\n@loss('sigmoid')\nclass Mine(Sigmoid):\n    pass\n",
             "broken adds the preference loss sigmoid, which smolpost.objectives.losses has added; choose another name",
+        ),
+        (
+            "from smolpost.objectives.losses import Loss, loss\n@loss('mine')\nclass Mine(Loss):\n"
+            "    def values(self, chosen, rejected, beta, lengths):\n        return chosen\n",
+            "broken.Mine has no method at_reference; define it",
+        ),
+        (
+            "from smolpost.stages.base import Stage, stage_kind\n@stage_kind\nclass Mine(Stage):\n"
+            "    kind: str = 'mine'\n    size: int = 3\n",
+            "broken.Mine is not a dataclass; put @dataclass right above the class",
         ),
     ],
 )

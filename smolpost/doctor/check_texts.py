@@ -3,8 +3,6 @@
 A check takes a Case and returns (passed, detail); it raises NotChecked if it does not apply.
 """
 
-import hashlib
-import json
 from copy import copy
 
 import numpy as np
@@ -15,6 +13,7 @@ from smolpost.data.prompts import mode_of
 from smolpost.data.rendering import NOTES
 from smolpost.doctor.stage_sample import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
+from smolpost.files import digest
 
 
 def rows_are_valid(case: Case) -> tuple[bool, str]:
@@ -132,7 +131,7 @@ def _same_tokenizer(case: Case) -> tuple[bool, str]:
 def vocabulary_hash(tokenizer) -> str:
     """16 hex digits of the SHA-256 of tokens and ids."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+    return digest(pairs, digits=16)
 
 
 def _same_generation_prompt(case: Case) -> tuple[bool, str]:

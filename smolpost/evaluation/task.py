@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from smolpost.errors import UserError
 from smolpost.inference.engine import Engine, Reply
-from smolpost.registry import TASK_KINDS
+from smolpost.registry import TASK_KINDS, check_dataclass
 from smolpost.schema import MISSING, tuning
 
 if TYPE_CHECKING:
@@ -163,8 +163,9 @@ def measures(config: type[EvaluationTask]) -> Callable[[type[Measurement]], type
     Args:
         config: The settings, a dataclass.
     Raises:
-        UserError: Another module has registered the kind.
+        UserError: Another module has registered the kind, or the settings are not a dataclass.
     """
+    check_dataclass(config)
 
     def register(measurement: type[Measurement]) -> type[Measurement]:
         TASK_KINDS.add(config.kind, config).measurement = measurement

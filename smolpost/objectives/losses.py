@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from smolpost.errors import UserError
-from smolpost.registry import LOSSES
+from smolpost.registry import LOSSES, check_defined
 from smolpost.schema import number
 
 if TYPE_CHECKING:
@@ -66,8 +66,17 @@ class Loss:
 
 
 def loss(name: str) -> Callable[[type[Loss]], type[Loss]]:
-    """A decorator that registers a loss under the name that recipes use: `stages.NAME.loss=name`."""
-    return lambda kind: LOSSES.add(name, kind)
+    """A decorator that registers a loss under the name that recipes use: `stages.NAME.loss=name`.
+
+    Raises (the decorator):
+        UserError: The class lacks a method.
+    """
+
+    def register(kind: type[Loss]) -> type[Loss]:
+        check_defined(kind, Loss, "values", "at_reference")
+        return LOSSES.add(name, kind)
+
+    return register
 
 
 def configured(name: str, settings: dict[str, Any]) -> Loss:

@@ -26,8 +26,9 @@ def check_measurable(lineage: Lineage, stage: Located) -> None:
     shared = context(lineage, ready)
     for name in ready:
         if not spec[name].build(name, shared).items(tokenizer):
+            read = " and ".join(f"data.{mixture}" for _, mixture in spec[name].mixtures())
             raise UserError(
-                f"evaluation.tasks.{name} has nothing to measure: no row of data.{spec[name].data} can be asked; "
+                f"evaluation.tasks.{name} has nothing to measure: no row of {read} can be asked; "
                 f"change its rows, or leave the task out with ~evaluation.tasks.{name}"
             )
 

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from smolpost.errors import UserError
-from smolpost.registry import STAGE_KINDS
+from smolpost.registry import STAGE_KINDS, check_dataclass, check_defined
 from smolpost.schema import MISSING, Mixture, Recipe
 
 CHECKPOINT = "checkpoint"  # stands for model.checkpoint wherever a stage may be named
 
 
 def stage_kind(cls: type["Stage"]) -> type["Stage"]:
-    """Register a stage kind under the value of its field `kind`."""
+    """Register a stage kind under the value of its field `kind`.
+
+    Raises:
+        UserError: The class is not a dataclass, so that its fields would be lost, or it has no work.
+    """
+    check_dataclass(cls)
+    check_defined(cls, Stage, "make")
     return STAGE_KINDS.add(cls.kind, cls)
 
 
