@@ -132,15 +132,19 @@ def train(
     report |= check_written(name, out, tokens, trained_loss, trainer, environment, attn_implementation)
     if not trainer.is_world_process_zero():
         return {}
+    seconds = round(time.monotonic() - began, 1)
+    return report | {"stop_tokens": stops.report, "seconds": seconds} | _report(trainer, resume, environment)
+
+
+def _report(trainer: StageTrainer, resume: str | None, environment: Environment) -> dict:
+    """What the trainer's state says of the whole training."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return report | {
-        "stop_tokens": stops.report,
+    return {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 4),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "resumed_from": Path(resume).name if resume else None,
-        "seconds": round(time.monotonic() - began, 1),
         "num_processes": environment.world_size,
         "device": "cpu" if environment.use_cpu else torch.cuda.get_device_name(),
         "precision": "bf16" if environment.bf16 else "fp32",
