@@ -16,7 +16,7 @@ from pathlib import Path
 WITHOUT_RESULT = ("schema.py", "errors.py", "progress.py", "screen.py", "signals.py")
 # These import every entry, so that it registers.
 REGISTERING = ("stages/__init__.py", "evaluation/tasks/__init__.py")
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "mergekit", "smolpost")
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "mergekit", "trl", "smolpost")
 
 
 def versions() -> dict[str, str]:

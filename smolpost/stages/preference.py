@@ -8,7 +8,7 @@ from smolpost.registry import LOSSES
 from smolpost.schema import PACKED_ATTENTION
 from smolpost.stages.base import stage_kind
 from smolpost.stages.train import TrainStage
-from smolpost.training.settings import PairTraining
+from smolpost.training.settings import TRL_F_DIVERGENCE_LOSSES, TRL_LOSSES, PairTraining
 
 
 @stage_kind
@@ -29,6 +29,9 @@ class APOStage(TrainStage, PairTraining):
         super().check(key, recipe, place)
         if self.overlong == "split":
             raise Wrong(f"{key}.overlong", "=split cannot be done to a pair; choose one of: refuse, truncate, drop")
+        if self.engine == "trl":
+            self._check_trl(key)
+            return
         attention = recipe.model.attn_implementation
         if attention != PACKED_ATTENTION:
             raise Wrong(
@@ -37,7 +40,45 @@ class APOStage(TrainStage, PairTraining):
                 f"keep apart; set it to {PACKED_ATTENTION}",
             )
 
+    def _check_trl(self, key: str) -> None:
+        trl, losses = self.trl, self.trl.loss_type or [self.loss]
+        if self.pack_tokens is not None:
+            raise Wrong(
+                f"{key}.pack_tokens", f"={self.pack_tokens} packs pairs, which TRL cannot; set trl.micro_batch_size"
+            )
+        if self.sft_weight:
+            raise Wrong(
+                f"{key}.sft_weight",
+                f"={self.sft_weight:g} adds a mean over the global batch, which TRL does not have; set "
+                f"trl.loss_type=[{losses[0]},sft] and trl.loss_weights=[1,{self.sft_weight:g}], whose mean is over a "
+                "forward pass",
+            )
+        if unknown := [loss for loss in losses if loss not in TRL_LOSSES]:
+            raise Wrong(
+                f"{key}.trl.loss_type" if trl.loss_type else f"{key}.loss",
+                f"={unknown[0]} is not a loss of TRL, which has {', '.join(TRL_LOSSES)}; take one, or engine=smolpost",
+            )
+        if trl.loss_type and self.loss_settings:
+            raise Wrong(f"{key}.loss_settings", " belongs to `loss`, in whose place trl.loss_type stands; leave it out")
+        if trl.loss_weights and len(trl.loss_weights) != len(losses):
+            raise Wrong(
+                f"{key}.trl.loss_weights",
+                f" has {len(trl.loss_weights)} numbers for {len(losses)} losses; give one for each",
+            )
+        if "exo_pair" in losses and not trl.label_smoothing:
+            raise Wrong(f"{key}.trl.label_smoothing", "=0, and exo_pair needs more; its paper recommends 1e-3")
+        if trl.f_divergence_type != "reverse_kl" and not set(losses) <= set(TRL_F_DIVERGENCE_LOSSES):
+            raise Wrong(
+                f"{key}.trl.f_divergence_type",
+                f"={trl.f_divergence_type} goes with {', '.join(TRL_F_DIVERGENCE_LOSSES)}; set it to reverse_kl",
+            )
+        if trl.use_weighting and set(losses) & {"aot", "aot_unpaired"}:
+            raise Wrong(f"{key}.trl.use_weighting", "=true weighs pairs, which aot sorts; set it to false")
+
     def method(self):
-        from smolpost.training import preference
+        if self.engine == "trl":
+            from smolpost.training.with_trl import preference
+        else:
+            from smolpost.training import preference
 
         return preference

@@ -17,6 +17,9 @@ class SFTStage(TrainStage, PackTraining):
     ROWS = DocumentRows
 
     def method(self):
-        from smolpost.training import sft
+        if self.engine == "trl":
+            from smolpost.training.with_trl import sft
+        else:
+            from smolpost.training import sft
 
         return sft

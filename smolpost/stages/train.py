@@ -45,6 +45,8 @@ class TrainStage(Stage):
     # ------------------------------------------------------------ checks
 
     def check(self, key, recipe, place):
+        if self.engine == "smolpost" and self.trl != type(self.trl)():
+            raise Wrong(f"{key}.trl", f" is read under {key}.engine=trl alone; set that, or leave it out")
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
                 f"{key}.snapshot_steps",
@@ -77,7 +79,9 @@ class TrainStage(Stage):
         return {f.name: getattr(self, f.name) for f in fields if f.name not in ("data", "template")}
 
     def keyed_fields(self):
-        without = (*self.rows_fields(), "data", "template", "seeds", "init_from")
+        without = [*self.rows_fields(), "data", "template", "seeds", "init_from"]
+        if self.engine == "smolpost":  # so that stages from before there was another one are still done
+            without += ["engine", "trl"]
         return {name: value for name, value in super().keyed_fields().items() if name not in without}
 
     def prepared_parts(self, keys):

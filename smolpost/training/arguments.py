@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -25,38 +26,45 @@ def training_arguments(
         num_rows: Prepared rows, from which the number of steps follows.
     """
     return TrainingArguments(
-        output_dir=str(out),
-        seed=seed,
-        data_seed=seed,
-        use_cpu=environment.use_cpu,
-        bf16=environment.bf16,
+        **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         activation_checkpointing=stage.gradient_checkpointing,
-        num_train_epochs=stage.num_epochs,
-        max_steps=stage.max_steps or -1,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=SCHEDULERS[stage.lr_scheduler],
-        lr_scheduler_kwargs=_schedule(stage, num_rows),
-        warmup_steps=stage.warmup_ratio,  # a float below 1 is a share of all steps
-        max_grad_norm=stage.max_grad_norm,
-        optim="adamw_torch",
-        weight_decay=stage.weight_decay,
-        adam_beta1=stage.adam_beta1,
-        adam_beta2=stage.adam_beta2,
-        adam_epsilon=stage.adam_epsilon,
-        logging_steps=stage.logging_steps,
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=stage.save_steps,
-        save_total_limit=stage.save_total_limit,
-        report_to=list(stage.report_to),
-        disable_tqdm=True,  # StageTrainer shows its steps itself
-        remove_unused_columns=False,  # the prepared columns are exactly what the collator needs
-        dataloader_pin_memory=not environment.use_cpu,
-        eval_strategy="no",
-        ddp_find_unused_parameters=False,
     )
+
+
+def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, environment: Environment) -> dict[str, Any]:
+    """What every engine is set to, under the names of TrainingArguments; the parameters are `training_arguments`'."""
+    return {
+        "output_dir": str(out),
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": environment.use_cpu,
+        "bf16": environment.bf16,
+        "num_train_epochs": stage.num_epochs,
+        "max_steps": stage.max_steps or -1,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[stage.lr_scheduler],
+        "lr_scheduler_kwargs": _schedule(stage, num_rows),
+        "warmup_steps": stage.warmup_ratio,  # a float below 1 is a share of all steps
+        "max_grad_norm": stage.max_grad_norm,
+        "optim": "adamw_torch",
+        "weight_decay": stage.weight_decay,
+        "adam_beta1": stage.adam_beta1,
+        "adam_beta2": stage.adam_beta2,
+        "adam_epsilon": stage.adam_epsilon,
+        "logging_steps": stage.logging_steps,
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps,
+        "save_total_limit": stage.save_total_limit,
+        "report_to": list(stage.report_to),
+        "disable_tqdm": True,  # the stage's run shows its steps itself
+        "remove_unused_columns": False,  # the prepared columns are exactly what the collator needs
+        "dataloader_pin_memory": not environment.use_cpu,
+        "eval_strategy": "no",
+        "ddp_find_unused_parameters": False,
+    }
 
 
 def total_steps(stage: Training, num_rows: int) -> int:

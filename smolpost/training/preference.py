@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from smolpost.objectives.logprobs import TokenScores
 from smolpost.objectives.losses import SideLengths, configured
 from smolpost.objectives.sides import summed_logps
+from smolpost.training.arguments import training_arguments
 from smolpost.training.batches import GlobalBatches, by_tokens
 from smolpost.training.environment import Environment
 from smolpost.training.reference import (
@@ -79,6 +80,13 @@ class PairTrainer(StageTrainer):
         }
         for name, values in (of_pairs | of_tokens).items():
             self.observe(name, values.sum() * counts, len(values) * counts)
+
+
+def check(*_: object) -> None:
+    """This engine trains all rows that can be prepared."""
+
+
+arguments = training_arguments
 
 
 def capacity(stage: PairTraining) -> int:

@@ -20,6 +20,37 @@ class LoRA:
     )  # linear layers that get an adapter, by the end of their names
 
 
+# Of TRL's DPOTrainer, which trains pairs under `engine: trl`.
+TRL_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+# The losses that stay what they are under another measure of distance than reverse KL.
+TRL_F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
+
+@dataclass
+class TRLSFT:
+    """What TRL's SFTTrainer has beside a stage's own settings."""
+
+    loss_type: str = choice("nll", "dft")  # dft: each token's loss times its probability (arXiv:2508.05629)
+
+
+@dataclass
+class TRLPreference:
+    """What TRL's DPOTrainer has beside a stage's own settings, under TRL's names."""
+
+    loss_type: list[str] = field(default_factory=list)  # of TRL_LOSSES; []: the stage's `loss`
+    loss_weights: list[float] = field(default_factory=list)  # one for each loss; []: 1
+    label_smoothing: float = number("[0, 0.5)", 0.0)  # of exo_pair, robust, aot and aot_unpaired
+    f_divergence_type: str = choice("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    f_alpha_divergence_coef: float = number("(0, inf)", 0.5)  # alpha of alpha_divergence
+    discopop_tau: float = positive(0.05)
+    use_weighting: bool = False  # WPO (arXiv:2406.11827)
+    micro_batch_size: int = count(1)  # pairs per rank and forward pass; some losses depend on it
+    precompute_ref_log_probs: bool = tuning(False)  # the reference's part before training, not beside it
+
+
 @dataclass
 class Training(Rows):
     """What all training shares."""
@@ -40,6 +71,7 @@ class Training(Rows):
     max_steps: int | None = count(None)  # optimizer steps; overrides num_epochs
     global_batch_size: int = count()  # rows (packs, or pairs) per optimizer step, on any number of ranks
     seeds: list[int] = numbers(SEEDS, 42)  # one checkpoint each; several make NAME-SEED
+    engine: str = choice("smolpost", "trl")  # trl: TRL's trainer on the same rows
     precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
     rope_theta: float | None = positive(None)  # new RoPE base, for long-context stages
     max_position_embeddings: int | None = count(None)  # new longest context, tokens
@@ -58,6 +90,7 @@ class PackTraining(Training, DocumentRows):
 
     shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
     micro_batch_size: int = tuning(1, "[1, inf)")  # packs per rank and forward pass
+    trl: TRLSFT = field(default_factory=TRLSFT)  # read under engine: trl
 
 
 @dataclass
@@ -72,3 +105,4 @@ class PairTraining(Training, PairRows):
     warmup_ratio: float = number("[0, 1)", 0.1)
     learning_rate: float = positive(1e-6)
     pack_tokens: int | None = tuning(None, "[2, inf)")  # tokens per forward pass, longer pairs alone; null: max_seq_len
+    trl: TRLPreference = field(default_factory=TRLPreference)  # read under engine: trl

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from smolpost.data.collate import IGNORE_INDEX, collate_packs
 from smolpost.data.dataset_folder import list_lengths
+from smolpost.training.arguments import training_arguments
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.scoring import Scored
@@ -37,6 +38,13 @@ class PackTrainer(StageTrainer):
         self.observe("entropy", scores.entropy.sum() * counts, num_tokens)
         self.observe("mean_token_accuracy", scores.is_top1.sum() * counts, num_tokens)
         return -scores.total
+
+
+def check(*_: object) -> None:
+    """This engine trains all rows that can be prepared."""
+
+
+arguments = training_arguments
 
 
 def batches(stage: PackTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:

@@ -20,7 +20,7 @@ from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
 from smolpost.training.adapters import add_adapters, merged
-from smolpost.training.arguments import total_steps, training_arguments
+from smolpost.training.arguments import total_steps
 from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import Snapshots, last_whole, num_bytes
 from smolpost.training.environment import Environment, backend_name, check_ranks
@@ -28,11 +28,18 @@ from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.settings import Training
 from smolpost.training.start import check_start
 from smolpost.training.stop_tokens import StopTokens, change, stop_tokens
-from smolpost.training.trainer import StageTrainer
+from smolpost.training.trainer import Run
 
 
 class Method(Protocol):
-    """How a stage trains on its layout of rows: the modules `sft` and `preference`."""
+    """How a stage trains on its layout of rows: a module like `sft`, `preference` or those of `with_trl`."""
+
+    def check(self, name: str, stage: Training, rows: Dataset, environment: Environment) -> None:
+        """Refuse what the engine cannot train as asked.
+
+        Raises:
+            UserError: With the remedy; `name` is the stage's.
+        """
 
     def reference(
         self,
@@ -48,6 +55,11 @@ class Method(Protocol):
         Every rank calls; it talks to no other.
         """
 
+    def arguments(
+        self, stage: Training, seed: int, num_rows: int, out: Path, environment: Environment
+    ) -> TrainingArguments:
+        """The engine's settings, made before the model is loaded."""
+
     def trainer(
         self,
         stage: Training,
@@ -58,7 +70,7 @@ class Method(Protocol):
         arguments: TrainingArguments,
         seed: int,
         environment: Environment,
-    ) -> StageTrainer:
+    ) -> Run:
         """The training loop; all ranks are done with `reference`."""
 
 
@@ -88,13 +100,14 @@ def train(
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
-        UserError: The batch is too small for the ranks, they do not know of one another, the start checkpoint cannot
-            be trained, the reference is not finite, nothing could stop the trained model, the disk has no room for the
-            checkpoints, or the written model is not the trained one.
+        UserError: The batch is too small for the ranks, the engine cannot train as asked, the ranks do not know of one
+            another, the start checkpoint cannot be trained, the reference is not finite, nothing could stop the trained
+            model, the disk has no room for the checkpoints, or the written model is not the trained one.
     """
     began = time.monotonic()
     check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
+    method.check(name, stage, rows, environment)
     renamed = check_start(name, stage, start, attn_implementation)
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.chat_template = load_template(stage.template)
@@ -105,7 +118,7 @@ def train(
     # Before the arguments, which make ZeRO-3 shard the reference, and before the policy takes memory.
     reference, report = method.reference(stage, rows, start, load_start, references, environment)
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
-    arguments = training_arguments(stage, seed, len(rows), out, environment)
+    arguments = method.arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
     model = load_start()
     if stage.lora.r:
@@ -136,7 +149,7 @@ def train(
     return report | {"stop_tokens": stops.report, "seconds": seconds} | _report(trainer, resume, environment)
 
 
-def _report(trainer: StageTrainer, resume: str | None, environment: Environment) -> dict:
+def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
     """What the trainer's state says of the whole training."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -225,7 +238,7 @@ def save(
     trainer.accelerator.wait_for_everyone()
 
 
-def _resume_point(trainer: StageTrainer, out: Path, environment: Environment) -> str | None:
+def _resume_point(trainer: Run, out: Path, environment: Environment) -> str | None:
     """The folder that training goes on from; all ranks call."""
     found: list = [None]
     if trainer.is_world_process_zero() and (last := last_whole(out)):

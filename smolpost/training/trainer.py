@@ -1,10 +1,11 @@
-"""The training loop of every stage: transformers' Trainer with a step that is one planned global batch."""
+"""How a stage's training runs, and our engine: transformers' Trainer with a step that is one planned global batch."""
 
 import abc
 import contextlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,8 +34,86 @@ from smolpost.training.state import state_of
 from smolpost.training.stop import EndOnce, NothingLeft, StopAtStep
 
 
-class StageTrainer(Trainer, abc.ABC):
-    """What SFT and APO share: planned batches, losses normalised over the global batch, exact metrics.
+class Run:
+    """How a stage's training runs, whatever computes its loss: a mixin before a Trainer of transformers or TRL.
+
+    It shows the steps, stops after a signal with a checkpoint, and saves and restores checkpoints that do not depend on
+    the backend.
+
+    Args:
+        batches: This rank's rows, in order of optimizer steps.
+        settings: The Trainer's own.
+    """
+
+    def __init__(self, *, batches: GlobalBatches, **settings: Any):
+        self.steps = Steps()
+        super().__init__(
+            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps], **settings
+        )
+        self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
+        self.stop = stop
+        self.batches = batches
+        self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train to the end; after a signal, finish the step and save a checkpoint.
+
+        Raises:
+            Stopped: By the signal.
+        """
+        with contextlib.closing(self.stop.asked), self.steps.shown:
+            with contextlib.suppress(NothingLeft):
+                super().train(resume_from_checkpoint=resume_from_checkpoint)
+            if self.stop.agreed:
+                # The launcher ends all ranks when the first one exits, so all wait until the checkpoint is marked.
+                self.accelerator.wait_for_everyone()
+            if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
+                raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
+
+    # Checkpoints are ours, the same under every backend; transformers' are each backend's own.
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.store_flos()
+        checkpoints.write(self, backend_name(self.accelerator))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        state_of(self)  # refuses, before training, a state that could not be saved
+        if resume_from_checkpoint is not None:
+            checkpoints.restore(self, Path(resume_from_checkpoint))
+            self.restored = resume_from_checkpoint
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """The weights come with the rest, once the model is prepared."""
+
+    def _load_rng_state(self, checkpoint) -> None:
+        checkpoints.restore_random_state(Path(checkpoint), self.args.process_index, self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_runtime" in logs:
+            logs |= self._speed(logs["train_runtime"])
+        super().log(logs, start_time)
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Speed over the steps since the last resume; transformers would count a step as one sample.
+
+        Tokens are those read, padding included, as in `num_tokens`.
+        """
+        steps = range(self.steps.first, self.state.global_step)
+        counts = {
+            "samples": self.batches.num_rows(steps),
+            "steps": len(steps),
+            "tokens": self.state.num_input_tokens_seen - self.steps.first_tokens,
+        }
+        return {f"train_{what}_per_second": round(count / seconds, 3) for what, count in counts.items()}
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return decayed_parameters(model)
+
+
+class StageTrainer(Run, Trainer, abc.ABC):
+    """Our engine: planned batches, losses normalised over the global batch, exact metrics.
 
     A subclass says what it counts in a forward pass (`count`) and how a pass becomes a loss (`pass_loss`).
 
@@ -55,35 +134,9 @@ class StageTrainer(Trainer, abc.ABC):
         batches: GlobalBatches,
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self.steps = Steps()
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps],
-        )
-        self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
-        self.stop = stop
+        super().__init__(batches=batches, model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         self.collate = collate
-        self.batches = batches
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
-        self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
-
-    def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Train to the end; after a signal, finish the step and save a checkpoint.
-
-        Raises:
-            Stopped: By the signal.
-        """
-        with contextlib.closing(self.stop.asked), self.steps.shown:
-            with contextlib.suppress(NothingLeft):
-                super().train(resume_from_checkpoint=resume_from_checkpoint)
-            if self.stop.agreed:
-                # The launcher ends all ranks when the first one exits, so all wait until the checkpoint is marked.
-                self.accelerator.wait_for_everyone()
-            if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
-                raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
     @abc.abstractmethod
     def count(self, batch: dict) -> list[float]:
@@ -131,26 +184,6 @@ class StageTrainer(Trainer, abc.ABC):
         # Gradients are averaged over the ranks, but the loss is already divided by the total of all ranks.
         return self.pass_loss(model, batch, counts, num_items_in_batch) * self.accelerator.num_processes
 
-    # Checkpoints are ours, the same under every backend; transformers' are each backend's own.
-
-    def _save_checkpoint(self, model, trial) -> None:
-        self.store_flos()
-        checkpoints.write(self, backend_name(self.accelerator))
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        state_of(self)  # refuses, before training, a state that could not be saved
-        if resume_from_checkpoint is not None:
-            checkpoints.restore(self, Path(resume_from_checkpoint))
-            self.restored = resume_from_checkpoint
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """The weights come with the rest, once the model is prepared."""
-
-    def _load_rng_state(self, checkpoint) -> None:
-        checkpoints.restore_random_state(Path(checkpoint), self.args.process_index, self.args.device)
-
     def observe(self, metric: str, total: torch.Tensor, weight: int) -> None:
         """Add this pass's weighted sum to a metric; the log shows the mean over passes, steps and ranks."""
         found = torch.stack((total.detach().float(), torch.full_like(total, weight, dtype=torch.float32)))
@@ -162,25 +195,7 @@ class StageTrainer(Trainer, abc.ABC):
             ratios = (sums[:, 0] / sums[:, 1]).tolist()  # nan where nothing was observed
             logs |= dict(zip(self.sums, ratios, strict=True)) | {"num_tokens": self.state.num_input_tokens_seen}
             self.sums = {}
-        if "train_runtime" in logs:
-            logs |= self._speed(logs["train_runtime"])
         super().log(logs, start_time)
-
-    def _speed(self, seconds: float) -> dict[str, float]:
-        """Speed over the steps since the last resume; transformers would count a step as one sample.
-
-        Tokens are those read, padding included, as in `num_tokens`.
-        """
-        steps = range(self.steps.first, self.state.global_step)
-        counts = {
-            "samples": self.batches.num_rows(steps),
-            "steps": len(steps),
-            "tokens": self.state.num_input_tokens_seen - self.steps.first_tokens,
-        }
-        return {f"train_{what}_per_second": round(count / seconds, 3) for what, count in counts.items()}
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        return decayed_parameters(model)
 
 
 class NewOrder(TrainerCallback):
@@ -199,13 +214,13 @@ class Restored(TrainerCallback):
     The methods that restore them are transformers' own names, which another version may not call.
     """
 
-    def __init__(self, trainer: StageTrainer):
+    def __init__(self, trainer: Run):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step and not self.trainer.restored:
             raise RuntimeError(
-                f"transformers {transformers.__version__} does not call StageTrainer._prepare_for_training; install "
+                f"transformers {transformers.__version__} does not call Run._prepare_for_training; install "
                 "the version of constraints.txt"
             )
 
