@@ -106,3 +106,21 @@ class PairTraining(Training, PairRows):
     learning_rate: float = positive(1e-6)
     pack_tokens: int | None = tuning(None, "[2, inf)")  # tokens per forward pass, longer pairs alone; null: max_seq_len
     trl: TRLPreference = field(default_factory=TRLPreference)  # read under engine: trl
+
+
+@dataclass
+class PolicyTraining(Training):
+    """On rewarded replies of the model's own (GRPO, arXiv:2402.03300)."""
+
+    rewards: dict[str, float] = field(default_factory=lambda: {"right_answer": 1.0})  # name of `rewards` -> weight
+    reward_settings: dict[str, Any] = field(default_factory=dict)  # name -> settings of that reward
+    num_generations: int = number("[2, inf)", 8)  # replies to each prompt, which are rewarded beside one another
+    max_new_tokens: int = count(1024)  # longest reply, tokens
+    temperature: float = positive(1.0)  # of the samples
+    top_p: float = number("(0, 1]", 1.0)
+    top_k: int = number("[0, inf)", 0)  # 0: all tokens
+    loss: str = choice("dapo", "grpo", "bnpo", "dr_grpo")  # how tokens are averaged, in TRL's words
+    scale_rewards: str = choice("group", "batch", "none")  # by whose standard deviation
+    beta: float = number("[0, inf)", 0.0)  # weight of the KL divergence from the start checkpoint; 0: none
+    micro_batch_size: int = count(1)  # replies per rank and forward pass
+    learning_rate: float = positive(1e-6)

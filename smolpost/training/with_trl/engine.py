@@ -37,28 +37,39 @@ class FromTRL(Run):
         return prepared
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.state.num_input_tokens_seen = int(self._total_train_tokens)
+        self._count_tokens()
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.state.num_input_tokens_seen = int(self._total_train_tokens)
+        self._count_tokens()
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        self.state.num_input_tokens_seen = int(self._total_train_tokens)
 
     def _send_telemetry(self) -> None:
         """TRL would report every training to its makers."""
 
 
 class InOrder(Sampler[int]):
-    """All rows of an epoch, in the order in which the optimizer steps take them."""
+    """All rows of an epoch, in the order in which the optimizer steps take them.
 
-    def __init__(self, batches: GlobalBatches):
-        self.batches = batches
+    Args:
+        each: How often a row comes in a row: once for each reply that is sampled to it.
+        times: How often a step's rows come, as TRL's trainers that sample replies want them once for every forward
+            pass, though they look at the first time alone.
+    """
+
+    def __init__(self, batches: GlobalBatches, *, each: int = 1, times: int = 1):
+        self.batches, self.each, self.times = batches, each, times
 
     def __len__(self) -> int:
-        return len(self.batches.lengths)
+        return len(self.batches.lengths) * self.each * self.times
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.batches.order().tolist())
+        order, size = self.batches.order().repeat(self.each), self.batches.global_batch_size * self.each
+        for first in range(0, len(order), size):
+            yield from order[first : first + size].tolist() * self.times
 
 
 def arguments_of(
@@ -69,19 +80,22 @@ def arguments_of(
     num_rows: int,
     out: Path,
     environment: Environment,
+    *,
+    replies: int = 1,
     **settings: Any,
 ) -> TrainingArguments:
     """TRL's configuration of a stage.
 
     Args:
         kind: TRL's class.
-        micro_batch_size: Rows per rank and forward pass.
+        micro_batch_size: Rows per rank and forward pass, or replies where several are sampled to a row.
+        replies: Sampled to each row.
         settings: Of the class alone.
     """
     return kind(
         **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=stage.global_batch_size // (micro_batch_size * environment.world_size),
+        gradient_accumulation_steps=stage.global_batch_size * replies // (micro_batch_size * environment.world_size),
         activation_checkpointing=stage.gradient_checkpointing,
         **settings,
     )
@@ -142,6 +156,21 @@ def check_even(
             f"{where}: {num_rows} rows leave {last} for the last step of an epoch, not a multiple of {at_once}, the "
             f"rows that {passes} take at once; TRL's trainers would repeat rows or weigh them unevenly; {shorter}"
             f"take other rows, or set {where}.engine=smolpost"
+        )
+
+
+def check_whole_steps(name: str, stage: Training, num_rows: int) -> None:
+    """Refuse a last step of an epoch with fewer rows, for trainers that sample the replies of a step at once.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    steps, last = divmod(num_rows, stage.global_batch_size)
+    if last and total_steps(stage, num_rows) > steps:
+        shorter = f"stop before with stages.{name}.max_steps={steps}, " if steps else ""
+        raise UserError(
+            f"stages.{name}: {num_rows} rows leave {last} for the last step of an epoch, and TRL samples the replies "
+            f"to global_batch_size={stage.global_batch_size} rows at once; {shorter}or take another number of rows"
         )
 
 
