@@ -80,8 +80,11 @@ class TrainStage(Stage):
 
     def keyed_fields(self):
         without = [*self.rows_fields(), "data", "template", "seeds", "init_from"]
-        if self.engine == "smolpost":  # so that stages from before there was another one are still done
+        # What a stage does not use is left out, so that stages from before these fields are still done.
+        if self.engine == "smolpost":
             without += ["engine", "trl"]
+        if self.warmup_steps is None:
+            without.append("warmup_steps")
         return {name: value for name, value in super().keyed_fields().items() if name not in without}
 
     def prepared_parts(self, keys):

@@ -62,6 +62,7 @@ class Training(Rows):
     lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
     decay_ratio: float = number("[0, 1)", 0.2)  # of all steps: wsd's linear decay at the end
     warmup_ratio: float = number("[0, 1)", 0.03)  # of all steps
+    warmup_steps: int | None = count(None)  # optimizer steps; overrides warmup_ratio
     max_grad_norm: float = positive(0.2)
     weight_decay: float = number("[0, inf)", 0.1)  # not on embeddings, norms and biases
     adam_beta1: float = number("[0, 1)", 0.9)
