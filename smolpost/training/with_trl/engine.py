@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -171,16 +170,4 @@ def check_whole_steps(name: str, stage: Training, num_rows: int) -> None:
         raise UserError(
             f"stages.{name}: {num_rows} rows leave {last} for the last step of an epoch, and TRL samples the replies "
             f"to global_batch_size={stage.global_batch_size} rows at once; {shorter}or take another number of rows"
-        )
-
-
-def check_unweighted(name: str, rows: Dataset, column: str) -> None:
-    """
-    Raises:
-        UserError: The rows have weights in the column, which TRL's losses do not know.
-    """
-    if column in rows.column_names:
-        raise UserError(
-            f"stages.{name}: its mixture sets loss_weight, which TRL's losses do not know; leave it out, or set "
-            f"stages.{name}.engine=smolpost"
         )
