@@ -34,6 +34,11 @@ class GRPO(FromTRL, GRPOTrainer):
     def _count_tokens(self) -> None:
         """TRL counts them in the state itself here."""
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in [name for name in self._metrics["train"] if name.startswith("clip_ratio/")]:
+            del self._metrics["train"][name]  # always 0, as every step's replies are its own weights'
+        super().log(logs, start_time)
+
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict]:
         return prompts, None, {}  # token ids already
 
