@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         if verb == "plan":
             sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
             sub.add_argument("--resolve", action="store_true", help="with --cfg: print values of interpolations")
+            sub.add_argument("--fidelity", action="store_true", help="compare the values with those that are published")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
     argv = sys.argv[1:] if argv is None else argv
@@ -167,6 +168,8 @@ def _do(options: argparse.Namespace) -> int:
         print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
         return 0
     request = recipe.load(options.words)
+    if options.verb == "plan" and options.fidelity:
+        return _fidelity(request, console)
     if options.verb == "plan":
         run.describe(request, console)
         return 0
@@ -188,6 +191,17 @@ def _do(options: argparse.Namespace) -> int:
         return checks.exit_code(found)
     else:
         _make(lineage, stage)
+    return 0
+
+
+def _fidelity(request, console: Console) -> int:
+    from smolpost.fidelity.show import terminal
+    from smolpost.fidelity.table import sections
+    from smolpost.pipeline.plan import plan, select
+
+    asked = select(plan(request), request.stage)
+    for part in terminal(sections(request.recipe, list(dict.fromkeys(stage.entry for stage in asked)))):
+        console.print(part)
     return 0
 
 
