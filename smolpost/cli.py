@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--fidelity", action="store_true", help="compare the values with those that are published")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
+            sub.add_argument("--against", choices=["trl"], help="compare the first steps by our engine and by TRL's")
     argv = sys.argv[1:] if argv is None else argv
     # Words and options in any order, which a parser of verbs does not give its verbs.
     chosen = verbs.choices.get(argv[0]) if argv else None
@@ -184,11 +185,7 @@ def _do(options: argparse.Namespace) -> int:
     elif options.verb == "eval":
         return _evaluate(lineage, stage.name, console)
     elif options.verb == "doctor":
-        from smolpost.doctor import checks
-
-        found = checks.diagnose(lineage, stage, rows=options.rows)
-        console.print(checks.report(found))
-        return checks.exit_code(found)
+        return _doctor(lineage, stage, options, console)
     else:
         _make(lineage, stage)
     return 0
@@ -212,6 +209,20 @@ def _make(lineage, stage) -> None:
         launch = screen.command_line(stage.making[-1])
         raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
     steps.make(lineage, stage)
+
+
+def _doctor(lineage, stage, options: argparse.Namespace, console: Console) -> int:
+    if options.against:
+        from smolpost.doctor import two_engines
+
+        compared = two_engines.compare_engines(lineage, stage, rows=options.rows)
+        console.print(two_engines.report(compared))
+        return two_engines.exit_code(compared)
+    from smolpost.doctor import checks
+
+    found = checks.diagnose(lineage, stage, rows=options.rows)
+    console.print(checks.report(found))
+    return checks.exit_code(found)
 
 
 def _evaluate(lineage, stage: str, console: Console) -> int:

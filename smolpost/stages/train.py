@@ -47,6 +47,14 @@ class TrainStage(Stage):
     def check(self, key, recipe, place):
         if self.engine == "smolpost" and self.trl != type(self.trl)():
             raise Wrong(f"{key}.trl", f" is read under {key}.engine=trl alone; set that, or leave it out")
+        if self.engine == "trl" and self.data in recipe.data:
+            for source, spec in recipe.data[self.data].sources.items():
+                if spec.loss_weight != 1:
+                    raise Wrong(
+                        f"data.{self.data}.sources.{source}.loss_weight",
+                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out, or set "
+                        f"{key}.engine=smolpost",
+                    )
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
                 f"{key}.snapshot_steps",
@@ -80,8 +88,11 @@ class TrainStage(Stage):
 
     def keyed_fields(self):
         without = [*self.rows_fields(), "data", "template", "seeds", "init_from"]
-        if self.engine == "smolpost":  # so that stages from before there was another one are still done
+        # What a stage does not use is left out, so that stages from before these fields are still done.
+        if self.engine == "smolpost":
             without += ["engine", "trl"]
+        if self.warmup_steps is None:
+            without.append("warmup_steps")
         return {name: value for name, value in super().keyed_fields().items() if name not in without}
 
     def prepared_parts(self, keys):

@@ -25,6 +25,7 @@ TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+TRL_SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
 # The losses that stay what they are under another measure of distance than reverse KL.
 TRL_F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
@@ -62,6 +63,7 @@ class Training(Rows):
     lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
     decay_ratio: float = number("[0, 1)", 0.2)  # of all steps: wsd's linear decay at the end
     warmup_ratio: float = number("[0, 1)", 0.03)  # of all steps
+    warmup_steps: int | None = count(None)  # optimizer steps; overrides warmup_ratio
     max_grad_norm: float = positive(0.2)
     weight_decay: float = number("[0, inf)", 0.1)  # not on embeddings, norms and biases
     adam_beta1: float = number("[0, 1)", 0.9)
