@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         if verb == "plan":
             sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
             sub.add_argument("--resolve", action="store_true", help="with --cfg: print values of interpolations")
+            sub.add_argument("--fidelity", action="store_true", help="compare the values with those that are published")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
             sub.add_argument("--against", choices=["trl"], help="compare the first steps by our engine and by TRL's")
@@ -168,6 +169,8 @@ def _do(options: argparse.Namespace) -> int:
         print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
         return 0
     request = recipe.load(options.words)
+    if options.verb == "plan" and options.fidelity:
+        return _fidelity(request, console)
     if options.verb == "plan":
         run.describe(request, console)
         return 0
@@ -185,6 +188,17 @@ def _do(options: argparse.Namespace) -> int:
         return _doctor(lineage, stage, options, console)
     else:
         _make(lineage, stage)
+    return 0
+
+
+def _fidelity(request, console: Console) -> int:
+    from smolpost.fidelity.show import terminal
+    from smolpost.fidelity.table import sections
+    from smolpost.pipeline.plan import plan, select
+
+    asked = select(plan(request), request.stage)
+    for part in terminal(sections(request.recipe, list(dict.fromkeys(stage.entry for stage in asked)))):
+        console.print(part)
     return 0
 
 
