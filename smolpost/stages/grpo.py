@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from smolpost.data.settings import CompletionRows
 from smolpost.errors import Wrong
 from smolpost.registry import REWARDS
 from smolpost.stages.base import stage_kind
@@ -15,6 +16,7 @@ class GRPOStage(TrainStage, PolicyTraining):
     kind: str = "grpo"
 
     VERSION = 1
+    ROWS = CompletionRows
 
     def key_parts(self, keys, stage):
         return {"reward_versions": {name: REWARDS[name].VERSION for name in self.rewards}}
@@ -28,6 +30,8 @@ class GRPOStage(TrainStage, PolicyTraining):
 
     def check(self, key, recipe, place):
         super().check(key, recipe, place)
+        if self.overlong == "split":
+            raise Wrong(f"{key}.overlong", "=split cannot be done to a prompt; choose one of: refuse, truncate, drop")
         if not self.rewards:
             raise Wrong(f"{key}.rewards", f"={{}} is empty; give some of {', '.join(REWARDS)} a weight")
         for name in self.rewards:

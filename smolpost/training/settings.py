@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from smolpost.data.settings import DocumentRows, PairRows, Rows
+from smolpost.data.settings import CompletionRows, DocumentRows, PairRows, Rows
 from smolpost.registry import LOSSES
 from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
 
@@ -111,7 +111,7 @@ class PairTraining(Training, PairRows):
 
 
 @dataclass
-class PolicyTraining(Training):
+class PolicyTraining(Training, CompletionRows):
     """On rewarded replies of the model's own (GRPO, arXiv:2402.03300)."""
 
     rewards: dict[str, float] = field(default_factory=lambda: {"right_answer": 1.0})  # name of `rewards` -> weight
