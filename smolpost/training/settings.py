@@ -126,3 +126,18 @@ class PolicyTraining(Training, CompletionRows):
     beta: float = number("[0, inf)", 0.0)  # weight of the KL divergence from the start checkpoint; 0: none
     micro_batch_size: int = count(1)  # replies per rank and forward pass
     learning_rate: float = positive(1e-6)
+
+
+@dataclass
+class DistillTraining(Training):
+    """On the student's own replies to prompts and on given ones, beside a teacher."""
+
+    teacher: str = MISSING  # stage name, or "checkpoint"; with the student's tokenizer
+    on_policy: float = number("[0, 1]", 1.0)  # share of the rows to which the student replies itself
+    divergence_beta: float = number("[0, 1]", 1.0)  # 0: forward KL(teacher, student); 1: reverse KL; between: JSD
+    temperature: float = positive(1.0)  # of the sampled replies, and of both distributions in the divergence
+    top_p: float = number("(0, 1]", 1.0)  # share of the probability mass sampled from
+    top_k: int = number("[0, inf)", 0)  # likeliest tokens sampled from; 0: all
+    max_new_tokens: int = count(512)  # longest sampled reply
+    micro_batch_size: int = tuning(1, "[1, inf)")  # rows per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # sampled replies written to samples/ for each logged step
