@@ -125,6 +125,7 @@ class PolicyTraining(Training, CompletionRows):
     scale_rewards: str = choice("group", "batch", "none")  # by whose standard deviation
     beta: float = number("[0, inf)", 0.0)  # weight of the KL divergence from the start checkpoint; 0: none
     micro_batch_size: int = count(1)  # replies per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # replies written to samples/ for each logged step
     learning_rate: float = positive(1e-6)
 
 

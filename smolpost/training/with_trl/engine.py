@@ -51,24 +51,16 @@ class FromTRL(Run):
 
 
 class InOrder(Sampler[int]):
-    """All rows of an epoch, in the order in which the optimizer steps take them.
+    """All rows of an epoch, in the order in which the optimizer steps take them."""
 
-    Args:
-        each: How often a row comes in a row: once for each reply that is sampled to it.
-        times: How often a step's rows come, as TRL's trainers that sample replies want them once for every forward
-            pass, though they look at the first time alone.
-    """
-
-    def __init__(self, batches: GlobalBatches, *, each: int = 1, times: int = 1):
-        self.batches, self.each, self.times = batches, each, times
+    def __init__(self, batches: GlobalBatches):
+        self.batches = batches
 
     def __len__(self) -> int:
-        return len(self.batches.lengths) * self.each * self.times
+        return len(self.batches.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order, size = self.batches.order().repeat(self.each), self.batches.global_batch_size * self.each
-        for first in range(0, len(order), size):
-            yield from order[first : first + size].tolist() * self.times
+        return iter(self.batches.order().tolist())
 
 
 def arguments_of(
@@ -155,19 +147,4 @@ def check_even(
             f"{where}: {num_rows} rows leave {last} for the last step of an epoch, not a multiple of {at_once}, the "
             f"rows that {passes} take at once; TRL's trainers would repeat rows or weigh them unevenly; {shorter}"
             f"take other rows, or set {where}.engine=smolpost"
-        )
-
-
-def check_whole_steps(name: str, stage: Training, num_rows: int) -> None:
-    """Refuse a last step of an epoch with fewer rows, for trainers that sample the replies of a step at once.
-
-    Raises:
-        UserError: With the remedy.
-    """
-    steps, last = divmod(num_rows, stage.global_batch_size)
-    if last and total_steps(stage, num_rows) > steps:
-        shorter = f"stop before with stages.{name}.max_steps={steps}, " if steps else ""
-        raise UserError(
-            f"stages.{name}: {num_rows} rows leave {last} for the last step of an epoch, and TRL samples the replies "
-            f"to global_batch_size={stage.global_batch_size} rows at once; {shorter}or take another number of rows"
         )

@@ -7,6 +7,7 @@ moments and random numbers to keep, and no reply is older than the weights that 
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
@@ -19,17 +20,17 @@ from smolpost.training import rewards, sft
 from smolpost.training.batches import GlobalBatches
 from smolpost.training.environment import Environment
 from smolpost.training.settings import PolicyTraining
-from smolpost.training.with_trl.engine import FromTRL, InOrder, arguments_of, built, check_whole_steps
+from smolpost.training.with_trl.engine import arguments_of, built
+from smolpost.training.with_trl.rollouts import EachStepRepeated, Samples, check_room, check_whole_steps
 
 reference = sft.reference  # TRL loads the start again where `beta` asks for it
 
 
-class GRPO(FromTRL, GRPOTrainer):
+class GRPO(Samples, GRPOTrainer):
     """TRL's trainer, run as a stage."""
 
-    def _get_train_sampler(self, dataset=None) -> InOrder:
-        # TRL's own leaves out the last rows of an epoch where they are fewer than a step takes.
-        return InOrder(self.batches, each=self.num_generations, times=self.args.gradient_accumulation_steps)
+    def _get_train_sampler(self, dataset=None) -> EachStepRepeated:
+        return EachStepRepeated(self.batches, self.args.gradient_accumulation_steps, self.num_generations)
 
     def _count_tokens(self) -> None:
         """TRL counts them in the state itself here."""
@@ -42,6 +43,23 @@ class GRPO(FromTRL, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict]:
         return prompts, None, {}  # token ids already
 
+    def _calculate_rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
+        rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids)
+        first = self.args.process_index * len(rows)  # those of all ranks come back
+        self.samples = [
+            {
+                "prompt": prompt,
+                "completion": ids,
+                "reference": row["reference"],
+                "rewards": dict(zip(self.reward_func_names, values, strict=True)),
+                "ended_by": self.ended_by(ids),
+            }
+            for row, prompt, ids, values in zip(
+                rows, prompts, completion_ids, rewards[first : first + len(rows)].tolist(), strict=True
+            )
+        ]
+        return rewards
+
 
 def check(name: str, stage: PolicyTraining, rows: Dataset, environment: Environment) -> None:
     replies = stage.num_generations * stage.global_batch_size
@@ -53,6 +71,7 @@ def check(name: str, stage: PolicyTraining, rows: Dataset, environment: Environm
             f"{stage.micro_batch_size} on {environment.world_size} ranks take at once; change one of them"
         )
     check_whole_steps(name, stage, len(rows))
+    check_room(name, stage, int(list_lengths(rows, "prompt_ids").max()))
 
 
 def arguments(
@@ -112,6 +131,7 @@ def trainer(
         model,
         tokenizer,
         batches,
+        kept=stage.kept_samples,
         args=arguments,
         train_dataset=rows.select_columns(["prompt_ids", "completion_ids"]).with_transform(asked),
         reward_funcs=[_function_of(name, stage, tokenizer, stops) for name in stage.rewards],
