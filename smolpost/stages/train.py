@@ -172,13 +172,21 @@ class TrainStage(Stage):
         return prepare(self, work.data[self.data], tokenizer, shards, work.folder)
 
     def make(self, work: Work):
+        from smolpost.model.stored import one_line
         from smolpost.training.environment import detect
         from smolpost.training.train import train
 
+        try:
+            method = self.method()
+        except ImportError as error:
+            raise UserError(
+                f"stages.{work.stage.entry}.engine={self.engine} cannot be loaded ({one_line(error)}); install what "
+                "constraints.txt names"
+            ) from error
         return train(
             work.stage.entry,
             self,
-            self.method(),
+            method,
             seed=work.stage.seed,
             start=work.inputs[self.init_from],
             prepared=work.prepared,
