@@ -16,7 +16,8 @@ from smolpost.chat.masks import Policy, encode, trained_by_prefixes
 from smolpost.chat.render import clean_messages
 from smolpost.chat.text_pieces import vocabulary_of
 from smolpost.data.collate import IGNORE_INDEX
-from smolpost.data.tokenize import check_tags, policy_of
+from smolpost.data.tokenize import check_tags
+from smolpost.data.tokenized import policy_of
 from smolpost.doctor.stage_sample import Case, NotChecked, conversations, difference
 from smolpost.errors import UserError
 

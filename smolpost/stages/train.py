@@ -9,6 +9,7 @@ from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.errors import UserError, Wrong
 from smolpost.stages.base import CHECKPOINT, Stage, Work
 from smolpost.training.batch_size import check_global_batch
+from smolpost.training.settings import or_our_engine
 
 RENDERING = ("layout", "today", "train_roles", "train_reasoning", "last_turn_only")
 
@@ -52,8 +53,8 @@ class TrainStage(Stage):
                 if spec.loss_weight != 1:
                     raise Wrong(
                         f"data.{self.data}.sources.{source}.loss_weight",
-                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out, or set "
-                        f"{key}.engine=smolpost",
+                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out"
+                        f"{or_our_engine(self, key)}",
                     )
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
