@@ -195,7 +195,12 @@ class TrainStage(Stage):
             references=work.root / "references",
             attn_implementation=work.recipe.model.attn_implementation,
             environment=detect(self.precision),
+            teacher=self.teacher_of(work),
         )
+
+    def teacher_of(self, work: Work) -> Path | None:
+        """Folder of the checkpoint beside which the stage trains, where that is not its start."""
+        return None
 
     def method(self):
         """The `training.train.Method` that trains on the stage's rows, a module that imports torch."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from smolpost.data.settings import DocumentRows, LabelledRows, PairRows, Rows
+from smolpost.data.settings import CompletionRows, DocumentRows, LabelledRows, PairRows, Rows
 from smolpost.registry import LOSSES
 from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
 
@@ -123,6 +123,23 @@ class KTOTraining(Training, LabelledRows):
     micro_batch_size: int = count(4)
     warmup_ratio: float = number("[0, 1)", 0.1)
     learning_rate: float = positive(1e-6)
+
+    engine: ClassVar[str] = "trl"
+
+
+@dataclass
+class DistillTraining(Training, CompletionRows):
+    """On the student's own replies to prompts and on given ones, beside a teacher."""
+
+    teacher: str = MISSING  # stage name, or "checkpoint"; with the student's tokenizer
+    on_policy: float = number("[0, 1]", 1.0)  # share of the rows to which the student replies itself
+    divergence_beta: float = number("[0, 1]", 1.0)  # 0: forward KL(teacher, student); 1: reverse KL; between: JSD
+    temperature: float = positive(1.0)  # of the sampled replies, and of both distributions in the divergence
+    top_p: float = number("(0, 1]", 1.0)  # share of the probability mass sampled from
+    top_k: int = number("[0, inf)", 0)  # likeliest tokens sampled from; 0: all
+    max_new_tokens: int = count(512)  # longest sampled reply
+    micro_batch_size: int = tuning(1, "[1, inf)")  # rows per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # sampled replies written to samples/ for each logged step
 
     engine: ClassVar[str] = "trl"
 
