@@ -1,11 +1,16 @@
 """A checkpoint that somebody has released, as a stage that others start from."""
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
+from smolpost.errors import Wrong
 from smolpost.files import MANIFEST, link
 from smolpost.schema import MISSING
 from smolpost.stages.base import Stage, Work, stage_kind
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @stage_kind
@@ -18,13 +23,17 @@ class ReleasedStage(Stage):
 
     kind: str = "released"
     checkpoint: str = MISSING  # Hub id, or a folder with a manifest
-    revision: str | None = None  # Hub branch, tag or commit; null: main
+    revision: str | None = None  # Hub branch, tag or commit; null: main; a folder has none
 
     VERSION = 1
     MAKES_MODEL = True
 
     def checkpoints(self):
         return [("checkpoint", self.checkpoint, self.revision)]
+
+    def check(self, key, recipe, place):
+        if not _HUB_ID.fullmatch(self.checkpoint) and not (self.checkpoint and Path(self.checkpoint).is_dir()):
+            raise Wrong(f"{key}.checkpoint", f"={self.checkpoint} is neither a folder nor a Hub id; name one of them")
 
     def keyed_fields(self):
         return {}  # the commit or the content counts, not its name

@@ -118,6 +118,12 @@ def test_its_folder_has_the_released_files_and_outlives_their_cache(tmp_path, hu
     lineage.require("sft")
 
 
+@pytest.mark.parametrize("value", ["/nowhere/x", "./x", "a/b/c", "''", "'~/models'"])
+def test_a_name_that_cannot_be_one_is_refused_before_anything(value):
+    with pytest.raises(UserError, match=r"stages\.sft\.checkpoint=.* is neither a folder nor a Hub id; name one of"):
+        recipe.load(["pipeline=smollm3_from_release", f"stages.sft.checkpoint={value}"])
+
+
 def make(*given):
     lineage = Lineage(recipe.load([*given]))
     return steps.make(lineage, lineage.stages["sft"])
