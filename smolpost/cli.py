@@ -125,8 +125,10 @@ def main(argv: list[str] | None = None) -> None:
         if verb == "plan":
             sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
             sub.add_argument("--resolve", action="store_true", help="with --cfg: print values of interpolations")
+            sub.add_argument("--fidelity", action="store_true", help="compare the values with those that are published")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
+            sub.add_argument("--against", choices=["trl"], help="compare the first steps by our engine and by TRL's")
     argv = sys.argv[1:] if argv is None else argv
     # Words and options in any order, which a parser of verbs does not give its verbs.
     chosen = verbs.choices.get(argv[0]) if argv else None
@@ -174,6 +176,8 @@ def _do(options: argparse.Namespace) -> int:
         print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
         return 0
     request = recipe.load(options.words)
+    if options.verb == "plan" and options.fidelity:
+        return _fidelity(request, console)
     if options.verb == "plan":
         run.describe(request, console)
         return 0
@@ -188,13 +192,20 @@ def _do(options: argparse.Namespace) -> int:
     elif options.verb == "eval":
         return _evaluate(lineage, stage.name, console)
     elif options.verb == "doctor":
-        from smolpost.doctor import checks
-
-        found = checks.diagnose(lineage, stage, rows=options.rows)
-        console.print(checks.report(found))
-        return checks.exit_code(found)
+        return _doctor(lineage, stage, options, console)
     else:
         _make(lineage, stage)
+    return 0
+
+
+def _fidelity(request, console: Console) -> int:
+    from smolpost.fidelity.show import terminal
+    from smolpost.fidelity.table import sections
+    from smolpost.pipeline.plan import plan, select
+
+    asked = select(plan(request), request.stage)
+    for part in terminal(sections(request.recipe, list(dict.fromkeys(stage.entry for stage in asked)))):
+        console.print(part)
     return 0
 
 
@@ -205,6 +216,20 @@ def _make(lineage, stage) -> None:
         launch = screen.command_line(stage.making[-1])
         raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
     steps.make(lineage, stage)
+
+
+def _doctor(lineage, stage, options: argparse.Namespace, console: Console) -> int:
+    if options.against:
+        from smolpost.doctor import two_engines
+
+        compared = two_engines.compare_engines(lineage, stage, rows=options.rows)
+        console.print(two_engines.report(compared))
+        return two_engines.exit_code(compared)
+    from smolpost.doctor import checks
+
+    found = checks.diagnose(lineage, stage, rows=options.rows)
+    console.print(checks.report(found))
+    return checks.exit_code(found)
 
 
 def _evaluate(lineage, stage: str, console: Console) -> int:

@@ -4,10 +4,8 @@ A few of its rows, its template and its start checkpoint go through the training
 the messages. A failing check does not stop the others.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -15,10 +13,8 @@ from rich.text import Text
 
 from smolpost import schema
 from smolpost.doctor import check_batches, check_texts
-from smolpost.doctor.stage_sample import Case, NotChecked, one_line
-from smolpost.errors import UserError
+from smolpost.doctor.stage_sample import Case, NotChecked, examined, one_line
 from smolpost.pipeline.lineage import Lineage, Located
-from smolpost.pipeline.steps import work_of
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 DOCUMENTS, PAIRS = ("documents",), ("pairs",)
@@ -129,18 +125,10 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     Raises:
         UserError: The stage does not train, its start or data are missing or cannot be trained, or rows is below 1.
     """
-    config = stage.config
-    if stage.prepared is None:
-        raise UserError(f"stage={stage.name} of kind {config.kind} trains nothing; doctor checks training stages")
-    if rows < 1:
-        raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
-    lineage.require_inputs(stage)
-    config.check_start(work_of(lineage, stage, stage.folder))
     found = []
-    with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
-        case = Case(lineage, stage, rows, Path(folder))
+    with examined(lineage, stage, rows) as case:
         for name, (layouts, examine, remedy) in CHECKS.items():
-            if config.layout in layouts:
+            if case.config.layout in layouts:
                 found.append(_one_check(case, name, examine, remedy))
                 if found[-1].status == "fail":
                     case.failed.add(name)

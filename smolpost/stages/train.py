@@ -47,6 +47,14 @@ class TrainStage(Stage):
     def check(self, key, recipe, place):
         if self.engine == "smolpost" and self.trl != type(self.trl)():
             raise Wrong(f"{key}.trl", f" is read under {key}.engine=trl alone; set that, or leave it out")
+        if self.engine == "trl" and self.data in recipe.data:
+            for source, spec in recipe.data[self.data].sources.items():
+                if spec.loss_weight != 1:
+                    raise Wrong(
+                        f"data.{self.data}.sources.{source}.loss_weight",
+                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out, or set "
+                        f"{key}.engine=smolpost",
+                    )
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
                 f"{key}.snapshot_steps",

@@ -217,7 +217,7 @@ class ReferenceCache:
             remove_parts(self.folder, {self._file(chunk).name for chunk in whole})
 
 
-def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int) -> str:
+def reference_key(*, rows: str, weights: str, precision: str, context: str, version: int | str) -> str:
     """16 hex digits: a hash of exactly what determines the reference's log-probabilities.
 
     Args:

@@ -25,6 +25,7 @@ TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+TRL_SMOOTHED_LOSSES = ("exo_pair", "robust", "aot", "aot_unpaired")
 # The losses that stay what they are under another measure of distance than reverse KL.
 TRL_F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 

@@ -1,4 +1,4 @@
-"""Our losses, gradients and rewards are TRL's, step for step, on transformers' own SmolLM3 with its dense masks."""
+"""Our engine: its batches, loss, resumption and end at a signal. `test_trl_engine.py` has its steps beside TRL's."""
 
 import copy
 import dataclasses
@@ -12,150 +12,41 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import load_from_disk
-from torch.nn.utils.rnn import pad_sequence
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from smolpost import signals
 from smolpost.chat.fates import Fate
-from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import collate_packs
 from smolpost.errors import UserError
-from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.stages.preference import APOStage
 from smolpost.stages.sft import SFTStage
 from smolpost.training import preference, reference, sft
 from smolpost.training.arguments import training_arguments
-from smolpost.training.environment import Environment
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.train import check_space
 from tests.prepared import prepared
+from tests.training.tiny_trainers import (
+    CPU,
+    NO_THINK,
+    build,
+    char_tokenizer,
+    conversation,
+    logged,
+    pair_rows,
+    pair_trainer,
+    settings,
+    sft_trainer,
+)
 
-CPU = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=False)
-ASK = {"role": "user", "content": "6*7?"}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "mul", "arguments": {"a": 6}}}]}
-NO_THINK = {"enable_thinking": False}
-SHAPE = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "bos_token_id": 0,
-}  # fmt: skip
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(["abc"], kind="char", vocab_size=256, template="smollm3")
-
-
-def build(tokenizer, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = SmolLM3Config(
-        **SHAPE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        **changes,
-    )  # fmt: skip
-    config._attn_implementation = "packed"
-    return SmolLM3ForCausalLM(config)
-
-
-def build_windowed(tokenizer, seed=0):
-    """A Mistral whose tokens see 16 positions; most documents, and the prompts of pairs, are longer."""
-    torch.manual_seed(seed)
-    config = transformers.MistralConfig(
-        **SHAPE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        sliding_window=16,
-    )  # fmt: skip
-    return transformers.MistralForCausalLM._from_config(config, attn_implementation="packed")
-
-
-def stock(model):
-    """transformers' model with the same weights and masks."""
-    if isinstance(model, transformers.MistralForCausalLM):
-        peer = copy.deepcopy(model)
-        peer.set_attn_implementation("sdpa")
-        return peer
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
-    peer = transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**fields, attn_implementation="sdpa"))
-    peer.load_state_dict(model.state_dict())
-    return peer
-
-
-def settings(**changes):
-    shared = dict(init_from="x", data="y", max_seq_len=400, learning_rate=1e-3, global_batch_size=2, max_grad_norm=1.0)
-    return {**shared, "num_workers": 1, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
-
-
-def same_settings(stage, folder):
-    """A stage's settings in TRL's words."""
-    return dict(
-        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=stage.max_steps, logging_steps=1,
-        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
-        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=stage.weight_decay,
-        adam_beta1=stage.adam_beta1, adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm,
-        save_strategy="no", max_length=None, activation_checkpointing=False, remove_unused_columns=False,
-        train_sampling_strategy="sequential",
-    )  # fmt: skip
-
-
-def logged(trainer, keys):
-    return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_logs_equal(found, expected):
-    assert len(found) == len(expected) > 2
-    for step, wanted in zip(found, expected, strict=True):
-        for key, value in wanted.items():
-            assert step[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
+    return char_tokenizer()
 
 
 # ---------------------------------------------------------------- sft
-
-
-def conversation(reply):
-    return [ASK, {"role": "assistant", "content": reply}]
-
-
-def packs(tokenizer, folder, stage):
-    rows = [("a", {"messages": conversation("x" * n), "chat_template_kwargs": NO_THINK}) for n in range(1, 13)]
-    folder.mkdir(parents=True)
-    return prepared(stage, rows, tokenizer, folder)[0]
-
-
-def sft_trainer(tokenizer, folder, model, **changes):
-    stage = SFTStage(**settings(**changes))
-    rows = packs(tokenizer, folder / "rows", stage)
-    arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
-    return sft.trainer(stage, model, tokenizer, rows, None, arguments, 1, CPU), rows, stage
-
-
-class SameDecay(SFTTrainer):
-    """TRL decays the embedding; the comparison is about the loss."""
-
-    def get_decay_parameter_names(self, model):
-        return decayed_parameters(model)
-
-
-@pytest.mark.parametrize("make", [build, build_windowed])
-def test_sft_steps_equal_trls(tokenizer, tmp_path, make):
-    """Loss, gradient norm, accuracy and entropy of every step, the last one shorter than the others."""
-    model = make(tokenizer)
-    peer = stock(model)
-    changes = {"max_seq_len": 420, "global_batch_size": 4, "shuffle_packs": False, "max_steps": 5}
-    trainer, rows, stage = sft_trainer(tokenizer, tmp_path, model, **changes)
-    assert len(rows) % 4  # the epoch ends with a smaller batch
-    trainer.train()
-    trl = SameDecay(
-        model=peer, train_dataset=rows, processing_class=tokenizer,
-        data_collator=lambda taken: {k: v for k, v in collate_packs(taken).items() if k != "document_lengths"},
-        args=SFTConfig(
-            **same_settings(stage, tmp_path / "trl"), per_device_train_batch_size=4,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-    )  # fmt: skip
-    trl.train()
-    keys = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
-    assert_logs_equal(logged(trainer, keys), logged(trl, keys))
-    for name, tensor in peer.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, atol=2e-5, rtol=0)
 
 
 def test_resuming_inside_a_later_epoch_changes_nothing(tokenizer, tmp_path):
@@ -273,111 +164,6 @@ def test_sft_loss_is_the_mean_over_trained_tokens(tokenizer, tmp_path):
 
 
 # ---------------------------------------------------------------- apo
-
-
-def tool_pair():
-    chosen = [ASK, CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "forty-two"}]
-    rejected = [ASK, CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "forty"}]
-    return {"chosen": chosen, "rejected": rejected, "chat_template_kwargs": NO_THINK}
-
-
-def pair_rows():
-    rows = [tool_pair()]
-    replies = [("42", "7"), ("it is 42", "it is 48, I think"), ("yes " * 9, "no"), ("a", "b"), ("x" * 30, "y")]
-    for good, bad in [*replies, ("forty two", "forty"), ("q", "q" * 40)]:
-        rows.append({"chosen": conversation(good), "rejected": conversation(bad), "chat_template_kwargs": NO_THINK})
-    return [("a", row) for row in rows]
-
-
-def padded_pairs(tokenizer):
-    """TRL's layout of our rows: two whole sequences a pair, with a mask that leaves out tool turns."""
-
-    def collate(pairs):
-        ids, masks = [], []
-        for side in ("chosen", "rejected"):
-            for pair in pairs:
-                ids.append(torch.tensor(pair["prompt_ids"] + pair[f"{side}_ids"]))
-                masks.append(torch.tensor(pair["prompt_mask"] + pair[f"{side}_mask"]))
-        pad = lambda rows, value: pad_sequence(rows, batch_first=True, padding_value=value)  # noqa: E731
-        return {
-            "input_ids": pad(ids, tokenizer.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-            "completion_mask": pad(masks, 0),
-        }
-
-    return collate
-
-
-class TokenizedPairs(DPOTrainer):
-    """TRL's trainer on rows that are tokenized already."""
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset
-
-    def get_decay_parameter_names(self, model):
-        return decayed_parameters(model)
-
-
-def pair_trainer(tokenizer, folder, model, ref_model, **changes):
-    stage = APOStage(**settings(global_batch_size=4, **changes))
-    rows, _ = prepared(stage, pair_rows(), tokenizer, folder)
-    cache = ReferenceCache(folder / "cache", "k", reference.scored_tokens(rows))
-    reference.fill(cache, rows, lambda: copy.deepcopy(ref_model), 150, CPU)
-    cache.open()
-    arguments = training_arguments(stage, 1, len(rows), folder / "out", CPU)
-    return preference.trainer(stage, model, tokenizer, rows, cache, arguments, 1, CPU), rows, stage
-
-
-LOSSES = [
-    ({"loss": "apo_zero"}, {}),
-    ({"loss": "apo_down"}, {}),
-    ({"loss": "sigmoid"}, {}),
-    ({"loss": "ipo"}, {}),
-    ({"loss": "robust", "loss_settings": {"label_smoothing": 0.2}}, {"label_smoothing": 0.2}),
-    ({"loss": "sigmoid", "ld_alpha": 0.3}, {"ld_alpha": 0.3}),
-    ({"loss": "apo_zero", "sft_weight": 0.7}, {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0, 0.7]}),
-]
-
-
-@pytest.mark.parametrize(("ours", "trls"), LOSSES, ids=lambda case: "-".join(map(str, case.values())) or None)
-@pytest.mark.parametrize("pack_tokens", [60, 1000], ids=["many packs", "one pack"])
-def test_preference_steps_equal_trls(tokenizer, tmp_path, ours, trls, pack_tokens):
-    assert_preference_steps_equal(tokenizer, tmp_path, build, ours, trls, pack_tokens)
-
-
-def test_preference_steps_under_a_sliding_window_equal_trls(tokenizer, tmp_path):
-    assert_preference_steps_equal(tokenizer, tmp_path, build_windowed, {"loss": "apo_zero"}, {}, 1000)
-
-
-def test_steps_of_a_registered_loss_equal_trls(hinge, tokenizer, tmp_path):
-    assert_preference_steps_equal(tokenizer, tmp_path, build, {"loss": "hinge"}, {}, 60)
-
-
-def assert_preference_steps_equal(tokenizer, tmp_path, make, ours, trls, pack_tokens):
-    """Loss, gradient norm, rewards and log-probabilities of every step, with a reference unlike the policy."""
-    model, ref_model = make(tokenizer), make(tokenizer, seed=7)
-    peer, peer_ref = stock(model), stock(ref_model)
-    changes = {**ours, "beta": 0.3, "max_steps": 4, "pack_tokens": pack_tokens}
-    trainer, rows, stage = pair_trainer(tokenizer, tmp_path, model, ref_model, **changes)
-    order = []  # of two epochs
-    for epoch in range(2):
-        trainer.batches.set_epoch(epoch)
-        order += trainer.batches.order().tolist()
-    trainer.train()
-    trl = TokenizedPairs(
-        model=peer, ref_model=peer_ref, train_dataset=rows.select(order), processing_class=tokenizer,
-        data_collator=padded_pairs(tokenizer),
-        args=DPOConfig(
-            **same_settings(stage, tmp_path / "trl"), per_device_train_batch_size=4, beta=0.3,
-            **{"loss_type": [stage.loss], **trls},
-        ),
-    )  # fmt: skip
-    trl.train()
-    keys = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
-    keys += ["logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"]
-    assert_logs_equal(logged(trainer, keys), logged(trl, keys))
-    for name, tensor in peer.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, atol=2e-5, rtol=0)
 
 
 def test_first_apo_loss_is_one(tokenizer, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -142,16 +141,4 @@ def check_even(
             f"{where}: {num_rows} rows leave {last} for the last step of an epoch, not a multiple of {at_once}, the "
             f"rows that {passes} take at once; TRL's trainers would repeat rows or weigh them unevenly; {shorter}"
             f"take other rows, or set {where}.engine=smolpost"
-        )
-
-
-def check_unweighted(name: str, rows: Dataset, column: str) -> None:
-    """
-    Raises:
-        UserError: The rows have weights in the column, which TRL's losses do not know.
-    """
-    if column in rows.column_names:
-        raise UserError(
-            f"stages.{name}: its mixture sets loss_weight, which TRL's losses do not know; leave it out, or set "
-            f"stages.{name}.engine=smolpost"
         )

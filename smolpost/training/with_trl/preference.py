@@ -1,11 +1,13 @@
 """Preference training by TRL's DPOTrainer: on padded pairs, two sequences each, beside its own reference."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -14,8 +16,9 @@ from smolpost.data.collate import PARTS
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.reference import pair_lengths
+from smolpost.training.reference_cache import reference_key, weights_hash
 from smolpost.training.settings import PairTraining
-from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even, check_unweighted
+from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even
 
 COLUMNS = [f"{part}_{what}" for part in PARTS for what in ("ids", "mask")]
 
@@ -28,15 +31,41 @@ class DPO(FromTRL, DPOTrainer):
 
 
 def check(name: str, stage: PairTraining, rows: Dataset, environment: Environment) -> None:
-    check_unweighted(name, rows, "weights")
     check_even(name, stage, stage.trl.micro_batch_size, "trl.micro_batch_size", len(rows), environment)
 
 
+class Reference(NamedTuple):
+    """TRL's reference.
+
+    Attributes:
+        load: Loads it, once the backend is known, as TRL shards it like the policy.
+        cache: Folder for its log-probabilities, where they are worked out before training.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    cache: Path | None = None
+
+
 def reference(
-    stage: PairTraining, rows: Dataset, start: Path, load_start: Callable[[], PreTrainedModel], *_: object
-) -> tuple[Callable[[], PreTrainedModel], dict]:
-    """How the reference is loaded: beside the policy, once the backend is known, as TRL shards both."""
-    return load_start, {}
+    stage: PairTraining,
+    rows: Dataset,
+    start: Path,
+    load_start: Callable[[], PreTrainedModel],
+    references: Path,
+    environment: Environment,
+) -> tuple[Reference, dict]:
+    """Nothing is scored here: that is TRL's part. Its own key forgets ld_alpha, the precision and the context."""
+    if not stage.trl.precompute_ref_log_probs:
+        return Reference(load_start), {}
+    key = reference_key(
+        rows=rows._fingerprint,
+        weights=weights_hash(start),
+        precision="bf16" if environment.bf16 else "fp32",
+        context=f"{stage.rope_theta}/{stage.max_position_embeddings}",
+        version=f"trl {stage.ld_alpha}",
+    )
+    cache = references / f"trl-{key}"
+    return Reference(load_start, cache), {"reference_cache": str(cache)}
 
 
 def arguments(stage: PairTraining, seed: int, num_rows: int, out: Path, environment: Environment) -> TrainingArguments:
@@ -69,23 +98,37 @@ def trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    reference: Callable[[], PreTrainedModel],
+    reference: Reference,
     arguments: TrainingArguments,
     seed: int,
     environment: Environment,
 ) -> DPO:
-    # Adapters that are switched off are the reference; a precomputed one is what the policy is before training.
-    is_apart = not (stage.lora.r or stage.trl.precompute_ref_log_probs)
+    # Adapters that are switched off are the reference. A precomputed one is what the policy is before training, but for
+    # FSDP, which shards the policy only then: there TRL would load one without the stage's context.
+    is_precomputed = reference.cache and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+    if reference.cache:
+        rows = _beside(rows, reference.cache, arguments)
     return built(
         DPO,
         model,
         tokenizer,
         batches(stage, rows, seed, environment),
         args=arguments,
-        ref_model=reference() if is_apart else None,
+        ref_model=None if stage.lora.r or is_precomputed else reference.load(),
         train_dataset=rows.select_columns(list(COLUMNS)),
         data_collator=collate_padded,
     )
+
+
+def _beside(rows: Dataset, cache: Path, arguments: TrainingArguments) -> Dataset:
+    """The same rows by links in the cache folder: TRL writes its file beside the rows, which stay as prepared."""
+    if arguments.process_index == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        for file in Path(rows.cache_files[0]["filename"]).resolve().parent.iterdir():
+            (cache / file.name).unlink(missing_ok=True)
+            (cache / file.name).symlink_to(file)
+    arguments.distributed_state.wait_for_everyone()
+    return load_from_disk(str(cache))
 
 
 def batches(stage: PairTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:

@@ -12,7 +12,7 @@ from smolpost.data.collate import IGNORE_INDEX
 from smolpost.training import sft
 from smolpost.training.environment import Environment
 from smolpost.training.settings import PackTraining
-from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even, check_unweighted
+from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even
 
 COLUMNS = ("input_ids", "fates", "seq_lengths")
 
@@ -24,7 +24,6 @@ class SFT(FromTRL, SFTTrainer):
 
 
 def check(name: str, stage: PackTraining, rows: Dataset, environment: Environment) -> None:
-    check_unweighted(name, rows, "seq_weights")
     check_even(
         name, stage, stage.micro_batch_size, "micro_batch_size", len(rows), environment,
         counts_tokens=True,
