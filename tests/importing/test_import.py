@@ -316,3 +316,13 @@ def test_a_refused_pipeline_leaves_nothing(here):
     with pytest.raises(UserError, match=r"^settings\.yaml: the pipeline that it gives is refused: .*learning_rate=0"):
         from_text(text, here)
     assert sorted(path.name for path in here.iterdir()) == ["settings.yaml"]
+
+
+def test_the_documented_example_is_real(here, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
+    page = (FILES.parent.parent / "docs/importing.md").read_text()
+    settings, rest = page.split("```yaml\n")[1].split("```", 1)
+    printed = rest.split("```\n")[1]
+    Path("sft.yaml").write_text(settings)
+    import_command(Path("sft.yaml"), num_processes=8)
+    assert capsys.readouterr().out == printed
