@@ -28,7 +28,7 @@ from smolpost.training.arguments import total_steps
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.settings import DistillTraining
-from smolpost.training.with_trl.engine import FromTRL, InOrder, arguments_of, built, check_unweighted
+from smolpost.training.with_trl.engine import FromTRL, InOrder, arguments_of, built, check_even
 
 SAMPLES = "samples"  # subfolder of the stage's folder: a file for each logged step
 REPLY = ("completion_ids", "completion_mask")  # columns of the given replies
@@ -159,18 +159,10 @@ class PromptRows(torch.utils.data.Dataset):
 def check(name: str, stage: DistillTraining, rows: Dataset, environment: Environment) -> None:
     """
     Raises:
-        UserError: Rows have weights or do not come out even, or prompts leave no room for a reply.
+        UserError: Rows do not come out even, or prompts leave no room for a reply.
     """
-    check_unweighted(name, rows, "weights")
-    where, ranks = f"stages.{name}", environment.world_size
-    size, at_once = stage.global_batch_size, stage.micro_batch_size * ranks
-    if size % at_once:
-        raise UserError(
-            f"{where}.global_batch_size={size} is not a multiple of {at_once}, the rows that "
-            f"{where}.micro_batch_size={stage.micro_batch_size} takes at once"
-            + (f" on {ranks} ranks" if ranks > 1 else "")
-            + "; change one of them"
-        )
+    check_even(name, stage, stage.micro_batch_size, "micro_batch_size", len(rows), environment)
+    where, size = f"stages.{name}", stage.global_batch_size
     steps, left = divmod(len(rows), size)
     if left and total_steps(stage, len(rows)) > steps:
         raise UserError(
