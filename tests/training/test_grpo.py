@@ -12,7 +12,15 @@ from smolpost.training.adapters import add_adapters
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.settings import LoRA, PolicyTraining
 from smolpost.training.with_trl import grpo
-from tests.training.tiny_trainers import CPU, assert_logs_equal, assert_weights_equal, build, char_tokenizer, logged
+from tests.training.tiny_trainers import (
+    CPU,
+    assert_logs_equal,
+    assert_weights_equal,
+    build,
+    char_tokenizer,
+    in_trls_words,
+    logged,
+)
 
 NUM_ROWS = 8
 END = "5"
@@ -93,11 +101,7 @@ def test_steps_are_trls_on_text(tokenizer, start, rows, tmp_path, loss):
         return [min(0.0, max(-1.0, (6 - 6 - len(ids)) / 6)) for ids in completion_ids]
 
     arguments = GRPOConfig(
-        output_dir=str(tmp_path / "trl"), seed=1, report_to=[], use_cpu=True, bf16=False, max_steps=stage.max_steps,
-        logging_steps=1, learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, warmup_steps=stage.warmup_ratio,
-        weight_decay=stage.weight_decay, adam_beta1=stage.adam_beta1, adam_beta2=stage.adam_beta2, max_grad_norm=1.0,
-        save_strategy="no", gradient_checkpointing=False, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        **in_trls_words(stage, tmp_path / "trl"), seed=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         num_generations=4, max_completion_length=6, shuffle_dataset=False, loss_type=loss, reward_weights=[1.0, 0.5],
     )  # fmt: skip
     direct = SameDecay(

@@ -32,9 +32,6 @@ class GRPO(Samples, GRPOTrainer):
     def _get_train_sampler(self, dataset=None) -> EachStepRepeated:
         return EachStepRepeated(self.batches, self.args.gradient_accumulation_steps, self.num_generations)
 
-    def _count_tokens(self) -> None:
-        """TRL counts them in the state itself here."""
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in [name for name in self._metrics["train"] if name.startswith("clip_ratio/")]:
             del self._metrics["train"][name]  # always 0, as every step's replies are its own weights'

@@ -32,6 +32,9 @@ class Samples(FromTRL):
         self.kept = kept
         self.samples: list[dict] = []
 
+    def _count_tokens(self) -> None:
+        """These trainers of TRL count in the state itself."""
+
     def ended_by(self, completion: list[int]) -> str:
         return "stop token" if completion[-1] in self.eos_token_ids else "max_new_tokens"
 
