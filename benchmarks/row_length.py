@@ -2,10 +2,10 @@
 
 python benchmarks/row_length.py [--quick] [--device cuda]
 
-Documents never see each other, so longer rows should cost nothing more. Both sides as in benchmarks/sft.py.
+Documents never see each other, so longer rows should cost nothing more. The sides are those of benchmarks/sft.py.
 """
 
-from sft import SIDES
+from sft import measures
 from side_by_side import alternate, keep, options, run_side, show
 from workload import SMALL, SMOLLM3_3B
 
@@ -14,7 +14,7 @@ TOKENS = 49152  # measured at every length
 
 def main() -> None:
     arguments = options(__doc__.splitlines()[0])
-    if run_side(SIDES, arguments):
+    if run_side(measured := measures(arguments.device), arguments):
         return
     case = {"file": str(arguments.data / "gsm8k" / "smoltalk2_sft.jsonl"), "device": arguments.device, "vocab": 8192}
     case |= {"model": SMOLLM3_3B if arguments.device == "cuda" else SMALL}
@@ -24,10 +24,10 @@ def main() -> None:
     table, results = [], []
     for length in lengths:
         settings = case | {"length": length, "steps": tokens // length}
-        sides = alternate(list(SIDES), settings, arguments)
+        sides = alternate(list(measured), settings, arguments)
         cost = {side: 1e6 * found["seconds"] / found["tokens"] for side, found in sides.items()}
         results.append({"settings": settings, "sides": sides, "us_per_token": cost})
-    for side in SIDES:
+    for side in measured:
         first = results[0]["us_per_token"][side]
         for result in results:
             cost = result["us_per_token"][side]

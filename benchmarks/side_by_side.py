@@ -92,6 +92,41 @@ def one_run(name: str, case: dict, arguments: argparse.Namespace) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def compared(what: str, unit: str, name: str, case: dict, sides: dict[str, dict], target: dict | None) -> dict:
+    """Show the first side, ours, beside the others; the entry for `keep`.
+
+    Args:
+        what, name: Of the table.
+        unit: Of speed: tokens or pairs, a number that every side has measured.
+        sides: From `alternate`.
+    """
+    ours, *peers = sides
+    memory = "peak_gpu_gb" if case["device"] == "cuda" else "peak_gb"
+    speed = {side: found[unit] / found["seconds"] for side, found in sides.items()}
+    ratio = {
+        side: {"speed": speed[ours] / speed[side], "memory": sides[side][memory] / sides[ours][memory]}
+        for side in peers
+    }
+    table = [
+        {
+            "side": side,
+            f"{unit}/s": speed[side],
+            "peak GB": found[memory],
+            "CPU s": found["cpu_seconds"],
+            "last loss": found["loss_last"],
+            "reference s": found.get("reference_seconds"),
+            "2nd seed s": found.get("second_seed_seconds"),
+            "needed TFLOP/s": (rate := found["model_flops"] / found["seconds"] / 1e12),
+            "of matmul rate": rate / found["matmul_tflops"],
+        }
+        for side, found in sides.items()
+    ]
+    for side, than in ratio.items():
+        table.append({"side": f"ratio to {side}", f"{unit}/s": than["speed"], "peak GB": than["memory"]})
+    show(f"{what}, {name}; target {target}", table)
+    return {"case": name, "settings": case, "sides": sides, "ratio": ratio, "target": target}
+
+
 def machine() -> dict:
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -102,14 +137,14 @@ def machine() -> dict:
 
 
 def show(title: str, rows: list[dict]) -> None:
-    """A table with the union of the rows' keys as columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """A table with the union of the rows' keys as columns, but for those without a value."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     for row in rows:
         table.add_row(*(shown(row.get(column)) for column in columns))
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 def shown(value: object) -> str:

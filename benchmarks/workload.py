@@ -1,14 +1,15 @@
 """The rows, tokenizer and models both sides of the training benchmarks start from."""
 
+import functools
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import transformers
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback
 
 import smolpost.model  # noqa: F401  registers our SmolLM3 and its attention
@@ -16,8 +17,10 @@ from smolpost.chat.render import load_template, render
 from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.schema import RELEASE_DAY, Mixture, Source
+from smolpost.schema import PACKED_ATTENTION, RELEASE_DAY, Mixture, Source
 from smolpost.training.environment import Environment, detect
+from smolpost.training.settings import Training
+from smolpost.training.trainer import Run
 
 SMALL = {
     "hidden_size": 128,
@@ -63,29 +66,83 @@ def environment(case: dict) -> Environment:
     return detect("bf16" if case["device"] == "cuda" else "fp32")
 
 
-def model_for(case: dict, tokenizer, *, ours: bool):
-    """The same weights for both sides: ours with packed attention, transformers' own with what suits the device."""
+class Side(NamedTuple):
+    """One way to train a stage.
+
+    Attributes:
+        attention: Of the model. packed is what a pipeline sets; TRL's documentation asks for flash attention on a GPU.
+        precompute: TRL scores its reference before training, as our engine does, and not beside it.
+        liger: With Liger's kernels, TRL's documented option on a GPU.
+    """
+
+    engine: str
+    attention: str = PACKED_ATTENTION
+    precompute: bool = False
+    liger: bool = False
+
+
+def sides_of(sides: dict[str, Side], device: str) -> dict[str, Side]:
+    """Those that can run on the device as it is, TRL's with flash attention where that is installed."""
+    from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+
+    on_gpu = device == "cuda"
+    found = {name: side for name, side in sides.items() if not side.liger or (on_gpu and is_liger_kernel_available())}
+    if not (on_gpu and is_flash_attn_2_available()):
+        return found
+    return {
+        name: side._replace(attention="flash_attention_2")
+        if (side.engine, side.attention) == ("trl", PACKED_ATTENTION)
+        else side
+        for name, side in found.items()
+    }
+
+
+class Trained(NamedTuple):
+    """A stage that has been trained.
+
+    Attributes:
+        rows: Prepared.
+        reference_seconds: What the engine needed before training, the first time and the second time.
+    """
+
+    trainer: Run
+    rows: Dataset
+    reference_seconds: list[float]
+
+
+def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock") -> Trained:
+    """Train a stage on the case's rows as `smolpost run` does, by the engine that it names, without checkpoints."""
+    method, here = stage.method(), environment(case)
+    tokenizer = tokenizer_for(rows_of(case["file"], case["rows"]))
+    rows, _ = prepared(stage, case["file"], case["rows"], tokenizer, folder)
+    method.check("bench", stage, rows, here)
+    (start := folder / "start").mkdir()
+    (start / "model.safetensors").touch()  # only names the reference in its cache; models are made in memory
+    load_start = functools.partial(model_for, case, tokenizer, side.attention)
+    load_start().config.save_pretrained(start)
+    spent = []
+    for _ in range(2):  # the second time stands for a second seed
+        began = time.perf_counter()
+        reference, _ = method.reference(stage, rows, start, load_start, folder / "references", here)
+        spent.append(time.perf_counter() - began)
+    arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
+    arguments.set_save("no")
+    arguments.use_liger_kernel = side.liger
+    trainer = method.trainer(stage, load_start(), tokenizer, rows, reference, arguments, 0, here)
+    trainer.add_callback(clock)
+    trainer.train()
+    return Trained(trainer, rows, spent)
+
+
+def model_for(case: dict, tokenizer, attention: str) -> SmolLM3ForCausalLM:
+    """The same weights each time."""
     torch.manual_seed(0)
     config = SmolLM3Config(
         **case["model"], vocab_size=case["vocab"], max_position_embeddings=65536, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
-    config._attn_implementation = "packed"
-    model = SmolLM3ForCausalLM(config)
-    if ours:
-        return model
-    fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    stock = transformers.SmolLM3Config(**fields, attn_implementation=peer_attention(case["device"]))
-    peer = transformers.SmolLM3ForCausalLM(stock)
-    peer.load_state_dict(model.state_dict())
-    return peer
-
-
-def peer_attention(device: str) -> str:
-    """What TRL's documentation asks for on a GPU, flash attention, where it is installed."""
-    from transformers.utils import is_flash_attn_2_available
-
-    return "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    config._attn_implementation = attention
+    return SmolLM3ForCausalLM(config)
 
 
 class Clock(TrainerCallback):
@@ -140,14 +197,6 @@ def matmul_tflops(case: dict) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best / 1e12
-
-
-def rates(measured: dict) -> dict:
-    """TFLOP/s, counting only the operations that the rows need, and their share of the device's own rate."""
-    if "model_flops" not in measured:
-        return {}
-    rate = measured["model_flops"] / measured["seconds"] / 1e12
-    return {"needed TFLOP/s": rate, "of matmul rate": rate / measured["matmul_tflops"]}
 
 
 def scratch() -> tempfile.TemporaryDirectory:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from smolpost import __version__, disks, screen, signals, third_party
 from smolpost.errors import UserError
+from smolpost.importing.command import add_arguments as add_import_arguments
 from smolpost.merging.command import add_arguments as add_merge_arguments
 
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
@@ -27,10 +28,11 @@ VERBS = {
     "eval": "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     "compare": "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps",
     "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
+    "import": "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
     "export": "convert a checkpoint for another runtime and compare the scores of both",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WITH_WORDS = set(VERBS) - {"compare", "merge", "export", "adopt"}  # that compose a recipe
+WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "adopt"}  # that compose a recipe
 EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
 or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
 its full key, e.g. stages.sft.learning_rate=1e-4."""
@@ -93,6 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         if verb == "merge":
             add_merge_arguments(sub)
             continue
+        if verb == "import":
+            add_import_arguments(sub)
+            continue
         if verb == "export":
             sub.add_argument("kind", choices=["onnx", "mlx", "gguf", "vllm-config"])
             sub.add_argument("checkpoint", type=Path)
@@ -120,8 +125,10 @@ def main(argv: list[str] | None = None) -> None:
         if verb == "plan":
             sub.add_argument("--cfg", choices=["job"], help="print the composed recipe as YAML instead")
             sub.add_argument("--resolve", action="store_true", help="with --cfg: print values of interpolations")
+            sub.add_argument("--fidelity", action="store_true", help="compare the values with those that are published")
         if verb == "doctor":
             sub.add_argument("--rows", type=int, default=32, help="rows in the sample; default 32")
+            sub.add_argument("--against", choices=["trl"], help="compare the first steps by our engine and by TRL's")
     argv = sys.argv[1:] if argv is None else argv
     # Words and options in any order, which a parser of verbs does not give its verbs.
     chosen = verbs.choices.get(argv[0]) if argv else None
@@ -157,16 +164,20 @@ def _do(options: argparse.Namespace) -> int:
         return _compare(options, console)
     if options.verb == "export":
         return _export(options, console)
-    if options.verb == "merge":
+    if options.verb in ("import", "merge"):
+        from smolpost.importing.command import import_command
         from smolpost.merging.command import merge_command
 
-        return merge_command(**{name: value for name, value in vars(options).items() if name != "verb"})
+        command = import_command if options.verb == "import" else merge_command
+        return command(**{name: value for name, value in vars(options).items() if name != "verb"})
     if options.verb == "inspect":
         return _inspect(options, console)
     if options.verb == "plan" and options.cfg:
         print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
         return 0
     request = recipe.load(options.words)
+    if options.verb == "plan" and options.fidelity:
+        return _fidelity(request, console)
     if options.verb == "plan":
         run.describe(request, console)
         return 0
@@ -181,13 +192,20 @@ def _do(options: argparse.Namespace) -> int:
     elif options.verb == "eval":
         return _evaluate(lineage, stage.name, console)
     elif options.verb == "doctor":
-        from smolpost.doctor import checks
-
-        found = checks.diagnose(lineage, stage, rows=options.rows)
-        console.print(checks.report(found))
-        return checks.exit_code(found)
+        return _doctor(lineage, stage, options, console)
     else:
         _make(lineage, stage)
+    return 0
+
+
+def _fidelity(request, console: Console) -> int:
+    from smolpost.fidelity.show import terminal
+    from smolpost.fidelity.table import sections
+    from smolpost.pipeline.plan import plan, select
+
+    asked = select(plan(request), request.stage)
+    for part in terminal(sections(request.recipe, list(dict.fromkeys(stage.entry for stage in asked)))):
+        console.print(part)
     return 0
 
 
@@ -198,6 +216,20 @@ def _make(lineage, stage) -> None:
         launch = screen.command_line(stage.making[-1])
         raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
     steps.make(lineage, stage)
+
+
+def _doctor(lineage, stage, options: argparse.Namespace, console: Console) -> int:
+    if options.against:
+        from smolpost.doctor import two_engines
+
+        compared = two_engines.compare_engines(lineage, stage, rows=options.rows)
+        console.print(two_engines.report(compared))
+        return two_engines.exit_code(compared)
+    from smolpost.doctor import checks
+
+    found = checks.diagnose(lineage, stage, rows=options.rows)
+    console.print(checks.report(found))
+    return checks.exit_code(found)
 
 
 def _evaluate(lineage, stage: str, console: Console) -> int:

@@ -195,6 +195,7 @@ class Harness:
 @dataclass
 class Recipe:
     pipeline: str = MISSING  # name; runs go to run_dir/pipeline
+    note: str = ""  # what its user should know, printed by `plan`
     run_dir: str = "runs"
     seed: int = seeded(0)  # from which a pipeline may take the seeds of its stages
     plugins: list[str] = field(default_factory=list)  # modules of the user's own (`recipe/plugins.py`)

@@ -246,7 +246,7 @@ def test_a_folder_of_recipes_is_repeated_in_every_printed_command(project, capsy
         "# @package _global_\ndefaults:\n  - /pipeline/gsm8k\n  - _self_\npipeline: mine\n"
     )
     shipped = (ROOT / "recipes" / "stage" / "sft.yaml").read_text()
-    (own / "stage" / "sft.yaml").write_text(shipped.replace("num_epochs: 4", "num_epochs: 4\nlora: {r: 4}"))
+    (own / "stage" / "sft.yaml").write_text(shipped.replace("num_epochs: 5", "num_epochs: 5\nlora: {r: 4}"))
     words = ["pipeline=mine", *project.words[1:]]
     cli_ok("plan", "--recipes", str(own), *words, "stage=sft")
     output = capsys.readouterr().out

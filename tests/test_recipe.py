@@ -45,15 +45,15 @@ def test_published_values_of_the_recipe():
     """FACTS section 1: the handbook's and the blog's numbers, stage by stage."""
     stages = recipe.load(["pipeline=smollm3"]).recipe.stages
     mid, sft, apo = stages["mid"], stages["sft"], stages["apo"]
-    assert (mid.template, mid.packing, mid.num_epochs, mid.max_seq_len) == ("chatml", "wrapped", 4, 32768)
-    assert (sft.template, sft.packing, sft.num_epochs, sft.max_seq_len) == ("smollm3", "bfd", 4, 65536)
+    assert (mid.template, mid.packing, mid.num_epochs, mid.max_seq_len) == ("chatml", "wrapped", 5, 32768)
+    assert (sft.template, sft.packing, sft.num_epochs, sft.max_seq_len) == ("smollm3", "bfd", 5, 65536)
     for stage in (mid, sft):
         assert (stage.learning_rate, stage.warmup_ratio, stage.global_batch_size) == (2e-5, 0.03, 128)
     assert (apo.loss, apo.beta, apo.learning_rate, apo.warmup_ratio) == ("apo_zero", 0.05, 1e-6, 0.1)
     assert (apo.num_epochs, apo.max_seq_len, apo.global_batch_size) == (1, 24576, 32)
     for stage in (mid, sft, apo):
-        assert (stage.min_lr_ratio, stage.max_grad_norm, stage.adam_beta1, stage.adam_beta2) == (0.1, 0.2, 0.9, 0.95)
-        assert stage.weight_decay == 0.1
+        assert (stage.min_lr_ratio, stage.max_grad_norm, stage.adam_beta1, stage.adam_beta2) == (0.1, 0.2, 0.9, 0.999)
+        assert stage.weight_decay == 0
     assert stages["merge"].inputs == {"soup": 0.9, "checkpoint": 0.1}
 
 
@@ -100,7 +100,8 @@ def test_accelerate_values_become_launcher_flags():
     [
         (
             ["pipeline=smollm4"],
-            "pipeline=smollm4 does not exist; did you mean smollm3? choose one of: gsm8k, smollm3, tiny",
+            "pipeline=smollm4 does not exist; did you mean smollm3? choose one of: gsm8k, smollm3, smollm3_ablated, "
+            "smollm3_from_release, tiny",
         ),
         (["model=huge"], "model=huge does not exist; choose one of: small, smollm3_3b, tiny"),
         (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, fsdp2, single, zero2, zero3"),
@@ -376,7 +377,11 @@ def test_no_number_is_nan_or_infinite(monkeypatch):
         ),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no part in a recipe; leave it out"),
         ("hydra.searchpath=[x]", "Hydra's own settings have no part in a recipe; --recipes FOLDER names a folder of"),
-        ("pipeline=../../x", "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, tiny"),
+        (
+            "pipeline=../../x",
+            "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, smollm3_ablated, smollm3_from_release, "
+            "tiny",
+        ),
         ("'stages.sft.today=${nothing}'", "stages.sft.today=${nothing}: nothing is not a key of the recipe; name a"),
     ],
 )

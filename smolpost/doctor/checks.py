@@ -4,10 +4,8 @@ A few of its rows, its template and its start checkpoint go through the training
 the messages. A failing check does not stop the others.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -15,27 +13,26 @@ from rich.text import Text
 
 from smolpost import schema
 from smolpost.doctor import check_batches, check_texts
-from smolpost.doctor.stage_sample import Case, NotChecked, one_line
-from smolpost.errors import UserError
+from smolpost.doctor.stage_sample import Case, NotChecked, examined, one_line
 from smolpost.pipeline.lineage import Lineage, Located
-from smolpost.pipeline.steps import work_of
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
-DOCUMENTS, PAIRS = ("documents",), ("pairs",)
+DOCUMENTS, PAIRS, COMPLETIONS = ("documents",), ("pairs",), ("completions", "labelled")
+EVERY = DOCUMENTS + PAIRS + COMPLETIONS
 # Name -> layouts of rows it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "rows": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.rows_are_valid,
         "do what the line says, or delete these rows of data={data}",
     ),
     "template": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.template_round_trip,
         "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
     ),
     "stop token": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_batches.replies_stop,
         "end each reply with a control token of the tokenizer inside its generation span; stages.{stage}.template",
     ),
@@ -50,8 +47,13 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         check_batches.pair_mask_is_policy,
         "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
+    "completion mask": (
+        COMPLETIONS,
+        check_batches.completion_mask_is_policy,
+        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
+    ),
     "control tokens": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.users_write_no_control_tokens,
         "delete rows of data={data} in which users write such tokens, and report this as a bug of smolpost",
     ),
@@ -81,19 +83,19 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         "delete the pairs of data={data} whose sides render to the same text",
     ),
     "chat parity": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
         "stages.{stage}.allow_template_change=true if the change is intended; a tokenizer has to stay the same, and a "
         "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_batches.vocabulary,
         "resize and initialise the checkpoint's embeddings for its tokenizer; use a tokenizer that knows the text",
     ),
     "lengths": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.lengths,
         "raise stages.{stage}.max_seq_len, or set stages.{stage}.overlong=truncate or drop; keep rows within "
         "the model's context, or raise stages.{stage}.max_position_embeddings",
@@ -129,18 +131,10 @@ def diagnose(lineage: Lineage, stage: Located, *, rows: int = 32) -> list[Check]
     Raises:
         UserError: The stage does not train, its start or data are missing or cannot be trained, or rows is below 1.
     """
-    config = stage.config
-    if stage.prepared is None:
-        raise UserError(f"stage={stage.name} of kind {config.kind} trains nothing; doctor checks training stages")
-    if rows < 1:
-        raise UserError(f"rows={rows} is below 1; doctor needs a row to look at")
-    lineage.require_inputs(stage)
-    config.check_start(work_of(lineage, stage, stage.folder))
     found = []
-    with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
-        case = Case(lineage, stage, rows, Path(folder))
+    with examined(lineage, stage, rows) as case:
         for name, (layouts, examine, remedy) in CHECKS.items():
-            if config.layout in layouts:
+            if case.config.layout in layouts:
                 found.append(_one_check(case, name, examine, remedy))
                 if found[-1].status == "fail":
                     case.failed.add(name)

@@ -1,6 +1,8 @@
 """A training stage under examination: a sample of its rows, and what training would make of them."""
 
+import contextlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +20,19 @@ from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
 from smolpost.data.shards import nth, shard_slices
 from smolpost.data.sources import read_slice
-from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
+from smolpost.data.tokenize import TOKENIZERS
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
-from smolpost.pipeline.steps import input_folders
+from smolpost.pipeline.steps import input_folders, work_of
 
+#: Layout of rows -> shapes that a row may have (`data.validate`).
+SHAPES = {
+    "documents": ("messages", "text"),
+    "pairs": ("preference",),
+    "completions": ("messages",),
+    "labelled": ("messages", "preference"),
+}
 SCANNED = 500  # rows of each source among which the sample is chosen
 HEAVY = 1e9  # parameters beyond which a CPU runs the model only for FEW_ROWS or fewer
 FEW_ROWS = 4
@@ -117,7 +126,7 @@ class Case:
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
-        if (shape == "preference") != (self.config.layout == "pairs"):
+        if shape not in SHAPES[self.config.layout]:
             raise UserError(f"{row.where}: is a {shape} row, and the stage reads {self.config.layout}")
         try:
             for messages in conversations(row):
@@ -128,7 +137,7 @@ class Case:
     @cached_property
     def trainable(self) -> list[dict]:
         """The sampled rows that `smolpost prepare` can tokenize and mask."""
-        tokenize, found = tokenize_pairs if self.config.layout == "pairs" else tokenize_rows, []
+        tokenize, found = TOKENIZERS[self.config.layout], []
         for row in self.sample:
             [tokens] = tokenize(self.config, [row], self.tokenizer)
             if tokens.fault:
@@ -263,8 +272,15 @@ class Case:
         return found
 
     def model_to_run(self):
-        """The model, if this machine can run it and every id has an embedding."""
-        model = self.need("model", "vocabulary")
+        """The model, if it is `runnable`."""
+        return self.runnable(self.need("model", "vocabulary"))
+
+    def runnable(self, model):
+        """The model that is given.
+
+        Raises:
+            NotChecked: It is too large for this machine, or an id of the sample has no embedding.
+        """
         parameters = sum(p.numel() for p in model.parameters())
         if parameters > HEAVY and self.environment.use_cpu and self.num_rows > FEW_ROWS:
             raise NotChecked(
@@ -275,6 +291,26 @@ class Case:
         if highest >= size:
             raise NotChecked(f"token id {highest:,} has no embedding among {size:,}, see vocabulary")
         return model
+
+
+@contextlib.contextmanager
+def examined(lineage: Lineage, stage: Located, num_rows: int) -> Iterator[Case]:
+    """A training stage as a Case; what is written for it is removed at the end.
+
+    Args:
+        stage: One that trains; its start checkpoint is finished.
+        num_rows: Size of the sample.
+    Raises:
+        UserError: The stage does not train, its start or data are missing or cannot be trained, or rows is below 1.
+    """
+    if stage.prepared is None:
+        raise UserError(f"stage={stage.name} of kind {stage.config.kind} trains nothing; doctor checks training stages")
+    if num_rows < 1:
+        raise UserError(f"rows={num_rows} is below 1; doctor needs a row to look at")
+    lineage.require_inputs(stage)
+    stage.config.check_start(work_of(lineage, stage, stage.folder))
+    with tempfile.TemporaryDirectory(prefix="smolpost-doctor-") as folder:
+        yield Case(lineage, stage, num_rows, Path(folder))
 
 
 def conversations(row: dict) -> list[list[dict]]:

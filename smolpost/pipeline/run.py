@@ -226,6 +226,8 @@ def describe(request: Request, console: Console) -> None:
     lineage = Lineage(request)
     plans = select(lineage.stages.planned.values(), request.stage)
     console.print(f"pipeline {lineage.recipe.pipeline}: {len(plans)} stages under {lineage.root}", soft_wrap=True)
+    if lineage.recipe.note:
+        console.print(f"note: {lineage.recipe.note}", soft_wrap=True)
     for line in request.replaced:
         console.print(line, soft_wrap=True)
     for name in lineage.hub_names():

@@ -46,7 +46,7 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": SCHEDULERS[stage.lr_scheduler],
         "lr_scheduler_kwargs": _schedule(stage, num_rows),
-        "warmup_steps": stage.warmup_ratio,  # a float below 1 is a share of all steps
+        "warmup_steps": stage.warmup_steps or stage.warmup_ratio,  # a float below 1 is a share of all steps
         "max_grad_norm": stage.max_grad_norm,
         "optim": "adamw_torch",
         "weight_decay": stage.weight_decay,

@@ -21,6 +21,7 @@ from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.training import reference
 from tests.golden.golden_project import (
     Project,
+    completions,
     digest,
     packs,
     pairs,
@@ -132,6 +133,13 @@ def test_train(project, stage):
     check("train", steps(project.manifest(stage)["report"]) | {"weights": weight_sums(folder)}, 1e-5, case=stage)
 
 
+def test_kto(project):
+    manifest = project.manifest("kto")
+    check("kto", completions(Path(manifest["prepared"])), case="rows")
+    found = steps(manifest["report"]) | {"weights": weight_sums(project.stage("kto"))}
+    check("kto", found, 1e-5, case="steps")
+
+
 def test_reference(project):
     [folder] = (project.folder / "runs" / "golden" / "references").iterdir()
     logps = np.concatenate([load_file(file)["logps"] for file in sorted(folder.glob("*.safetensors"))])
@@ -215,9 +223,13 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
+class Patient(ThreadingHTTPServer):
+    request_queue_size = 128  # all requests come at once, and a busy machine lets them wait
+
+
 @pytest.fixture
 def server():
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    httpd = Patient(("127.0.0.1", 0), Answers)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
     httpd.shutdown()

@@ -17,6 +17,7 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.collate import IGNORE_INDEX
 from smolpost.data.rows import Row
 from smolpost.doctor.checks import diagnose
+from smolpost.doctor.two_engines import compare_engines
 from smolpost.errors import UserError
 from smolpost.evaluation.scores import aggregate
 from smolpost.evaluation.task import Context
@@ -336,3 +337,5 @@ def test_doctor_passes(family, kind, tmp_path):
     checks = {check.name: check for check in diagnose(lineage, lineage.stages[kind], rows=4)}
     assert {check.status for check in checks.values()} == {"pass"}, checks
     assert {"packing", "accumulation"} <= {*checks} or {"pairs", "reference loss", "accumulation"} <= {*checks}
+    found = compare_engines(lineage, lineage.stages[kind], rows=4)
+    assert len(found.numbers) == {"sft": 7, "apo": 13}[kind] and max(number.off for number in found.numbers) < 1e-5

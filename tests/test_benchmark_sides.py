@@ -1,0 +1,51 @@
+"""The sides of the training benchmarks do the same work: same rows, same losses, whichever engine trains."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small import sum_rows
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.fixture
+def sides(monkeypatch, tmp_path):
+    """Name of a benchmark and of a side -> what the side measures of toy sums."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    file = tmp_path / "rows.jsonl"
+    rows = [{"messages": row["chosen"]} | row for row in sum_rows(40, 0)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    case = {
+        "file": str(file), "rows": 40, "device": "cpu", "model": TINY, "vocab": 8192, "steps": 2, "length": 256,
+        "batch": 4, "pack_tokens": 500, "trl_micro_batch": 2,
+    }  # fmt: skip
+
+    def measured(benchmark: str, *names: str) -> list[dict]:
+        module = importlib.import_module(benchmark)
+        return [module.measure(module.SIDES[name], case) for name in names]
+
+    return measured
+
+
+def test_both_engines_train_on_the_same_packs(sides):
+    found = sides("sft", "smolpost", "trl", "trl, sdpa")
+    assert len({side["tokens"] for side in found}) == len({side["model_flops"] for side in found}) == 1
+    assert found[0]["tokens"] > 400 and 0 < found[0]["trained_share"] < 1
+    for side in found:
+        assert side["loss_last"] == pytest.approx(found[0]["loss_last"], rel=1e-5)
+
+
+def test_both_engines_train_on_the_same_pairs(sides):
+    found = sides("apo", "smolpost", "trl", "trl, precomputed")
+    assert {side["pairs"] for side in found} == {8}
+    for side in found:
+        assert side["loss_last"] == pytest.approx(found[0]["loss_last"], rel=1e-5)
+    assert found[0]["second_seed_seconds"] < found[0]["reference_seconds"]  # it is read, not scored again
+    assert "second_seed_seconds" not in found[1]
