@@ -107,6 +107,7 @@ def built(
     configs = (model.config.get_text_config(), model.generation_config)
     before = [config.pad_token_id for config in configs]
     trainer = kind(batches=batches, model=model, processing_class=copy.deepcopy(tokenizer), **settings)
+    trainer.processing_class = tokenizer  # whose tokens transformers gives to the model when training begins
     for config, pad_token_id in zip(configs, before, strict=True):
         config.pad_token_id = pad_token_id
     return trainer
