@@ -258,7 +258,7 @@ def test_padding_on_the_left_changes_no_reply(tokenizer, student, rows):
         (
             {"global_batch_size": 3},
             "stages.distill.global_batch_size=3 is not a multiple of 2, the rows that "
-            "stages.distill.micro_batch_size=2 takes at once; change one of them",
+            "stages.distill.micro_batch_size=2 take at once, and TRL has no smaller forward pass; change one of them",
         ),
         (
             {"global_batch_size": 8},
