@@ -367,3 +367,11 @@ def test_a_sum_names_its_parts_and_who_wrote_them(here):
     assert line.endswith("or leave it out with ~stages.merge.inputs.mid")
     words = ["pipeline=mine.yaml", "~stages.merge.inputs.mid"]
     assert recipe.load(words).recipe.stages["merge"].inputs == {"soup": 0.9, "long_context": 0.1}
+
+
+def test_a_stage_that_states_its_kind_may_set_the_settings_of_its_loss(here):
+    stage = "kind: apo, data: preference, max_seq_len: 64, global_batch_size: 2, init_from: init"
+    write(
+        here, {"mine.yaml": TINY + f"stages: {{x: {{{stage}, loss: robust, loss_settings: {{label_smoothing: 0.1}}}}}}"}
+    )
+    assert recipe.load(["pipeline=./mine.yaml"]).recipe.stages["x"].loss_settings == {"label_smoothing": 0.1}

@@ -108,9 +108,8 @@ def _variants(case: Case) -> Iterator[Training]:
     config, key = case.config, f"stages.{case.stage.entry}"
     if "engine" not in {f.name for f in fields(config)}:
         raise NotChecked(f"stages of kind {config.kind} have one engine")
-    if any(source.loss_weight != 1 for source in case.stage.data[config.data].sources.values()):
-        raise NotChecked(f"data.{config.data} sets loss_weight, which TRL's losses do not know")
-    steps = {"max_steps": STEPS, "lr_scheduler": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "report_to": []}
+    steps = {"max_steps": STEPS, "logging_steps": 1, "report_to": []}
+    steps |= {"lr_scheduler": "constant", "warmup_ratio": 0.0, "warmup_steps": None}
     is_pairs = config.layout == "pairs"
     ours, peer = (
         ({"trl": replace(config.trl, micro_batch_size=1, precompute_ref_log_probs=False)}, {"pack_tokens": None})

@@ -9,6 +9,7 @@ from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.errors import UserError, Wrong
 from smolpost.stages.base import CHECKPOINT, Stage, Work
 from smolpost.training.batch_size import check_global_batch
+from smolpost.training.settings import or_our_engine
 
 RENDERING = ("layout", "today", "train_roles", "train_reasoning", "last_turn_only")
 
@@ -52,8 +53,8 @@ class TrainStage(Stage):
                 if spec.loss_weight != 1:
                     raise Wrong(
                         f"data.{self.data}.sources.{source}.loss_weight",
-                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out, or set "
-                        f"{key}.engine=smolpost",
+                        f"={spec.loss_weight:g} weighs losses, and TRL's are all alike; leave it out"
+                        f"{or_our_engine(self, key)}",
                     )
         if self.lora.r and self.snapshot_steps:
             raise Wrong(
@@ -174,13 +175,21 @@ class TrainStage(Stage):
         return prepare(self, work.data[self.data], tokenizer, shards, work.folder)
 
     def make(self, work: Work):
+        from smolpost.model.stored import one_line
         from smolpost.training.environment import detect
         from smolpost.training.train import train
 
+        try:
+            method = self.method()
+        except ImportError as error:
+            raise UserError(
+                f"stages.{work.stage.entry}.engine={self.engine} cannot be loaded ({one_line(error)}); install what "
+                "constraints.txt names"
+            ) from error
         return train(
             work.stage.entry,
             self,
-            self.method(),
+            method,
             seed=work.stage.seed,
             start=work.inputs[self.init_from],
             prepared=work.prepared,
@@ -188,7 +197,12 @@ class TrainStage(Stage):
             references=work.root / "references",
             attn_implementation=work.recipe.model.attn_implementation,
             environment=detect(self.precision),
+            teacher=self.teacher_of(work),
         )
+
+    def teacher_of(self, work: Work) -> Path | None:
+        """Folder of the checkpoint beside which the stage trains, where that is not its start."""
+        return None
 
     def method(self):
         """The `training.train.Method` that trains on the stage's rows, a module that imports torch."""

@@ -250,7 +250,8 @@ class Steps(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in logs.items() if key != "total_flos"}
+            counted = {key: int(v) if key == "num_tokens" else v for key, v in logs.items()}  # TRL counts in floats
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in counted.items() if k != "total_flos"}
             tqdm.write(str(shown))
 
 

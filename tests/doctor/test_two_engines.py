@@ -59,6 +59,7 @@ SETTINGS = {
     "apo-lora": ("apo", "stages.apo.lora.r=4"),
     "dpo": ("apo", "stages.apo.loss=sigmoid", "stages.apo.ld_alpha=0.5", "stages.apo.beta=0.2"),
     "robust": ("apo", "stages.apo.loss=robust", "+stages.apo.loss_settings.label_smoothing=0.2"),
+    "warmup": ("apo", "stages.apo.warmup_steps=2"),
     "trl": ("apo", "stages.apo.engine=trl", "stages.apo.pack_tokens=null", "stages.apo.trl.micro_batch_size=8"),
 }
 
@@ -118,16 +119,21 @@ def own_loss(monkeypatch):
     loss("own")(Hinge)
 
 
+@pytest.mark.usefixtures("hinge")
+def test_a_plugin_with_the_name_of_a_loss_of_trl_is_not_compared(healthy):
+    assert "stages.apo.loss=hinge is a plugin's" in compared(healthy, "apo", "stages.apo.loss=hinge").reason
+
+
 NOT_COMPARED = {
     "sft_weight": (["stages.apo.sft_weight=0.5"], "stages.apo.sft_weight=0.5 adds a mean over the global batch"),
     "alone": (
         ["stages.apo.engine=trl", "stages.apo.pack_tokens=null", "stages.apo.trl.loss_type=[nca_pair]"],
         "stages.apo.trl sets loss_type, which TRL alone has",
     ),
-    "plugin": (["stages.apo.loss=own"], "stages.apo.loss=own is not a loss of TRL"),
+    "plugin": (["stages.apo.loss=own"], "stages.apo.loss=own is a plugin's, which TRL does not run"),
     "weights": (
         ["data.preference.sources.gsm8k.loss_weight=2"],
-        "data.preference sets loss_weight, which TRL's losses do not know",
+        "data.preference.sources.gsm8k.loss_weight=2 weighs losses",
     ),
 }
 
