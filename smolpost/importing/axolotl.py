@@ -152,21 +152,21 @@ def _pairs(draft: Draft) -> None:
     draft.unknown(trl, ["beta"], "the settings of Axolotl's trl are read for GRPO alone, but beta")
     rpo = keys.take("rpo_alpha", float, 0.0)
     losses = [str(loss) for loss in keys.take("dpo_loss_type", list, [])]
-    weights = [float(weight) for weight in keys.take("dpo_loss_weights", list, [])]
+    weights = keys.numbers("dpo_loss_weights")
     said = [name for name in ("rl", "dpo_loss_type", "dpo_loss_weights", "rpo_alpha") if keys.given(name)]
-    own = PAIRS[keys.take("rl", str)]
-    if rpo and not losses:
-        losses, weights = [own, "sft"], [1.0, rpo]
+    losses = losses or [PAIRS[keys.take("rl", str)]]
+    if rpo:
+        losses, weights = [*losses, "sft"], [*(weights or [1.0] * len(losses)), rpo]
     weighted = keys.take("dpo_use_weighting", bool, False)
     preference.losses(
         draft,
-        losses or [own],
+        losses,
         weights,
         said,
         smoothing=keys.take("dpo_label_smoothing", float, 0.0),
         smoothing_key="dpo_label_smoothing",
         micro=keys.take("micro_batch_size", int, 1),
-        only_trl={"use_weighting": True} if weighted else None,
+        only_trl={"use_weighting": (True, "dpo_use_weighting")} if weighted else None,
     )
     if keys.take("sample_packing", bool, False):
         draft.broken("sample_packing", "Axolotl refuses it with rl; pairs are packed here all the same")
@@ -174,8 +174,8 @@ def _pairs(draft: Draft) -> None:
 
 def _schedule(draft: Draft) -> None:
     keys = draft.keys
-    name, kwargs = keys.take("lr_scheduler", str, "cosine"), keys.take("lr_scheduler_kwargs", dict, {})
-    trainer.schedule(draft, name, "lr_scheduler", kwargs, "lr_scheduler_kwargs")
+    name = keys.take("lr_scheduler", str, "cosine")
+    trainer.schedule(draft, name, "lr_scheduler")
     ratio = keys.take("cosine_min_lr_ratio", float)
     if ratio is not None and name == "cosine":
         draft.set(".min_lr_ratio", ratio, "cosine_min_lr_ratio")
@@ -202,13 +202,14 @@ def _weights(draft: Draft) -> None:
     keys = draft.keys
     said = keys.take("bf16", str, "auto").lower()
     bf16 = None if said == "auto" else said in ("true", "full")
-    fp16 = keys.take("fp16", bool, False) or keys.take("float16", bool, False)
+    key = "bf16"
+    fp16 = next((name for name in ("fp16", "float16") if keys.take(name, bool, False)), None)
     if keys.take("bfloat16", bool, False):
-        bf16 = True
+        bf16, key = True, "bfloat16"
         draft.differs("bfloat16", "weights and AdamW's states stay in fp32 here; the computation is bf16 all the same")
     if keys.take("float32", bool, False):
-        bf16 = False
-    trainer.precision(draft, bf16, fp16, "bf16" if keys.given("bf16") else "")
+        bf16, key = False, "float32"
+    trainer.precision(draft, bf16, fp16, key)
     checkpointing = keys.values.get("gradient_checkpointing")
     if isinstance(checkpointing, str) and checkpointing not in ("true", "false"):
         keys.read.add("gradient_checkpointing")

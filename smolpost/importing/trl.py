@@ -41,8 +41,7 @@ def translate(draft: Draft, method: str, processes: int | None) -> None:
     draft.copy("learning_rate", ".learning_rate", float, 2e-5 if method == "sft" else 1e-6)
     trainer.length(draft, "num_train_epochs", 3.0)
     name = keys.take("lr_scheduler_type", str, "linear")
-    kwargs = keys.take("lr_scheduler_kwargs", dict, {})
-    trainer.schedule(draft, name, "lr_scheduler_type", kwargs, "lr_scheduler_kwargs")
+    trainer.schedule(draft, name, "lr_scheduler_type")
     trainer.warmup(draft, name)
     trainer.optimizer(draft, "optim")
     trainer.sharding(draft, keys.take("deepspeed", object), bool(keys.take("fsdp", object)))
@@ -132,11 +131,11 @@ def _pairs(draft: Draft) -> None:
     if alpha is not None:
         draft.set(".ld_alpha", alpha, "ld_alpha")
     names = [str(name) for name in keys.take("loss_type", list, ["sigmoid"])]
-    weights = [float(weight) for weight in keys.take("loss_weights", list, [])]
+    weights = keys.numbers("loss_weights")
     said = [name for name in ("loss_type", "loss_weights") if keys.given(name)]
     rpo = keys.take("rpo_alpha", float, 0.0)
-    if rpo and names == ["sigmoid"]:
-        names, weights, said = ["sigmoid", "sft"], [1.0, rpo], [*said, "rpo_alpha"]
+    if rpo:
+        names, weights, said = [*names, "sft"], [*(weights or [1.0] * len(names)), rpo], [*said, "rpo_alpha"]
     settings: dict[str, tuple[type, Any]] = {
         "f_divergence_type": (str, "reverse_kl"), "f_alpha_divergence_coef": (float, 0.5),
         "discopop_tau": (float, 0.05), "use_weighting": (bool, False),
@@ -149,7 +148,7 @@ def _pairs(draft: Draft) -> None:
         said,
         smoothing=keys.take("label_smoothing", float, 0.0),
         micro=keys.take("per_device_train_batch_size", int, 8),
-        only_trl={name: value for name, value in found.items() if value != settings[name][1]},
+        only_trl={name: (value, name) for name, value in found.items() if value != settings[name][1]},
     )
     if keys.take("padding_free", bool, False):
         draft.broken("padding_free", "TRL switches it off for pairs since 0.29, with a warning; batches are so here")
@@ -178,7 +177,7 @@ def _launch(draft: Draft, processes: int | None) -> None:
 def _weights(draft: Draft) -> None:
     """Precision and memory."""
     keys = draft.keys
-    trainer.precision(draft, keys.take("bf16", bool), keys.take("fp16", bool, False), "bf16")
+    trainer.precision(draft, keys.take("bf16", bool), "fp16" if keys.take("fp16", bool, False) else None, "bf16")
     if keys.given("fp16") and not keys.values["fp16"]:
         draft.left_out("fp16", "off, as here")
     name = "dtype" if keys.given("dtype") else "torch_dtype"
