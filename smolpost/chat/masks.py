@@ -38,6 +38,26 @@ class Encoded(NamedTuple):
     lost: tuple[Omission, ...] = ()
 
 
+class EncodedCompletion(NamedTuple):
+    """A tokenized prompt and the completion that follows it.
+
+    Attributes:
+        prompt_ids: [P] token ids.
+        completion_ids: [C] token ids, ending with the stop token.
+        prompt_fates: [P] `Fate` of each token; nothing in the prompt trains.
+        completion_fates: [C] `Fate` of each token; a completion of several turns also has user and tool turns.
+        neutralised, thinks, lost: As in `Encoded`.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    prompt_fates: list[int]
+    completion_fates: list[int]
+    neutralised: int
+    thinks: bool
+    lost: tuple[Omission, ...]
+
+
 class EncodedPair(NamedTuple):
     """A tokenized preference pair; each side is the prompt followed by its completion.
 
@@ -144,7 +164,7 @@ def encode_pair(
         UserError: As `encode`, or the sides do not share a first message, or the template rewrites earlier turns.
     """
     chosen, rejected = clean_messages(chosen), clean_messages(rejected)
-    num_common = _num_common(chosen, rejected)
+    num_common = num_common_messages(chosen, rejected)
     sides = [conversation_of(tokenizer, side, template_kwargs, tools, today) for side in (chosen, rejected)]
     rows = [lay_out(tokenizer, side, policy, first=num_common, trim=True) for side in sides]
     boundary = _common_prompt_length(replace(sides[0], messages=sides[0].messages[:num_common]), rows)
@@ -165,6 +185,45 @@ def encode_pair(
         len(neutral),
         rows[0].thinks,
         tuple(dict.fromkeys(rows[0].lost + rows[1].lost)),
+    )
+
+
+def encode_completion(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[Message],
+    num_prompt: int,
+    *,
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[Tool] | None = None,
+    today: str,
+    policy: Policy = REPLIES,
+) -> EncodedCompletion:
+    """Tokenize a conversation, cut into a prompt and its completion.
+
+    The prompt ends with the generation prompt if a trained reply follows it, so its ids are those of `encode_prompt`.
+    Prompt and completion together equal `encode` of the conversation without its trailing line break.
+
+    Args:
+        tokenizer, template_kwargs, tools, today: As `encode`.
+        messages: The prompt's messages, then the completion's.
+        num_prompt: Messages of the prompt, at least one.
+        policy: Which tokens of the completion train.
+    Raises:
+        UserError: As `encode`, or the template rewrites the prompt when the completion follows.
+    """
+    conversation = conversation_of(tokenizer, clean_messages(messages), template_kwargs, tools, today)
+    row = lay_out(tokenizer, conversation, policy, first=num_prompt, trim=True)
+    boundary = _common_prompt_length(replace(conversation, messages=conversation.messages[:num_prompt]), [row])
+    [tokens] = _tokenize(tokenizer, [replace(row, boundary=boundary)])
+    length = tokens.num_before
+    return EncodedCompletion(
+        tokens.ids[:length],
+        tokens.ids[length:],
+        tokens.fates[:length],
+        tokens.fates[length:],
+        len(row.neutral),
+        row.thinks,
+        row.lost,
     )
 
 
@@ -311,8 +370,14 @@ def _fates(
 _OWN = (Fate.SYSTEM, Fate.USER, Fate.TOOL)
 
 
-def _num_common(chosen: list[Message], rejected: list[Message]) -> int:
-    """Number of leading messages that both sides share; at least the last message of each side is not counted."""
+def num_common_messages(chosen: list[Message], rejected: list[Message]) -> int:
+    """Number of leading messages that both sides share; at least the last message of each side is not counted.
+
+    Args:
+        chosen, rejected: As `clean_messages` gives them.
+    Raises:
+        UserError: They do not share the first one.
+    """
     num = 0
     while num < min(len(chosen), len(rejected)) - 1 and chosen[num] == rejected[num]:
         num += 1

@@ -24,11 +24,14 @@ TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"')
 CONVERSATIONS = ("messages", "chosen", "rejected")
 
 
-def as_row(row: Row, source: Source) -> Row:
+def as_row(row: Row, source: Source, judged: bool = False) -> Row:
     """The row, as `read_slice` gives it, in our columns: by source.rename, by source.columns, then the keys by level.
 
     A system column becomes the first turn. Columns that nobody reads are kept, and named in `unread`.
 
+    Args:
+        judged: The reader follows labels: `label` is then true or false, whatever name and type it had. Other readers
+            would train on undesired replies, so those are refused.
     Raises:
         UserError: The row cannot be read, a column is missing or not what source.columns says, or a key that changes
             what the row means cannot be followed. `validate_row` refuses rows of unknown shape.
@@ -40,15 +43,15 @@ def as_row(row: Row, source: Source) -> Row:
         raise UserError(f"{source.path}: columns={source.columns!r} is unknown; use one of {', '.join(ROW_SHAPES)}")
     content = _with_json_read(_renamed(row, source.rename), row.where)
     unread: set[str] = set()
-    content = _in_our_keys(shape(row.with_content(content), source), row.where, source, unread)
+    content = _in_our_keys(shape(row.with_content(content), source), row.where, source, unread, judged)
     return row.with_content(content, tuple(sorted(unread)))
 
 
 def row_for(row: Row, source: Source, layout: str) -> Row:
-    """`as_row` for training on "documents" or "pairs": of a row that has messages and a pair, the other is left out."""
-    row = as_row(row, source)
+    """`as_row` for training on a layout of `data.settings`: of a row that has messages and a pair, one is left out."""
+    row = as_row(row, source, judged=layout == "labelled")
     if "messages" in row and "chosen" in row and "rejected" in row:
-        others = ("messages",) if layout == "pairs" else ("chosen", "rejected")
+        others = ("messages",) if layout in ("pairs", "labelled") else ("chosen", "rejected")
         return row.with_content(without(row, *others), tuple(sorted((*row.unread, *others))))
     return row
 
@@ -80,23 +83,23 @@ def _with_json_read(row: dict, where: str) -> dict:
 # ---------------------------------------------------------------- keys
 
 
-def _in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dict:
+def _in_our_keys(row: dict, where: str, source: Source, unread: set[str], judged: bool) -> dict:
     """The row with ROW's keys, its turns with MESSAGE's; further columns stay, and `unread` gets their names.
 
     Raises:
         UserError: As `as_row`.
     """
     refuse(row, REFUSED_IN_ROWS, where)
-    for key in DESIRED:
-        if row.get(key) is False:
-            raise UserError(f"{where}: {key}=false marks an undesired reply, and would be trained on; delete the row")
-    content = dict(row)
+    content = _with_label(row, where, judged)
     found = [key for key in CONVERSATIONS if isinstance(row.get(key), list)]
     tools = [(key, row[key]) for key in ("tools", "functions") if not is_empty(row.get(key))]
     marks = _row_marks(row, where) if found else {}
     for key in found:
         turns = _with_row_marks(row[key], marks, where) if key == "messages" else row[key]
         content[key], given = own_turns(turns, f"{where}: {key}", source.roles, unread)
+        if key == "messages" and isinstance(number := row.get("completion_turns"), int) and number > 0:
+            # Calls made at once become one turn.
+            content["completion_turns"] = len(own_turns(turns[-number:], f"{where}: {key}", source.roles, set())[0])
         tools += [(f"{key}[].tools", value) for value in given]
     if found:
         content = _with_system(_with_mode(content, where, source.enable_thinking), found, where)
@@ -110,9 +113,26 @@ def _in_our_keys(row: dict, where: str, source: Source, unread: set[str]) -> dic
         content.pop("functions", None)
     elif "tools" in content and is_empty(content["tools"]):
         del content["tools"]
-    read = {*ROW, *(key for key in DESIRED if row.get(key) is True), *marks}
+    read = {*ROW, *(key for key in DESIRED if isinstance(content.get(key), bool)), *marks}
     unread |= {key for key, value in content.items() if key not in read and not is_empty(value)}
     return content
+
+
+def _with_label(row: dict, where: str, judged: bool) -> dict:
+    """The row with its label as true or false where labels are followed.
+
+    Raises:
+        UserError: The label is neither; or it marks an undesired reply, and labels are not followed.
+    """
+    if judged:
+        label = mark_of(
+            {key: row[key] for key in DESIRED if not is_empty(row.get(key))}, DESIRED, where, "it is desired"
+        )
+        return without(row, *DESIRED) | ({} if label is None else {"label": label})
+    for key in DESIRED:
+        if row.get(key) is False:
+            raise UserError(f"{where}: {key}=false marks an undesired reply, and would be trained on; delete the row")
+    return dict(row)
 
 
 def _row_marks(row: dict, where: str) -> dict[str, Any]:

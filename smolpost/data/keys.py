@@ -8,7 +8,7 @@ from smolpost.errors import UserError
 
 #: Keys of a row in our columns. Each shape's own columns have become these (`columns.py`).
 ROW = {
-    "messages", "chosen", "rejected", "prompt", "text", "tools", "chat_template_kwargs", "source",
+    "messages", "completion_turns", "chosen", "rejected", "prompt", "text", "tools", "chat_template_kwargs", "source",
 }  # fmt: skip
 #: Keys of a message in our columns (`turns.py`).
 MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train"}
@@ -58,9 +58,11 @@ def refuse(content: dict, refused: dict[str, str], where: str) -> None:
             raise UserError(f"{where}: {key}={content[key]!r:.60} would be lost: {refused[key]}")
 
 
-def mark_of(content: dict, keys: tuple[str, ...], where: str) -> bool | None:
-    """Whether the marks let a turn train; None without a mark.
+def mark_of(content: dict, keys: tuple[str, ...], where: str, says: str = "the turn trains") -> bool | None:
+    """What the marks say, true or false; None without a mark.
 
+    Args:
+        says: What a true mark says, for the message.
     Raises:
         UserError: A mark is not true, false, 1 or 0, or two marks disagree.
     """
@@ -70,5 +72,5 @@ def mark_of(content: dict, keys: tuple[str, ...], where: str) -> bool | None:
             raise UserError(f"{where}: {key}={value!r:.60} is not a mark; expected true, false, 1 or 0; rewrite it")
     if len(set(map(bool, marks.values()))) > 1:
         stated = ", ".join(f"{key}={value}" for key, value in marks.items())
-        raise UserError(f"{where}: {stated} disagree on whether the turn trains; keep one of them")
+        raise UserError(f"{where}: {stated} disagree on whether {says}; keep one of them")
     return bool(next(iter(marks.values()))) if marks else None

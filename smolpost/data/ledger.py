@@ -19,6 +19,8 @@ ROWS = "rows.parquet"  # a line for each tokenized row: where it comes from and 
 DROPPED = "dropped.jsonl"  # the dropped rows, to read
 UNTRAINED = "without a trained token"
 OVERLONG = "overlong"
+EQUAL = "equal once rendered"  # both sides of a pair
+EQUAL_CUT = "equal after truncation"
 REFUSED = "refused"
 THINK_TOLERANCE = 0.01  # of a declared share of think rows
 

@@ -12,6 +12,7 @@ from smolpost.chat.layout import ROLES
 from smolpost.data import mixtures
 from smolpost.data.hygiene import HygieneFilter, Removal, features
 from smolpost.data.ledger import REFUSED, Taken, check_refused
+from smolpost.data.prepare_completions import prepare_completions
 from smolpost.data.prepare_documents import prepare_documents
 from smolpost.data.prepare_pairs import prepare_pairs
 from smolpost.data.settings import Rows
@@ -20,6 +21,14 @@ from smolpost.data.tokens import Tokens, open_tokens
 from smolpost.errors import UserError
 from smolpost.progress import Progress
 from smolpost.schema import Mixture, Source
+
+#: Layout of rows -> what fits and writes them.
+WRITERS = {
+    "documents": prepare_documents,
+    "pairs": prepare_pairs,
+    "completions": prepare_completions,
+    "labelled": prepare_completions,
+}
 
 
 def prepare(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Path], folder: Path) -> dict:
@@ -42,7 +51,7 @@ def prepare(stage: Rows, mixture: Mixture, tokenizer, shards: Callable[[str], Pa
     check(stage)
     mixtures.check(mixture)
     taken = take(stage, mixture, tokenizer, shards)
-    return (prepare_pairs if stage.layout == "pairs" else prepare_documents)(stage, mixture, taken, folder)
+    return WRITERS[stage.layout](stage, mixture, taken, folder)
 
 
 def check(stage: Rows) -> None:
@@ -51,7 +60,7 @@ def check(stage: Rows) -> None:
     Raises:
         UserError: Names the setting, its value and the limit.
     """
-    known = ROLES if stage.layout == "documents" else ROLES[:-1]  # in a pair, what both sides say cannot be preferred
+    known = ROLES if stage.layout == "documents" else ROLES[:-1]  # a prompt does not train
     for role in stage.train_roles:
         if role not in known:
             raise UserError(f"train_roles={stage.train_roles}: {role} is not a choice; use some of {', '.join(known)}")

@@ -8,7 +8,7 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.data.collate import PARTS
 from smolpost.data.dataset_folder import CHUNK_TOKENS, write_dataset
-from smolpost.data.ledger import OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
+from smolpost.data.ledger import EQUAL, EQUAL_CUT, OVERLONG, UNTRAINED, Ends, Taken, ledger, write_rows
 from smolpost.data.report import write_report
 from smolpost.data.settings import PairRows
 from smolpost.errors import UserError
@@ -103,7 +103,7 @@ def _ends_of(stage: PairRows, taken: Taken, fitted: np.ndarray) -> Ends:
             if not (scored[0] or (scored[1] and scored[2])):
                 reason[take] = UNTRAINED
             elif np.array_equal(pair_ids[1], pair_ids[2]):
-                reason[take] = "equal after truncation" if overlong[take] else "equal once rendered"
+                reason[take] = EQUAL_CUT if overlong[take] else EQUAL
             elif overlong[take]:
                 counts[take] = np.bincount(np.concatenate(pair_fates), minlength=len(Fate))
     is_kept = reason == ""

@@ -81,7 +81,16 @@ def format_report(report: dict) -> Group:
     if reasons := tuple(totals["masked"]):
         masked = lambda entry: [short(entry["masked"].get(reason, 0)) for reason in reasons]  # noqa: E731
         tables += ["", _source_table(report, reasons, masked, title="masked tokens by reason")]
-    return Group(*tables, "", Text(caption(totals)), *map(Text, [*_unread_lines(report), *_note_lines(report)]))
+    lines = [caption(totals), *_label_lines(report), *_unread_lines(report), *_note_lines(report)]
+    return Group(*tables, "", *map(Text, lines))
+
+
+def _label_lines(report: dict) -> list[str]:
+    """A line for each of several sources with labels."""
+    lines = [(name, entry["labels"]) for name, entry in report["sources"].items() if "labels" in entry]
+    if len(lines) < 2:
+        return []
+    return [f"{name}: {counts['desired']:,} desired, {counts['undesired']:,} undesired" for name, counts in lines]
 
 
 def _unread_lines(report: dict) -> list[str]:
@@ -137,7 +146,14 @@ def short(number: int) -> str:
 
 def caption(totals: dict) -> str:
     """The line below the tables: packs or pairs, and further totals."""
-    if "packs" in totals:
+    if "completions" in totals:
+        labels = ", ".join(f"{count:,} {label}" for label, count in totals.get("labels", {}).items())
+        labels = labels and f" ({labels})"
+        whole = (
+            f"{totals['completions']:,} completions{labels} of "
+            f"{totals['tokens_per_completion']:,.0f} tokens on average with their prompts"
+        )
+    elif "packs" in totals:
         whole = (
             f"{totals['packs']:,} packs of {totals['tokens_per_pack']:,.0f} tokens on average, "
             f"{totals['fill_percent']:.1f}% full"

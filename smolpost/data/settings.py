@@ -18,7 +18,8 @@ SELECTING = ("max_tokens", "weight", "share", "loss_weight", "think_share")
 class Rows:
     """
     Attributes:
-        layout: documents: conversations and texts, packed; pairs: prompt, chosen and rejected.
+        layout: documents: conversations and texts, packed; pairs: prompt, chosen and rejected; completions: prompt and
+            completion; labelled: prompt, completion and whether it is desired.
     """
 
     data: str = MISSING  # mixture name under data
@@ -29,7 +30,7 @@ class Rows:
     last_turn_only: bool = False  # train the last of those turns alone
     max_dropped: float = tuning(0.2, "[0, 1]")  # share of a source's rows; more dropped ones are refused
     max_seq_len: int = number("[2, inf)")  # tokens per row
-    overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; pairs cannot be split
+    overlong: str = choice("refuse", "truncate", "split", "drop")  # samples longer than a row; only documents split
     num_workers: int | None = tuning(None, "[1, inf)")  # processes that tokenize; null: one per core
 
     layout: ClassVar[str] = MISSING
@@ -45,3 +46,13 @@ class DocumentRows(Rows):
 @dataclass
 class PairRows(Rows):
     layout: ClassVar[str] = "pairs"
+
+
+@dataclass
+class CompletionRows(Rows):
+    layout: ClassVar[str] = "completions"
+
+
+@dataclass
+class LabelledRows(Rows):
+    layout: ClassVar[str] = "labelled"

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from smolpost.chat.fates import Fate
-from smolpost.chat.masks import Encoded, Policy, check_spans, encode, encode_batch, encode_pair
+from smolpost.chat.masks import Encoded, check_spans, encode, encode_batch, encode_pair
 from smolpost.chat.reasoning import OPEN
 from smolpost.chat.render import has_foreign_tags
 from smolpost.data.collate import PARTS
@@ -16,6 +16,8 @@ from smolpost.data.prompts import mode_of
 from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
 from smolpost.data.rows import Row
 from smolpost.data.settings import DocumentRows, Rows
+from smolpost.data.tokenize_completions import tokenize_completions
+from smolpost.data.tokenized import Tokenized, policy_of, refused
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.schema import Source
@@ -28,9 +30,11 @@ SCHEMA = pa.schema(
     [
         ("path", pa.string()),
         ("number", pa.int64()),  # row of path, from 1
-        ("ids", pa.list_(pa.int32())),  # of the document; of a pair's prompt, chosen and rejected, one after another
+        ("ids", pa.list_(pa.int32())),  # of the document, or of all parts, one after another
         ("fates", pa.list_(pa.int8())),
-        ("parts", pa.list_(pa.int32())),  # tokens of prompt, chosen and rejected; of a document, of all of it
+        # Tokens of each part: the document; or prompt, chosen and rejected; or prompt and completion, where rows have
+        # labels first the desired ones, then the undesired ones.
+        ("parts", pa.list_(pa.int32())),
         ("fate_counts", pa.list_(pa.int64(), len(Fate))),
         ("is_text", pa.bool_()),  # plain text, not a conversation
         ("think", pa.bool_()),  # reasoning trains; of a pair, on its chosen side
@@ -57,7 +61,7 @@ def token_batches(
     Raises:
         UserError: As `check_tags`.
     """
-    tokenize = tokenize_pairs if stage.layout == "pairs" else tokenize_rows
+    tokenize = TOKENIZERS[stage.layout]
     checked: set = set()
     for batch in _batched(rows):
         tokenized = tokenize(stage, batch, tokenizer)
@@ -79,9 +83,8 @@ def check_tags(stage: Rows, rows: Iterable[Row], tokenizer, checked: set) -> Non
     if "all" in stage.train_roles or not has_foreign_tags(tokenizer):
         return
     for row in rows:
-        for messages in filter(
-            None, map(row.get, ("chosen", "rejected") if stage.layout == "pairs" else ("messages",))
-        ):
+        sides = ("chosen", "rejected") if "chosen" in row and "rejected" in row else ("messages",)
+        for messages in filter(None, map(row.get, sides)):
             if (shape := _shape_of(row, messages)) in checked:
                 continue
             checked.add(shape)
@@ -124,35 +127,6 @@ def _num_characters(value) -> int:
     if isinstance(value, dict):
         return sum(map(_num_characters, value.values()))
     return sum(map(_num_characters, value)) if isinstance(value, list) else 0
-
-
-class Tokenized:
-    """A row: its parts' ids and fates, or why it is refused."""
-
-    __slots__ = ("fates", "fault", "ids", "is_text", "neutralised", "notes", "thinks")
-
-    def __init__(
-        self,
-        ids: list[np.ndarray],
-        fates: list[np.ndarray],
-        neutralised: int = 0,
-        thinks: bool = False,
-        is_text: bool = False,
-        fault: str | None = None,
-        notes: tuple[str, ...] = (),
-    ):
-        self.ids = ids
-        self.fates = fates
-        self.neutralised = neutralised
-        self.thinks = thinks
-        self.is_text = is_text
-        self.fault = fault
-        self.notes = notes
-
-
-def refused(fault: str, num_parts: int) -> Tokenized:
-    """A refused row: no tokens, and the reason."""
-    return Tokenized([np.zeros(0, np.int32)] * num_parts, [np.zeros(0, np.int8)] * num_parts, fault=fault)
 
 
 def _record_batch(rows: list[Row], tokenized: list[Tokenized], tokenizer, features) -> pa.RecordBatch:
@@ -273,11 +247,6 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
     ]
 
 
-def policy_of(stage: Rows) -> Policy:
-    """The mask policy of a training stage."""
-    return Policy(roles=tuple(stage.train_roles), reasoning=stage.train_reasoning, last_turn_only=stage.last_turn_only)
-
-
 # ---------------------------------------------------------------- pairs
 
 
@@ -339,3 +308,12 @@ def num_shared(ids: list[np.ndarray], fates: list[np.ndarray]) -> int:
     scored = [side[:length] == Fate.TRAINED for side in fates]
     differs = (ids[0][:length] != ids[1][:length]) | (scored[0] != scored[1])
     return int(differs.argmax()) if differs.any() else length
+
+
+#: Layout of rows -> what tokenizes them.
+TOKENIZERS = {
+    "documents": tokenize_rows,
+    "pairs": tokenize_pairs,
+    "completions": tokenize_completions,
+    "labelled": tokenize_completions,
+}

@@ -17,7 +17,8 @@ class Tokens:
         batches: Of `tokenize.SCHEMA`, in order.
     Attributes:
         offsets: [N + 1] int64: row i is the tokens from offsets[i] to offsets[i + 1].
-        parts: [N, P] int64 tokens of each part of a row: P = 1, or 3 for pairs.
+        parts: [N, P] int64 tokens of each part of a row: P = 1 for documents, 3 for pairs, 2 for completions, 4
+            for labelled ones.
         fate_counts: [N, len(Fate)] int64.
         path: [N] str.
         number, unknown, neutralised, content, is_text, think: [N], as in `tokenize.SCHEMA`.

@@ -1,15 +1,13 @@
-"""Reads a prepared folder as the model will see it: packs, documents and pairs with the fate of every token.
+"""Reads a prepared folder as the model will see it: packs, pairs and completions with the fate of every token.
 
 N rows read, T tokens of a document or part. The folder stays memory-mapped; only what is asked for is read.
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -20,130 +18,35 @@ from smolpost.chat.fates import Fate
 from smolpost.data.collate import PARTS
 from smolpost.data.report import REPORT
 from smolpost.errors import UserError
+from smolpost.report.prepared_units import (
+    Location,
+    Pack,
+    PackedDocument,
+    PreparedCompletion,
+    PreparedPair,
+    PreparedRow,
+    TokenSequence,
+)
 
 ROWS = "rows.parquet"
+COMPLETION = ("prompt_ids", "prompt_fates", "completion_ids", "completion_mask", "completion_fates", "rows")
+# The first layout whose columns a folder has is its layout.
 COLUMNS = {
     "documents": ("input_ids", "fates", "seq_lengths", "rows"),
     "pairs": (*(f"{part}_{what}" for part in PARTS for what in ("ids", "mask", "fates")), "rows"),
+    "labelled": (*COMPLETION, "label"),
+    "completions": COMPLETION,
 }
 MOST_PARTS = 8  # tokens of one character, at most: bytes may never add up to one
 UNFINISHED = "\ufffd"  # what a decoder gives for a part of a character
 FILES = ("manifest.json", "state.json", "dataset_info.json", ROWS, REPORT, "tokenizer")
 
 
-@dataclass(frozen=True)
-class PreparedRow:
-    """A row as it was read.
-
-    Attributes:
-        number: Number of the row in its path, from 1.
-        tokens: Its number of tokens, truncated ones included.
-        think: It trains a think block.
-        dropped: The reason, or "" if it was kept.
-    """
-
-    source: str
-    path: str
-    number: int
-    tokens: int
-    think: bool
-    dropped: str
-
-    @property
-    def place(self) -> str:
-        """PATH:NUMBER, for messages."""
-        return f"{self.path}:{self.number}"
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """A document of a pack, or a part of a pair.
-
-    Attributes:
-        name: "document", "prompt", "chosen" or "rejected".
-        first_position: Position of the first token: 0, except in a pair's completions, which continue their prompt.
-        ids: [T] int32.
-        fates: [T] int8, values of Fate.
-    """
-
-    name: str
-    first_position: int
-    ids: np.ndarray
-    fates: np.ndarray
-
-    @property
-    def positions(self) -> np.ndarray:
-        """[T] as the model gets them."""
-        return self.first_position + np.arange(len(self.ids))
-
-    def runs(self) -> list[tuple[Fate, int, int]]:
-        """(fate, start, stop) of the runs of equal fate, in order."""
-        edges = np.flatnonzero(np.diff(self.fates)) + 1
-        starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(self.fates)]
-        return [(Fate(self.fates[a]), a, b) for a, b in zip(starts, stops, strict=True) if a < b]
-
-
-@dataclass(frozen=True)
-class PackedDocument:
-    """A document of a pack.
-
-    Attributes:
-        pack, index: Number of the pack in the folder and of the document in the pack, from 0.
-        start: Index of its first token in the pack.
-    """
-
-    pack: int
-    index: int
-    start: int
-    row: PreparedRow
-    tokens: TokenSequence
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A pack and its documents, in order."""
-
-    index: int
-    documents: list[PackedDocument]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(document.tokens.ids) for document in self.documents)
-
-
-@dataclass(frozen=True)
-class PreparedPair:
-    """`prompt | chosen` and `prompt | rejected`; scored tokens of the prompt count for both sides."""
-
-    index: int
-    row: PreparedRow
-    prompt: TokenSequence
-    chosen: TokenSequence
-    rejected: TokenSequence
-
-    @property
-    def parts(self) -> tuple[TokenSequence, TokenSequence, TokenSequence]:
-        return self.prompt, self.chosen, self.rejected
-
-
-class Location(NamedTuple):
-    """Where a row is in the packs or pairs.
-
-    Attributes:
-        pack, document: Number of the pack and of its document, from 0; of a pair, its number and 0.
-        row: Index in rows.parquet.
-    """
-
-    pack: int
-    document: int
-    row: int
-
-
 class Prepared:
     """A prepared folder, open for reading.
 
     Attributes:
-        layout: "documents" (packs of them) or "pairs".
+        layout: "documents" (packs of them), "pairs", "labelled" (completions) or "completions".
         report: data_report.json.
         manifest: manifest.json.
     Raises:
@@ -172,7 +75,7 @@ class Prepared:
             raise self._damaged(f"its columns are {', '.join(self._data.column_names)}")
 
     def __len__(self) -> int:
-        """Number of packs, or of pairs."""
+        """Number of packs, pairs or completions."""
         return len(self._data)
 
     @cached_property
@@ -184,14 +87,14 @@ class Prepared:
         """Ids of the tokenizer's added tokens, such as `<|im_start|>` and `<think>`."""
         return frozenset(self.tokenizer.added_tokens_decoder)
 
-    # ------------------------------------------------------------ packs and pairs
+    # ------------------------------------------------------------ packs, pairs and completions
 
     def pack(self, index: int) -> Pack:
         """
         Raises:
             UserError: There is no such pack, or its columns contradict each other.
         """
-        columns = self._columns(index, "documents", "pack")
+        columns = self._columns(index, ("documents",), "pack")
         ids, fates, lengths, rows = (columns[name] for name in COLUMNS["documents"])
         if len(fates) != len(ids) or lengths.sum() != len(ids) or len(rows) != len(lengths):
             raise self._damaged(f"ids, fates and lengths of pack {index} contradict each other")
@@ -213,18 +116,33 @@ class Prepared:
         Raises:
             UserError: There is no such pair, or its columns contradict each other.
         """
-        columns = self._columns(index, "pairs", "pair")
+        columns = self._columns(index, ("pairs",), "pair")
+        return PreparedPair(index, self.row(int(columns["rows"][0])), *self._parts(columns, PARTS, f"pair {index}"))
+
+    def completion(self, index: int) -> PreparedCompletion:
+        """
+        Raises:
+            UserError: There is no such completion, or its columns contradict each other.
+        """
+        columns = self._columns(index, ("labelled", "completions"), "completion")
+        label = bool(columns["label"][0]) if "label" in columns else None
+        parts = self._parts(columns, ("prompt", "completion"), f"completion {index}")
+        return PreparedCompletion(index, self.row(int(columns["rows"][0])), label, *parts)
+
+    def _parts(self, columns: dict[str, np.ndarray], names: tuple[str, ...], where: str) -> list[TokenSequence]:
+        """The prompt, and what continues it."""
         parts, first = [], 0
-        for name in PARTS:
-            ids, mask, fates = (columns[f"{name}_{what}"] for what in ("ids", "mask", "fates"))
+        for name in names:
+            ids, fates = columns[f"{name}_ids"], columns[f"{name}_fates"]
+            mask = columns.get(f"{name}_mask", np.zeros(len(ids)))  # of a completion's prompt, which never trains
             if not np.array_equal(mask == 1, fates == Fate.TRAINED) or len(ids) != len(fates):
-                raise self._damaged(f"mask and fates of pair {index}'s {name} contradict each other")
+                raise self._damaged(f"mask and fates of {where}'s {name} contradict each other")
             parts.append(TokenSequence(name, first, ids, fates))
             first = len(parts[0].ids)
-        return PreparedPair(index, self.row(int(columns["rows"][0])), *parts)
+        return parts
 
-    def _columns(self, index: int, layout: str, what: str) -> dict[str, np.ndarray]:
-        if self.layout != layout:
+    def _columns(self, index: int, layouts: tuple[str, ...], what: str) -> dict[str, np.ndarray]:
+        if self.layout not in layouts:
             raise UserError(f"{self.folder} has {self.layout}, and no {what}s")
         if not 0 <= index < len(self):
             raise UserError(f"{what} {index} does not exist; {self.folder} has {what}s 0 to {len(self) - 1}")
@@ -326,7 +244,7 @@ class Prepared:
         return f"it has {', '.join(known) or 'none'}"
 
     def locate(self, rows: np.ndarray) -> Iterator[Location]:
-        """The documents, or pairs, of the rows in the folder's order.
+        """The documents, pairs or completions of the rows in the folder's order.
 
         Args:
             rows: [N] bool.

@@ -15,20 +15,30 @@ from smolpost.data.report import caption, short
 from smolpost.errors import UserError
 from smolpost.files import write_bytes
 from smolpost.report.fate_names import LEDGER, NAMES
-from smolpost.report.inspect import Location, PackedDocument, Prepared, PreparedPair, PreparedRow, TokenSequence
+from smolpost.report.inspect import Prepared
+from smolpost.report.prepared_units import (
+    Location,
+    PackedDocument,
+    PreparedCompletion,
+    PreparedPair,
+    PreparedRow,
+    TokenSequence,
+)
 
 MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
+WHAT = {"documents": "packs", "pairs": "pairs"}  # what a folder of a layout has; of others, completions
+LABELS = {True: "desired", False: "undesired", None: ""}  # of a completion
 HEAD_BYTES = 1000  # of a page, within which the mark stands
 
 
 def write_page(
     prepared: Prepared, file: Path, *, limit: int = 200, source: str | None = None, row: str | None = None
 ) -> int:
-    """Write the page: the ledger, packs or pairs token by token, think and no-think documents side by side.
+    """Write the page: the ledger, what the folder has token by token, think and no-think rows side by side.
 
     Args:
         file: Replaced in one step if it is such a page; its folder exists.
-        limit: Packs or pairs shown, at most.
+        limit: Packs, pairs or completions shown, at most.
         source, row: As `Prepared.find`: packs that hold such rows, with the page's search set to them.
     Returns:
         Bytes written.
@@ -58,6 +68,7 @@ def write_page(
         shown=len(numbers),
         total=total,
         dropped=dropped,
+        what=WHAT.get(prepared.layout, "completions"),
         Fate=Fate,
         LEDGER=LEDGER,
     )
@@ -67,10 +78,10 @@ def write_page(
 
 
 class _Page:
-    """What the page's script gets: units (documents, or parts of pairs) as numbers into one table of tokens.
+    """What the page's script gets: units (documents, parts of pairs or completions) as numbers into a table of tokens.
 
     Attributes:
-        counts: Tokens of the shown packs or pairs by fate; the comparisons repeat documents and are not counted.
+        counts: Tokens of what is shown by fate; the comparisons repeat documents and are not counted.
     """
 
     def __init__(self, prepared: Prepared):
@@ -89,7 +100,7 @@ class _Page:
                 for document in self.prepared.pack(number).documents:
                     units += self._document(document)
             else:
-                units = self._pair(self.prepared.pair(number))
+                units = self._parts_at(number)
             for unit in units:
                 for fate, count in self._units[unit]["runs"]:
                     self.counts[fate] += count
@@ -105,6 +116,7 @@ class _Page:
         """JSON that cannot end its script element, whatever the texts hold."""
         data = {
             "layout": self.prepared.layout,
+            "what": WHAT.get(self.prepared.layout, "completions"),
             "fates": [[NAMES[fate].word, NAMES[fate].why] for fate in Fate],
             "tokens": [[i, text] for i, text in self._tokens],
             "control": [n for n, (i, _) in enumerate(self._tokens) if i in self.prepared.control_ids],
@@ -123,7 +135,7 @@ class _Page:
         if known is None and self.prepared.layout == "documents":
             known = self._document(self.prepared.pack(place.pack).documents[place.document])
         elif known is None:
-            known = self._pair(self.prepared.pair(place.pack))
+            known = self._parts_at(place.pack)
         return known[:2]  # of a pair: the prompt and what was chosen
 
     def _document(self, document: PackedDocument) -> list[int]:
@@ -131,12 +143,16 @@ class _Page:
         self._unit_of[document.pack, document.index] = units
         return units
 
-    def _pair(self, pair: PreparedPair) -> list[int]:
-        units = [self._unit(part, pair.row, pack=pair.index, nth=0) for part in pair.parts]
-        self._unit_of[pair.index, 0] = units
+    def _parts_at(self, number: int) -> list[int]:
+        """The units of a pair or completion."""
+        item: PreparedPair | PreparedCompletion
+        item = self.prepared.pair(number) if self.prepared.layout == "pairs" else self.prepared.completion(number)
+        label = LABELS[item.label] if isinstance(item, PreparedCompletion) else ""
+        units = [self._unit(part, item.row, pack=number, nth=0, label=label) for part in item.parts]
+        self._unit_of[number, 0] = units
         return units
 
-    def _unit(self, tokens: TokenSequence, row: PreparedRow, **place: int) -> int:
+    def _unit(self, tokens: TokenSequence, row: PreparedRow, **place: int | str) -> int:
         pairs = zip(tokens.ids.tolist(), self.prepared.texts(tokens.ids), strict=True)
         unit = {
             "name": tokens.name,

@@ -15,10 +15,13 @@ from rich.text import Text
 from smolpost.chat.fates import Fate
 from smolpost.data.report import format_report
 from smolpost.report.fate_names import NAMES
-from smolpost.report.inspect import PackedDocument, Prepared, PreparedPair, TokenSequence
+from smolpost.report.inspect import Prepared
+from smolpost.report.prepared_units import PackedDocument, PreparedCompletion, PreparedPair, TokenSequence
 
+Item = PackedDocument | PreparedPair | PreparedCompletion
 LINE_BREAK, TAB, SPACE = "↵", "⇥", "␣"
 LIGHT = {Fate.TRAINED, Fate.SYSTEM, Fate.USER, Fate.TOOL, Fate.REPLY, Fate.REASONING}  # carry black text at 4.5:1
+LABELS = {True: "  desired", False: "  undesired", None: ""}
 WORD_WIDTH = max(len(name.word) for name in NAMES.values())
 
 
@@ -33,15 +36,17 @@ def show(
 ) -> None:
     """Print the ledger, the legend and then tokens: of one pack, of the rows asked for, or of the first packs.
 
+    A pair or completion is shown in place of a pack where the folder has those.
+
     Args:
         source, row: As `Prepared.find`; their documents, without the others of their packs.
-        pack: Number of a pack or pair, from 0.
-        limit: Documents of rows asked for, or packs (pairs), at most; the last line says how many there are.
+        pack: Number of a pack, from 0.
+        limit: Documents of rows asked for, or packs, at most; the last line says how many there are.
     Raises:
         UserError: As `Prepared.find` and `Prepared.pack`.
     """
-    sft = prepared.layout == "documents"
-    dropped, total, what = [], len(prepared), "packs" if sft else "pairs"
+    sft, others = prepared.layout == "documents", "pairs" if prepared.layout == "pairs" else "completions"
+    dropped, total, what = [], len(prepared), "packs" if sft else others
     if pack is not None:
         items, total = _whole(prepared, [pack]), 1
     elif source is None and row is None:
@@ -50,16 +55,16 @@ def show(
         rows = prepared.find(source, row)
         dropped = prepared.dropped(rows)
         places = list(prepared.locate(rows))
-        total, what = len(places), "documents" if sft else "pairs"
-        items = [prepared.pack(p.pack).documents[p.document] if sft else prepared.pair(p.pack) for p in places[:limit]]
+        total, what = len(places), "documents" if sft else others
+        items = [_whole(prepared, [p.pack])[p.document] for p in places[:limit]]
     _print(console, Text(f"{prepared.folder}  {prepared.layout}  key {prepared.manifest.get('key', 'none')}"))
     console.print(format_report(prepared.report))
     _legend(console, items)
     for item in items:
-        if isinstance(item, PreparedPair):
-            _show_pair(prepared, console, item)
-        else:
+        if isinstance(item, PackedDocument):
             _show_document(prepared, console, item)
+        else:
+            _show_parts(prepared, console, item)
     for text in dropped:
         _print(console, Text(f"dropped: {text}"))
     shown = len({item.pack for item in items}) if what == "packs" else len(items)
@@ -67,16 +72,17 @@ def show(
         _print(console, Text(f"shown {shown:,} of {total:,} {what}"))
 
 
-def _whole(prepared: Prepared, numbers) -> list[PackedDocument] | list[PreparedPair]:
-    if prepared.layout == "pairs":
-        return [prepared.pair(number) for number in numbers]
-    return [document for number in numbers for document in prepared.pack(number).documents]
+def _whole(prepared: Prepared, numbers) -> list[Item]:
+    if prepared.layout == "documents":
+        return [document for number in numbers for document in prepared.pack(number).documents]
+    read = prepared.pair if prepared.layout == "pairs" else prepared.completion
+    return [read(number) for number in numbers]
 
 
-def _legend(console: Console, items: list[PackedDocument] | list[PreparedPair]) -> None:
+def _legend(console: Console, items: list[Item]) -> None:
     counts: Counter[int] = Counter()
     for item in items:
-        for tokens in item.parts if isinstance(item, PreparedPair) else (item.tokens,):
+        for tokens in (item.tokens,) if isinstance(item, PackedDocument) else item.parts:
             counts.update(tokens.fates.tolist())
     _print(console, Text("tokens shown below, by fate"))
     for fate, name in NAMES.items():
@@ -98,13 +104,14 @@ def _show_document(prepared: Prepared, console: Console, document: PackedDocumen
     _show_tokens(prepared, console, document.tokens)
 
 
-def _show_pair(prepared: Prepared, console: Console, pair: PreparedPair) -> None:
+def _show_parts(prepared: Prepared, console: Console, item: PreparedPair | PreparedCompletion) -> None:
     console.print()
-    mode = "think" if pair.row.think else "no think"
-    _rule(console, "═", f"pair {pair.index}  {pair.row.source}  {pair.row.place}  {mode}")
-    for part in pair.parts:
+    mode, is_pair = "think" if item.row.think else "no think", isinstance(item, PreparedPair)
+    title = f"pair {item.index}" if is_pair else f"completion {item.index}{LABELS[item.label]}"
+    _rule(console, "═", f"{title}  {item.row.source}  {item.row.place}  {mode}")
+    for part in item.parts:
         scored = int((part.fates == Fate.TRAINED).sum())
-        shared = ", shared by both sides" if part is pair.prompt else ""
+        shared = ", shared by both sides" if is_pair and part is item.prompt else ""
         _rule(console, "─", f"{part.name}  {len(part.ids):,} tokens{shared}, {scored:,} scored")
         _show_tokens(prepared, console, part)
 

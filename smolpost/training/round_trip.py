@@ -21,7 +21,9 @@ SPARE = 1.2  # times the weights' size must be free on the accelerator to load t
 
 def probe(rows: Dataset) -> torch.Tensor:
     """[1, L] tokens from the beginning of the prepared rows; whatever they are, both models must score them alike."""
-    columns = [name for name in ("input_ids", "prompt_ids", "chosen_ids") if name in rows.column_names]
+    columns = [
+        name for name in ("input_ids", "prompt_ids", "chosen_ids", "completion_ids") if name in rows.column_names
+    ]
     found: list[int] = []
     for row in rows:
         found += [token for name in columns for token in row[name]]

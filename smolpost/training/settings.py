@@ -1,9 +1,9 @@
 """The fields of a training stage. Apart from the code that reads them, as a plan is made without torch."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
-from smolpost.data.settings import DocumentRows, PairRows, Rows
+from smolpost.data.settings import CompletionRows, DocumentRows, LabelledRows, PairRows, Rows
 from smolpost.registry import LOSSES
 from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
 
@@ -73,7 +73,6 @@ class Training(Rows):
     max_steps: int | None = count(None)  # optimizer steps; overrides num_epochs
     global_batch_size: int = count()  # rows (packs, or pairs) per optimizer step, on any number of ranks
     seeds: list[int] = numbers(SEEDS, 42)  # one checkpoint each; several make NAME-SEED
-    engine: str = choice("smolpost", "trl")  # trl: TRL's trainer on the same rows
     precision: str = choice("auto", "bf16", "fp32")  # auto: bf16 on an accelerator, fp32 on a CPU
     rope_theta: float | None = positive(None)  # new RoPE base, for long-context stages
     max_position_embeddings: int | None = count(None)  # new longest context, tokens
@@ -90,6 +89,7 @@ class Training(Rows):
 class PackTraining(Training, DocumentRows):
     """On packs of documents."""
 
+    engine: str = choice("smolpost", "trl")  # trl: TRL's trainer on the same rows
     shuffle_packs: bool = True  # a new order of the packs every epoch; false keeps the prepared order
     micro_batch_size: int = tuning(1, "[1, inf)")  # packs per rank and forward pass
     trl: TRLSFT = field(default_factory=TRLSFT)  # read under engine: trl
@@ -99,6 +99,7 @@ class PackTraining(Training, DocumentRows):
 class PairTraining(Training, PairRows):
     """On preference pairs, beside a reference."""
 
+    engine: str = choice("smolpost", "trl")  # trl: TRL's trainer on the same rows
     loss: str = registered(LOSSES, "apo_zero")  # TRL's names; sigmoid is DPO
     loss_settings: dict[str, Any] = field(default_factory=dict)  # of the loss alone, e.g. robust's label_smoothing
     beta: float = positive(0.05)  # scale on the log-ratios, per nat
@@ -108,3 +109,45 @@ class PairTraining(Training, PairRows):
     learning_rate: float = positive(1e-6)
     pack_tokens: int | None = tuning(None, "[2, inf)")  # tokens per forward pass, longer pairs alone; null: max_seq_len
     trl: TRLPreference = field(default_factory=TRLPreference)  # read under engine: trl
+
+
+@dataclass
+class KTOTraining(Training, LabelledRows):
+    """On completions that are desired or not, beside a reference, by TRL's KTOTrainer (arXiv:2402.01306)."""
+
+    loss: str = choice("kto", "apo_zero_unpaired")  # the latter without the KL estimate (arXiv:2408.06266)
+    beta: float = positive(0.1)  # scale on the log-ratios, per nat
+    desirable_weight: float = positive(1.0)  # of a desired completion's loss
+    undesirable_weight: float = positive(1.0)  # of an undesired completion's loss
+    # Rows per rank and forward pass. kto's KL estimate is their mean, over all ranks, so the result depends on it.
+    micro_batch_size: int = count(4)
+    warmup_ratio: float = number("[0, 1)", 0.1)
+    learning_rate: float = positive(1e-6)
+
+    engine: ClassVar[str] = "trl"
+
+
+@dataclass
+class DistillTraining(Training, CompletionRows):
+    """On the student's own replies to prompts and on given ones, beside a teacher."""
+
+    teacher: str = MISSING  # stage name, or "checkpoint"; with the student's tokenizer
+    on_policy: float = number("[0, 1]", 1.0)  # share of the rows to which the student replies itself
+    divergence_beta: float = number("[0, 1]", 1.0)  # 0: forward KL(teacher, student); 1: reverse KL; between: JSD
+    temperature: float = positive(1.0)  # of the sampled replies, and of both distributions in the divergence
+    top_p: float = number("(0, 1]", 1.0)  # share of the probability mass sampled from
+    top_k: int = number("[0, inf)", 0)  # likeliest tokens sampled from; 0: all
+    max_new_tokens: int = count(512)  # longest sampled reply
+    micro_batch_size: int = tuning(1, "[1, inf)")  # rows per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # sampled replies written to samples/ for each logged step
+
+    engine: ClassVar[str] = "trl"
+
+
+def or_our_engine(stage: Training, where: str) -> str:
+    """The end of a message whose remedy may also be our engine; "" where TRL alone trains the stage.
+
+    Args:
+        where: Key of the stage.
+    """
+    return f", or set {where}.engine=smolpost" if any(f.name == "engine" for f in fields(stage)) else ""

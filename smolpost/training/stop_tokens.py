@@ -21,6 +21,13 @@ from smolpost.inference.generation import REPLY_TOKENS, stored_stop_token_ids
 from smolpost.training.settings import Training
 
 FATES = np.array(sorted(Fate))
+#: Layout of rows -> its columns of tokens and fates, and the column of the tokens before them, if any.
+COLUMNS = {
+    "documents": ("input_ids", "fates"),
+    "pairs": ("chosen_ids", "chosen_fates", "prompt_ids"),
+    "completions": ("completion_ids", "completion_fates", "prompt_ids"),
+    "labelled": ("completion_ids", "completion_fates", "prompt_ids"),
+}
 GOES_ON = (Fate.TRAINED, Fate.TEMPLATE, Fate.REASONING)  # of the tokens inside a turn
 
 
@@ -142,8 +149,7 @@ def _ends(stage: Training, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
     Yields:
         [T] ids, [T] whether they train, [E] places of the last token of each turn, [E] whether it is a plain text's.
     """
-    is_pair = stage.layout == "pairs"
-    names = ("chosen_ids", "chosen_fates", "prompt_ids") if is_pair else ("input_ids", "fates")
+    names = COLUMNS[stage.layout]
     for columns in zip(*(rows.data.column(name).chunks for name in names), strict=True):
         ids, fates = (column.flatten().to_numpy() for column in columns[:2])
         own, *before = (column.value_lengths().to_numpy(zero_copy_only=False) for column in columns[1:])
@@ -153,7 +159,7 @@ def _ends(stage: Training, rows: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
             is_turn &= ~np.isin(ends, stops[is_full] - 1)
         # In a text all tokens except the first train; a chat begins with a header.
         is_text = (fates[starts - 1] == Fate.FIRST) & (np.append(fates, Fate.FIRST)[ends + 1] == Fate.FIRST)
-        is_text &= not is_pair and "all" not in stage.train_roles
+        is_text &= stage.layout == "documents" and "all" not in stage.train_roles
         yield ids, fates == Fate.TRAINED, ends[is_turn], is_text[is_turn]
 
 

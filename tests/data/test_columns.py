@@ -315,7 +315,7 @@ def test_llama_nemotron_rows(mode):
 @pytest.mark.parametrize("prompt", ["2+2?", [USER], json.dumps([USER])])
 @pytest.mark.parametrize("completion", ["4", [REPLY]])
 def test_trl_prompt_and_completion(prompt, completion):
-    assert mapped({"prompt": prompt, "completion": completion}) == CHAT
+    assert mapped({"prompt": prompt, "completion": completion}) == {**CHAT, "completion_turns": 1}
     history = mapped({"prompt": [USER, OTHER, USER], "completion": completion})
     assert history["messages"] == [USER, {**OTHER, "train": False}, USER, REPLY]  # the completion alone trains
 
@@ -323,7 +323,7 @@ def test_trl_prompt_and_completion(prompt, completion):
 def test_turns_under_alpacas_names():
     row = {"prompt": [USER], "completion": [REPLY]}
     names = {"prompt": "instruction", "completion": "output"}
-    assert mapped(row, columns="alpaca", rename=names) == CHAT
+    assert mapped(row, columns="alpaca", rename=names) == {**CHAT, "completion_turns": 1}
     assert "has input beside an instruction that is a list of turns" in refusal(
         {**row, "input": "x"}, columns="alpaca", rename=names
     )

@@ -76,7 +76,7 @@ def _from_rejected_response(row: dict) -> dict:
 
 
 def from_completion(row: dict, where: str) -> dict:
-    """TRL's prompt and completion, of which the completion trains."""
+    """TRL's prompt and completion, of which the completion trains; completion_turns says how many turns that is."""
     sides = {}
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         sides[key] = [{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key]
@@ -86,7 +86,8 @@ def from_completion(row: dict, where: str) -> dict:
         {**turn, "train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
         for turn in sides["prompt"]
     ]
-    return without(row, "prompt", "completion") | {"messages": context + sides["completion"]}
+    messages = {"messages": context + sides["completion"], "completion_turns": len(sides["completion"])}
+    return without(row, "prompt", "completion") | messages
 
 
 def _from_xlam(row: dict, where: str) -> dict:

@@ -13,7 +13,7 @@ from smolpost.errors import UserError
 from smolpost.training.arguments import shared_settings, total_steps
 from smolpost.training.batches import GlobalBatches
 from smolpost.training.environment import Environment
-from smolpost.training.settings import Training
+from smolpost.training.settings import Training, or_our_engine
 from smolpost.training.trainer import Run
 
 
@@ -131,8 +131,8 @@ def check_even(
     if stage.global_batch_size % at_once:
         raise UserError(
             f"{where}.global_batch_size={stage.global_batch_size} is not a multiple of {at_once}, the rows that "
-            f"{passes} take at once, and TRL has no smaller forward pass; change one of them, or set "
-            f"{where}.engine=smolpost"
+            f"{passes} take at once, and TRL has no smaller forward pass; change one of them"
+            f"{or_our_engine(stage, where)}"
         )
     steps, last = divmod(num_rows, stage.global_batch_size)
     if last % at_once and total_steps(stage, num_rows) > steps and not (counts_tokens and ranks == 1):
@@ -140,5 +140,5 @@ def check_even(
         raise UserError(
             f"{where}: {num_rows} rows leave {last} for the last step of an epoch, not a multiple of {at_once}, the "
             f"rows that {passes} take at once; TRL's trainers would repeat rows or weigh them unevenly; {shorter}"
-            f"take other rows, or set {where}.engine=smolpost"
+            f"take other rows{or_our_engine(stage, where)}"
         )
