@@ -109,8 +109,9 @@ def method_of(keys: dict[str, Any], asked: str | None, file: str) -> tuple[str, 
     if losses is not None:
         found[LOSSES.get(losses, "dpo") if isinstance(losses, str) else "dpo"].append("loss_type")
     columns = {str(name) for entry in _entries(keys) for name in entry.get("columns") or []}
-    for column in columns & COLUMNS.keys():
-        found[COLUMNS[column]].append(f"the column {column}")
+    for column, method in COLUMNS.items():
+        if column in columns:
+            found[method].append(f"the column {column}")
     if not found["kto"]:
         found["dpo"] += [name for name in BESIDE_A_REFERENCE if keys.get(name) is not None]
     said = [method for method, names in found.items() if names]
