@@ -13,6 +13,7 @@ from rich.console import Console
 
 from smolpost import __version__, disks, screen, signals, third_party
 from smolpost.errors import UserError
+from smolpost.importing.command import add_arguments as add_import_arguments
 from smolpost.merging.command import add_arguments as add_merge_arguments
 
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
@@ -27,10 +28,11 @@ VERBS = {
     "eval": "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     "compare": "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps",
     "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
+    "import": "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
     "export": "convert a checkpoint for another runtime and compare the scores of both",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WITH_WORDS = set(VERBS) - {"compare", "merge", "export", "adopt"}  # that compose a recipe
+WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "adopt"}  # that compose a recipe
 EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
 or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
 its full key, e.g. stages.sft.learning_rate=1e-4."""
@@ -92,6 +94,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         if verb == "merge":
             add_merge_arguments(sub)
+            continue
+        if verb == "import":
+            add_import_arguments(sub)
             continue
         if verb == "export":
             sub.add_argument("kind", choices=["onnx", "mlx", "gguf", "vllm-config"])
@@ -159,10 +164,12 @@ def _do(options: argparse.Namespace) -> int:
         return _compare(options, console)
     if options.verb == "export":
         return _export(options, console)
-    if options.verb == "merge":
+    if options.verb in ("import", "merge"):
+        from smolpost.importing.command import import_command
         from smolpost.merging.command import merge_command
 
-        return merge_command(**{name: value for name, value in vars(options).items() if name != "verb"})
+        command = import_command if options.verb == "import" else merge_command
+        return command(**{name: value for name, value in vars(options).items() if name != "verb"})
     if options.verb == "inspect":
         return _inspect(options, console)
     if options.verb == "plan" and options.cfg:

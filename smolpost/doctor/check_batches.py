@@ -185,6 +185,11 @@ def _last_tokens(case: Case) -> Iterator[tuple[int, bool]]:
         for _, _, side, _ in _pair_sides(case):
             yield (int(side[-1]) if len(side) else IGNORE_INDEX), False
         return
+    if case.config.layout != "documents":
+        for row in case.arrays:
+            ids = row["completion_ids"][row["completion_mask"] == 1]
+            yield int(ids[-1]), len(row["prompt_ids"]) + len(row["completion_ids"]) == case.config.max_seq_len
+        return
     for _, _, labels, replies, is_whole in documents(case):
         for run in runs(replies) if replies is not None else []:
             yield int(labels[run][-1]), not is_whole and run.stop == len(labels)
@@ -265,6 +270,38 @@ def sides_differ(case: Case) -> tuple[bool, str]:
     equal = [row.where for row, (one, other) in zip(sample, case.ids, strict=True) if one == other]
     detail = f"{len(equal)} of {len(sample)} sampled pairs have two sides that render to the same text"
     return not equal, detail + (f": {', '.join(equal[:3])}" if equal else "")
+
+
+# ---------------------------------------------------------------- completions
+
+
+def completion_mask_is_policy(case: Case) -> tuple[bool, str]:
+    """Prompt and completion begin the row's own conversation, and what trains are the replies after the prompt."""
+    _check_policy(case)
+    _check_earlier(case)
+    check_tags(case.config, case.trainable, case.tokenizer, set())
+    faults, num_trained, num_checked, num_left = [], 0, 0, 0
+    for prepared in case.arrays:
+        row = case.fitting[prepared["rows"][0]]
+        sides = conversations(row)
+        whole = _derived(case, row, sides[-1] if "label" in prepared and not prepared["label"][0] else sides[0])
+        if whole is None:
+            num_left += 1
+            continue
+        num_checked += 1
+        ids = np.concatenate((prepared["prompt_ids"], prepared["completion_ids"]))
+        start, stop = len(prepared["prompt_ids"]), len(ids)
+        mask = prepared["completion_mask"] == 1
+        num_trained += int(mask.sum())
+        if not np.array_equal(ids, whole.ids[:stop]):
+            faults.append(f"{row.where}: {difference(case.decode(whole.ids), case.decode(ids))}")
+        elif not np.array_equal(mask, whole.is_reply[start:stop]):
+            found, expected = (_texts_of(case, ids[start:], flags) for flags in (mask, whole.is_reply[start:stop]))
+            faults.append(f"{row.where}: {difference(''.join(expected), ''.join(found))}")
+    if num_left and not num_checked:
+        raise NotChecked(f"the template rewrites earlier turns in all {num_left} completions, see template")
+    detail = f"{num_trained:,} tokens train in {num_checked} completions, {len(faults)} not what the policy names"
+    return not faults, detail + (f", the first {faults[0]}" if faults else "")
 
 
 # ---------------------------------------------------------------- the model

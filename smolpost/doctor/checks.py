@@ -17,21 +17,22 @@ from smolpost.doctor.stage_sample import Case, NotChecked, examined, one_line
 from smolpost.pipeline.lineage import Lineage, Located
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
-DOCUMENTS, PAIRS = ("documents",), ("pairs",)
+DOCUMENTS, PAIRS, COMPLETIONS = ("documents",), ("pairs",), ("completions", "labelled")
+EVERY = DOCUMENTS + PAIRS + COMPLETIONS
 # Name -> layouts of rows it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "rows": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.rows_are_valid,
         "do what the line says, or delete these rows of data={data}",
     ),
     "template": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.template_round_trip,
         "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
     ),
     "stop token": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_batches.replies_stop,
         "end each reply with a control token of the tokenizer inside its generation span; stages.{stage}.template",
     ),
@@ -46,8 +47,13 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         check_batches.pair_mask_is_policy,
         "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
     ),
+    "completion mask": (
+        COMPLETIONS,
+        check_batches.completion_mask_is_policy,
+        "put {{% generation %}} around the reply and its stop token alone; stages.{stage}.template",
+    ),
     "control tokens": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.users_write_no_control_tokens,
         "delete rows of data={data} in which users write such tokens, and report this as a bug of smolpost",
     ),
@@ -77,19 +83,19 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         "delete the pairs of data={data} whose sides render to the same text",
     ),
     "chat parity": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.chat_parity,
         "set stages.{stage}.template to the one that the checkpoint was trained with, or "
         "stages.{stage}.allow_template_change=true if the change is intended; a tokenizer has to stay the same, and a "
         "template's generation prompt has to be what it writes before a reply",
     ),
     "vocabulary": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_batches.vocabulary,
         "resize and initialise the checkpoint's embeddings for its tokenizer; use a tokenizer that knows the text",
     ),
     "lengths": (
-        DOCUMENTS + PAIRS,
+        EVERY,
         check_texts.lengths,
         "raise stages.{stage}.max_seq_len, or set stages.{stage}.overlong=truncate or drop; keep rows within "
         "the model's context, or raise stages.{stage}.max_position_embeddings",

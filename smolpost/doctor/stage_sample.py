@@ -20,12 +20,19 @@ from smolpost.data.prepare import prepare, shards_of
 from smolpost.data.prompts import mode_of
 from smolpost.data.shards import nth, shard_slices
 from smolpost.data.sources import read_slice
-from smolpost.data.tokenize import tokenize_pairs, tokenize_rows
+from smolpost.data.tokenize import TOKENIZERS
 from smolpost.data.validate import validate_row
 from smolpost.errors import UserError
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.steps import input_folders, work_of
 
+#: Layout of rows -> shapes that a row may have (`data.validate`).
+SHAPES = {
+    "documents": ("messages", "text"),
+    "pairs": ("preference",),
+    "completions": ("messages",),
+    "labelled": ("messages", "preference"),
+}
 SCANNED = 500  # rows of each source among which the sample is chosen
 HEAVY = 1e9  # parameters beyond which a CPU runs the model only for FEW_ROWS or fewer
 FEW_ROWS = 4
@@ -119,7 +126,7 @@ class Case:
 
     def _check_row(self, row) -> None:
         shape = validate_row(row, row.where)
-        if (shape == "preference") != (self.config.layout == "pairs"):
+        if shape not in SHAPES[self.config.layout]:
             raise UserError(f"{row.where}: is a {shape} row, and the stage reads {self.config.layout}")
         try:
             for messages in conversations(row):
@@ -130,7 +137,7 @@ class Case:
     @cached_property
     def trainable(self) -> list[dict]:
         """The sampled rows that `smolpost prepare` can tokenize and mask."""
-        tokenize, found = tokenize_pairs if self.config.layout == "pairs" else tokenize_rows, []
+        tokenize, found = TOKENIZERS[self.config.layout], []
         for row in self.sample:
             [tokens] = tokenize(self.config, [row], self.tokenizer)
             if tokens.fault:

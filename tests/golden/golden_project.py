@@ -232,6 +232,17 @@ def pairs(folder: Path) -> dict:
     return found
 
 
+def completions(folder: Path) -> dict:
+    """Prepared rows of a stage on labels."""
+    rows = datasets.load_from_disk(str(folder)).with_format(None)
+    found = {"labels": flat(rows["label"]).tolist(), "mask": digest(flat(rows["completion_mask"]))}
+    for part in ("prompt", "completion"):
+        ids = rows[f"{part}_ids"]
+        fates = digest(flat(rows[f"{part}_fates"]))
+        found[part] = {"lengths": [*map(len, ids)], "ids": digest(flat(ids)), "fates": fates}
+    return found
+
+
 def steps(report: dict) -> dict:
     """Loss, gradient norm and learning rate of each step."""
     logged = [entry for entry in report["log"] if "loss" in entry]

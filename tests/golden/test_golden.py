@@ -21,6 +21,7 @@ from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.training import reference
 from tests.golden.golden_project import (
     Project,
+    completions,
     digest,
     packs,
     pairs,
@@ -130,6 +131,13 @@ def test_prepare_pairs(project):
 def test_train(project, stage):
     folder = project.stage(stage)
     check("train", steps(project.manifest(stage)["report"]) | {"weights": weight_sums(folder)}, 1e-5, case=stage)
+
+
+def test_kto(project):
+    manifest = project.manifest("kto")
+    check("kto", completions(Path(manifest["prepared"])), case="rows")
+    found = steps(manifest["report"]) | {"weights": weight_sums(project.stage("kto"))}
+    check("kto", found, 1e-5, case="steps")
 
 
 def test_reference(project):
