@@ -67,6 +67,7 @@ def datasets(draft: Draft, mixture: str) -> Rows:
     """
     keys, rows = draft.keys, Rows()
     entries = [*keys.mappings("datasets"), *keys.mappings("pretraining_dataset")]
+    draft.told.update(("datasets", "pretraining_dataset"))
     if not entries:
         raise UserError(f"{shown(draft.file)}: names no dataset; add datasets, with path and type for each")
     sources, texts = Sources(draft, mixture, held_out(draft, "val_set_size")), []

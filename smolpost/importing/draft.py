@@ -18,7 +18,7 @@ class Group(StrEnum):
     BROKEN = "ignored or refused by the tool itself"
     UNKNOWN = "unknown to this command and to the tool"
     TRANSLATED = "translated"
-    DEFAULT = "not set in the file: the tool's own defaults are written"
+    DEFAULT = "not set in the file, so the tool's own defaults are written"
     LEFT_OUT = "left out: the training is the same"
 
 
@@ -63,6 +63,11 @@ class Draft:
     assumed: str = ""
     told: set[str] = field(default_factory=set)
 
+    @property
+    def trainer(self) -> str:
+        """Whose defaults hold: alignment-handbook's are those of TRL."""
+        return "TRL" if self.tool == "alignment-handbook" else self.tool
+
     # ------------------------------------------------------------ the pipeline
 
     def set(self, ours: str, value: Any, *names: str, note: str = "") -> None:
@@ -90,8 +95,12 @@ class Draft:
     def left_out(self, name: str, what: str) -> None:
         self._say(Group.LEFT_OUT, name, what)
 
-    def broken(self, name: str, what: str) -> None:
-        self._say(Group.BROKEN, name, what)
+    def broken(self, name: str, what: str, hint: str = "") -> None:
+        """
+        Args:
+            hint: Of this key alone.
+        """
+        self._say(Group.BROKEN, name, what, f" ({hint})" if hint else "")
 
     def sort_out(self, left_out: Mapping[str, Iterable[str]], differing: Mapping[str, tuple[tuple, str]]) -> None:
         """Say what becomes of the keys of which nothing is said yet.
@@ -125,19 +134,18 @@ class Draft:
             keys.read.add(name)
             self._say(Group.UNKNOWN, f"{keys.where}{name}: {brief(keys.values[name])}", f"{what}{hint}")
 
-    def _say(self, group: Group, name: str, what: str) -> None:
+    def _say(self, group: Group, name: str, what: str, hint: str = "") -> None:
         self.told.add(name)
         names = self.said[group].setdefault(" ".join(what.split()), [])
-        shown = name if group == Group.LEFT_OUT else self._shown(name)
+        shown = (name if group == Group.LEFT_OUT else self._shown(name)) + hint
         if shown not in names:
             names.append(shown)
 
     def _shown(self, name: str) -> str:
         """A key with its value, where the value is short."""
         value = self.keys.values.get(name)
-        if value is None or (isinstance(value, dict | list) and len(str(value)) > 50):
-            return name
-        return f"{name}: {brief(value)}"
+        text = brief(value)
+        return name if value is None or text.endswith("...") else f"{name}: {text}"
 
 
 def name_of(text: str) -> str:

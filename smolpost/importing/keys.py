@@ -54,6 +54,8 @@ class Keys:
         Raises:
             UserError: It holds something else.
         """
+        if isinstance(self.values.get(name), dict):
+            return [Keys(self.take(name, dict), self.file, f"{self.where}{name}.")]
         items = self.take(name, list, [])
         for i, item in enumerate(items):
             if not isinstance(item, dict):
@@ -71,6 +73,11 @@ def brief(value: Any, width: int = 50) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
     text = {True: "true", False: "false"}.get(value, text) if isinstance(value, bool) else " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def tidy(number: float) -> float:
+    """A computed number without its rounding error: 0.2 for 4e-6 / 2e-5."""
+    return float(f"{number:.12g}")
 
 
 def _whole(value: Any) -> int:

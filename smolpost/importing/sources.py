@@ -1,11 +1,12 @@
 """Datasets of other tools as sources of a mixture."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smolpost.importing.draft import Draft, name_of
-from smolpost.importing.keys import Keys, brief
+from smolpost.importing.keys import Keys, brief, tidy
 
 BUILDERS = ("json", "parquet", "arrow", "csv", "text")  # names in the place of a path: of the kind of `data_files`
 _SLICE = re.compile(r"([\w.-]+)\[(\d*):(\d*)\]")
@@ -30,15 +31,18 @@ class Sources:
         *,
         files: Any = None,
         folder: str | None = None,
+        subset: str | None = None,
         split: str = "train",
         weight: float = 1.0,
         note: str = "",
+        more: Sequence[str] = (),
         **fields: Any,
     ) -> None:
         """Write a source, or one for each of its files.
 
         Args:
             where: The key of the file that names it.
+            more: Further keys that are about it.
             path: Hub id, file, folder, or one of BUILDERS.
             files: `data_files`: a file, a list of them, or split -> these.
             folder: `data_dir`.
@@ -52,13 +56,13 @@ class Sources:
             if place != path or Path(place).is_file():
                 own, limits = self._limits(where, split)
                 fields |= limits
-            stem = name if name != "train" else Path(place).name.partition(".")[0] or place
-            source = {"path": _filled(place), "split": own if own != "train" else None, **fields}
-            weight_left = weight * (1 - self.held_out)
-            source["weight"] = weight_left if weight_left != 1 else None
+            stem = Path(place).name.partition(".")[0] if name.startswith("train") else name
+            shown = {"path": _filled(place), "subset": subset, "split": own if own != "train" else None, **fields}
+            weight_left = tidy(weight * (1 - self.held_out))
+            shown["weight"] = weight_left if weight_left != 1 else None
             ours = f"data.{self.mixture}.sources.{self._unique(name_of(stem))}"
-            given = {key: value for key, value in source.items() if value not in (None, "", {})}
-            self.draft.set(ours, given, where, note=note)
+            given = {key: value for key, value in shown.items() if value not in (None, "", {})}
+            self.draft.set(ours, given, where, *more, note=note)
             if "://" in place:
                 self.draft.differs(where, "rows are read from local files and the Hub; copy them here first")
 
@@ -111,7 +115,7 @@ def held_out(draft: Draft, name: str) -> float:
 
 def shares(fractions: list[float]) -> list[float]:
     """Fractions as shares with a sum of 1."""
-    return [fraction / sum(fractions) for fraction in fractions]
+    return [tidy(fraction / sum(fractions)) for fraction in fractions]
 
 
 def _filled(path: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smolpost.importing.draft import Draft
+from smolpost.importing.keys import tidy
 
 FULL_ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw_32bit")
 SCHEDULES = {
@@ -47,7 +48,7 @@ def schedule(draft: Draft, name: str, key: str, kwargs: dict[str, Any], kwargs_k
 
 def _min_ratio(draft: Draft, kwargs: dict[str, Any], key: str) -> float:
     if "min_lr" in kwargs:
-        return float(kwargs["min_lr"]) / float(draft.settings[f"stages.{draft.stage}.learning_rate"].value)
+        return tidy(float(kwargs["min_lr"]) / draft.settings[f"stages.{draft.stage}.learning_rate"].value)
     if "min_lr_rate" not in kwargs:
         draft.broken(key, "transformers refuses it without min_lr or min_lr_rate in lr_scheduler_kwargs; 0 is written")
     return float(kwargs.get("min_lr_rate", 0.0))
@@ -60,7 +61,7 @@ def _decay(draft: Draft, kwargs: dict[str, Any], key: str, kwargs_key: str) -> N
     if decay is None:
         draft.broken(key, "transformers refuses it without num_decay_steps in lr_scheduler_kwargs")
     if decay is not None and steps is not None:
-        draft.set(".decay_ratio", float(decay) / steps.value, kwargs_key)
+        draft.set(".decay_ratio", tidy(float(decay) / steps.value), kwargs_key)
     else:
         draft.differs(key, "decay_ratio, a share of all steps, takes the place of num_decay_steps; 0.2 is written")
         draft.set(".decay_ratio", 0.2)
@@ -141,7 +142,7 @@ def batch(draft: Draft, micro: int, names: list[str], processes: int, stated: st
         stated: What says their number: a key of the file or an option; None where it was assumed.
     """
     accumulation = draft.keys.take("gradient_accumulation_steps", int, 1)
-    note = f"{micro} rows x {accumulation} accumulated x {processes} process{'es' if processes > 1 else ''}"
+    note = f"{micro} at once x {accumulation} accumulated x {processes} process{'es' if processes > 1 else ''}"
     if stated is None:
         draft.assumed = "one process trained, as the file does not say how many; --num-processes N sets their number"
     draft.set(".global_batch_size", micro * accumulation * processes, *names, note=note)
@@ -210,7 +211,7 @@ def lora(
     said = ["lora_alpha"] if keys.given("lora_alpha") else []
     if keys.take(rslora, bool, False):
         stable = f"{scale:g} x sqrt(r): a rank-stabilised adapter's product counts alpha / sqrt(r)"
-        draft.set(".lora.alpha", scale * math.sqrt(rank), *said, rslora, note=stable)
+        draft.set(".lora.alpha", tidy(scale * math.sqrt(rank)), *said, rslora, note=stable)
     else:
         draft.set(".lora.alpha", scale, *said)
     draft.copy("lora_dropout", ".lora.dropout", float, dropout)

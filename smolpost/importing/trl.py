@@ -12,8 +12,8 @@ from smolpost.screen import shown
 PACKINGS = {"bfd": "bfd", "bfd_split": "bfd", "bfd-requeue": "bfd", "ffd": "bfd", "wrapped": "wrapped"}
 NO_LIMIT = 32768  # tokens, where the file says that there is no limit
 OFF_PATH = (
-    "TRL 1.16 on transformers 5.23 does not know it: `trl` hands it on to accelerate launch, which refuses it, and the "
-    "script alone passes over it"
+    "TRL 1.16 on transformers 5.23 has no such key: `trl` hands it on to accelerate, which refuses it, and the script "
+    "alone ignores it"
 )
 
 
@@ -82,7 +82,8 @@ def _documents(draft: Draft, only_completions: bool) -> None:
     completion = keys.take("completion_only_loss", bool)
     names = [name for name in ("assistant_only_loss", "completion_only_loss") if keys.given(name)]
     if assistant or completion or (completion is None and only_completions):
-        draft.set(".train_roles", ["assistant"], *names)
+        note = "" if assistant or completion else "TRL trains the completions of such rows"
+        draft.set(".train_roles", ["assistant"], *names, note=note)
     else:
         note = "TRL trains each token of messages and of text; for rows of prompt and completion set [assistant]"
         draft.set(".train_roles", ["all"], *names, note="" if completion is False else note)
@@ -213,7 +214,7 @@ def _adapters(draft: Draft, model: str) -> None:
     trainer.lora(
         draft,
         targets or ["q_proj", "v_proj"],
-        ["lora_target_modules"] if targets else [],
+        ["use_peft", *(["lora_target_modules"] if keys.given("lora_target_modules") else [])],
         dropout=0.05,
         alpha=32.0,
         rslora="use_rslora",
@@ -227,11 +228,10 @@ def _said_of_the_rest(draft: Draft, method: str) -> None:
     for name in ONLY[other]:
         if keys.given(name) and name not in keys.read and name not in ONLY[method]:
             keys.read.add(name)
-            draft.broken(name, f"a key of TRL's {other}; {OFF_PATH}")
+            draft.broken(name, OFF_PATH, f"a key of {other}")
     for name, now in RENAMED.items():
         if keys.given(name):
-            instead = "" if now == "nothing" else f" ({now} says it now)"
-            draft.broken(name, f"{OFF_PATH}{instead}")
+            draft.broken(name, OFF_PATH, now and f"now {now}")
     if keys.given("evaluation_strategy"):
         keys.read.add("evaluation_strategy")
     if keys.take("group_by_length", bool, False):
@@ -239,6 +239,6 @@ def _said_of_the_rest(draft: Draft, method: str) -> None:
     for name in REMOVED:
         if keys.given(name) and name not in keys.read:
             keys.read.add(name)
-            draft.broken(name, f"{OFF_PATH}; it changes nothing that is trained")
+            draft.broken(name, OFF_PATH, "without effect")
     draft.sort_out(LEFT_OUT, DIFFERING)
     draft.unknown(keys, [*keys.read, *DIFFERING, *(n for names in LEFT_OUT.values() for n in names)], OFF_PATH)

@@ -103,8 +103,8 @@ RENAMED = {
     "rpo_alpha": "loss_type [..., sft] with loss_weights",
     "max_prompt_length": "max_length",
     "max_completion_length": "max_length",
-    "reference_free": "nothing",
-    "force_use_ref_model": "nothing",
+    "reference_free": "",
+    "force_use_ref_model": "",
 }
 
 # Keys of earlier versions that change nothing that is trained.

@@ -158,8 +158,9 @@ def kept(folder, step: int) -> list[dict]:
     return [json.loads(line) for line in (folder / distill.SAMPLES / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
-    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3)
+    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
     assert sorted(file.name for file in (tmp_path / distill.SAMPLES).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"

@@ -10,6 +10,7 @@ Its mean is over the tokens of all replies of the global batch, sampled and give
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class Distillation(FromTRL, DistillationTrainer):
         sampled = [i for i, row in enumerate(rows) if self._samples(row)]
         # Ranks that share the weights generate together, so one without a sampled row generates what nobody reads.
         asked = sampled or ([0] if self.stage.on_policy and self.args.world_size > 1 else [])
-        replies = super()._generate_single_turn([prompt_ids[i] for i in asked], images, {}) if asked else []
+        with warnings.catch_warnings():
+            # TRL switches gradient checkpointing off and on under names that transformers is about to drop.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_", FutureWarning)
+            replies = super()._generate_single_turn([prompt_ids[i] for i in asked], images, {}) if asked else []
         completions = [row["completion_ids"] for row in rows]
         for i, reply in zip(sampled, replies, strict=False):
             completions[i] = reply
