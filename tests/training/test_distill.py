@@ -128,7 +128,7 @@ def test_given_replies_have_the_divergence_of_its_definition(tokenizer, student,
             logits = [model(ids).logits[0, first - 1 : -1] / 1.5 for model in (teacher, student)]
         found.append(divergence(*logits, beta)[torch.tensor(row["completion_mask"]).bool()])
     assert logged(trainer, ["loss"])[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
-    assert not (tmp_path / distill.SAMPLES).exists()
+    assert not (tmp_path / distill.FOLDER).exists()
 
 
 def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, rows, tmp_path):
@@ -155,14 +155,14 @@ def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, r
 
 
 def kept(folder, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / distill.SAMPLES / f"step-{step:06d}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / distill.FOLDER / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
     stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
-    assert sorted(file.name for file in (tmp_path / distill.SAMPLES).iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / distill.FOLDER).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"
     ]  # fmt: skip
     for step in (1, 2):

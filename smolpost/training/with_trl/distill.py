@@ -31,7 +31,7 @@ from smolpost.training.environment import Environment
 from smolpost.training.settings import DistillTraining
 from smolpost.training.with_trl.engine import FromTRL, InOrder, arguments_of, built, check_even
 
-SAMPLES = "samples"  # subfolder of the stage's folder: a file for each logged step
+FOLDER = "samples"  # subfolder of the stage's folder: a file for each logged step
 REPLY = ("completion_ids", "completion_mask")  # columns of the given replies
 
 
@@ -42,6 +42,8 @@ class Distillation(FromTRL, DistillationTrainer):
         stage: Share on policy and the like.
         seed: With step and row, decides which rows are sampled, on any number of ranks.
     """
+
+    SAMPLES = True
 
     def __init__(self, *, stage: DistillTraining, seed: int, **settings: Any):
         super().__init__(**settings)
@@ -119,7 +121,7 @@ class Distillation(FromTRL, DistillationTrainer):
             texts = {side: decode(sample[side]) for side in ("prompt", "completion")}
             line = sample | texts | {"num_tokens": len(sample["completion"])}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        folder = Path(self.args.output_dir) / SAMPLES
+        folder = Path(self.args.output_dir) / FOLDER
         folder.mkdir(exist_ok=True)
         write_text(folder / f"step-{self.state.global_step:06d}.jsonl", "".join(lines))
 
