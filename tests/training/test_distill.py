@@ -12,7 +12,7 @@ from smolpost.errors import UserError
 from smolpost.training.adapters import add_adapters
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.settings import DistillTraining, LoRA
-from smolpost.training.teacher import check_teacher
+from smolpost.training.teacher import check_teacher, template_note
 from smolpost.training.with_trl import distill
 from tests.training.test_trainers import CPU, assert_logs_equal, build, logged, same_settings, settings, stock
 
@@ -309,3 +309,12 @@ def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, student, tmp_pat
         with pytest.raises(UserError) as caught:
             check_teacher("distill", stage, folders[name], folders["student"], "packed")
         assert str(caught.value) == message
+
+
+def test_a_teacher_with_another_template_is_noted(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert template_note("distill", stage_of(), tmp_path) == ""
+    assert template_note("distill", stage_of(template="chatml"), tmp_path) == (
+        "stages.distill.teacher=teacher has another chat template than stages.distill.template=chatml; it scores "
+        "replies to prompts that are rendered with the stage's"
+    )
