@@ -12,9 +12,9 @@ from smolpost.errors import UserError
 from smolpost.training.adapters import add_adapters
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.settings import DistillTraining, LoRA
-from smolpost.training.teacher import check_teacher
+from smolpost.training.teacher import check_teacher, template_note
 from smolpost.training.with_trl import distill
-from smolpost.training.with_trl.rollouts import SAMPLES
+from smolpost.training.with_trl.rollouts import FOLDER
 from tests.training.tiny_trainers import CPU, assert_logs_equal, build, in_trls_words, logged, settings, stock
 
 NUM_ROWS = 12
@@ -128,7 +128,7 @@ def test_given_replies_have_the_divergence_of_its_definition(tokenizer, student,
             logits = [model(ids).logits[0, first - 1 : -1] / 1.5 for model in (teacher, student)]
         found.append(divergence(*logits, beta)[torch.tensor(row["completion_mask"]).bool()])
     assert logged(trainer, ["loss"])[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
-    assert not (tmp_path / SAMPLES).exists()
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, rows, tmp_path):
@@ -155,13 +155,14 @@ def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, r
 
 
 def kept(folder, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / SAMPLES / f"step-{step:06d}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / FOLDER / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
-    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3)
+    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
-    assert sorted(file.name for file in (tmp_path / SAMPLES).iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / FOLDER).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"
     ]  # fmt: skip
     for step in (1, 2):
@@ -308,3 +309,12 @@ def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, student, tmp_pat
         with pytest.raises(UserError) as caught:
             check_teacher("distill", stage, folders[name], folders["student"], "packed")
         assert str(caught.value) == message
+
+
+def test_a_teacher_with_another_template_is_noted(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert template_note("distill", stage_of(), tmp_path) == ""
+    assert template_note("distill", stage_of(template="chatml"), tmp_path) == (
+        "stages.distill.teacher=teacher has another chat template than stages.distill.template=chatml; it scores "
+        "replies to prompts that are rendered with the stage's"
+    )

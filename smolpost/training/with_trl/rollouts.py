@@ -1,6 +1,7 @@
 """What TRL's trainers that sample replies share: the order of prompts, and the replies that are kept to be read."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from smolpost.training.batches import GlobalBatches
 from smolpost.training.settings import Training
 from smolpost.training.with_trl.engine import FromTRL, InOrder
 
-SAMPLES = "samples"  # subfolder of the stage's folder: a file for each logged step
+FOLDER = "samples"  # subfolder of the stage's folder: a file for each logged step
 
 
 class Samples(FromTRL):
@@ -27,10 +28,18 @@ class Samples(FromTRL):
         samples: Of this rank in the current step: prompt and completion as token ids, and what else a reader wants.
     """
 
+    SAMPLES = True
+
     def __init__(self, *, kept: int, **settings: Any):
         super().__init__(**settings)
         self.kept = kept
         self.samples: list[dict] = []
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with warnings.catch_warnings():
+            # TRL switches gradient checkpointing off and on under names that transformers is about to drop.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_", FutureWarning)
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _count_tokens(self) -> None:
         """These trainers of TRL count in the state itself."""
@@ -53,7 +62,7 @@ class Samples(FromTRL):
             texts = {side: self.processing_class.decode(sample[side]) for side in ("prompt", "completion")}
             line = sample | texts | {"num_tokens": len(sample["completion"])}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        folder = Path(self.args.output_dir) / SAMPLES
+        folder = Path(self.args.output_dir) / FOLDER
         folder.mkdir(exist_ok=True)
         write_text(folder / f"step-{self.state.global_step:06d}.jsonl", "".join(lines))
 
