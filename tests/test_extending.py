@@ -17,7 +17,7 @@ MODULES = {name: code for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A user's folder: four modules, a pipeline file, two data files."""
+    """A user's folder: five modules, a pipeline file, two data files."""
     folder = tmp_path_factory.mktemp("my-work")
     for name, code in MODULES.items():
         (folder / name).write_text(code)
@@ -36,7 +36,7 @@ def smolpost(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_each_example_is_short():
-    assert set(MODULES) == {"faq_rows.py", "hinge_loss.py", "reply_length.py", "short_rows.py"}
+    assert set(MODULES) == {"faq_rows.py", "hinge_loss.py", "early_answer.py", "reply_length.py", "short_rows.py"}
     assert all(len(code.splitlines()) < 60 for code in MODULES.values())
 
 
@@ -47,14 +47,15 @@ def test_the_examples_run(folder):
     for file in (folder / "runs" / "mine").glob("*/manifest.json"):
         content = json.loads(file.read_text())
         manifests[content["stage"]] = content
-    assert set(manifests) == {"short", "init", "sft", "apo"}
+    assert set(manifests) == {"short", "init", "sft", "apo", "grpo"}
     assert manifests["short"]["report"] == {"rows": 24, "short": 12}  # those without a think block
     assert manifests["sft"]["report"]["data"]["sources"]["faq"]["rows_read"] == 12
     assert manifests["apo"]["report"]["loss_first"] == pytest.approx(0.5, abs=1e-6)  # the margin: hinge's at_reference
+    assert "rewards/early_answer/mean" in manifests["grpo"]["report"]["log"][0]
     [scores] = (folder / "runs" / "mine" / "evaluations").glob("apo-*/length-*/scores.json")
     assert set(json.loads(scores.read_text())["scores"]) == {"tokens", "cut"}
     again = smolpost(folder, "plan")
-    assert again.stdout.count("): done") == 4, again.stdout
+    assert again.stdout.count("): done") == 5, again.stdout
 
 
 def test_a_version_makes_again_what_hangs_on_it_and_words_do_not(folder):
@@ -63,7 +64,7 @@ def test_a_version_makes_again_what_hangs_on_it_and_words_do_not(folder):
     def folders() -> dict[str, str]:
         done = smolpost(folder, "plan")
         assert done.returncode == 0, done.stderr
-        return dict(re.findall(r"folder: \S*/(short|init|sft|apo)-(\w+)", done.stdout))
+        return dict(re.findall(r"folder: \S*/(short|init|sft|apo|grpo)-(\w+)", done.stdout))
 
     def changed(module: str, old: str, new: str) -> set[str]:
         before = folders()
@@ -74,9 +75,10 @@ def test_a_version_makes_again_what_hangs_on_it_and_words_do_not(folder):
         (folder / module).write_text(code)
         return {name for name in before if before[name] != after[name]}
 
-    assert changed("short_rows.py", "VERSION = 1", "VERSION = 2") == {"short", "sft", "apo"}
+    assert changed("short_rows.py", "VERSION = 1", "VERSION = 2") == {"short", "sft", "apo", "grpo"}
     assert changed("hinge_loss.py", "VERSION = 1", "VERSION = 2") == {"apo"}
-    assert changed("faq_rows.py", "version=1", "version=2") == {"short", "init", "sft", "apo"}
+    assert changed("early_answer.py", "VERSION = 1", "VERSION = 2") == {"grpo"}
+    assert changed("faq_rows.py", "version=1", "version=2") == {"short", "init", "sft", "apo", "grpo"}
     assert changed("short_rows.py", '"short": len(short)', '"kept": len(short)') == set()
 
 

@@ -146,6 +146,12 @@ def test_distill(project):
     check("distill", found, 1e-5, case="steps")
 
 
+def test_grpo(project):
+    manifest = project.manifest("grpo")
+    found = steps(manifest["report"]) | {"weights": weight_sums(project.stage("grpo"))}
+    check("grpo", found, 1e-5, case="steps")
+
+
 def test_reference(project):
     [folder] = (project.folder / "runs" / "golden" / "references").iterdir()
     logps = np.concatenate([load_file(file)["logps"] for file in sorted(folder.glob("*.safetensors"))])
