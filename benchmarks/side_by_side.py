@@ -144,7 +144,7 @@ def show(title: str, rows: list[dict]) -> None:
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     for row in rows:
         table.add_row(*(shown(row.get(column)) for column in columns))
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
 
 
 def shown(value: object) -> str:

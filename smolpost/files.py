@@ -105,6 +105,15 @@ def remove_parts(folder: Path, names: Collection[str] | None = None) -> None:
             _remove(path)
 
 
+def link(file: Path, place: Path) -> None:
+    """Put a file at a second place without a second copy on the disk; on another disk it is copied."""
+    file = file.resolve()  # the Hub's cache has links to its files
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
 def sync(*paths: Path) -> None:
     """Bring files' contents and folders' names to the disk."""
     for path in paths:

@@ -74,7 +74,7 @@ def test_jobs_are_thin(folder):
         assert file.name != "__init__.py"
 
 
-KINDS = {"tasks", "init", "sft", "apo", "pairs", "merge", "mergekit", "sweep", "greedy"}
+KINDS = {"tasks", "init", "sft", "apo", "pairs", "merge", "mergekit", "sweep", "greedy", "released"}
 
 
 @pytest.mark.parametrize("place", ["pipeline", "recipe", "cli.py", "train.py", "launch.py", "schema.py", "doctor"])

@@ -76,11 +76,11 @@ MISTAKES = {
     ),
     "stage": (
         TINY + "stages: {stf: {seeds: [1]}}",
-        "mine.yaml: stages.stf has no kind; did you mean stages.sft? a new stage states it, `kind: KIND` in its file or stages.stf.kind=KIND; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy",
+        "mine.yaml: stages.stf has no kind; did you mean stages.sft? a new stage states it, `kind: KIND` in its file or stages.stf.kind=KIND; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, released",
     ),
     "stage kind": (
         TINY + "stages: {more: {kind: ppo}}",
-        "mine.yaml: stages.more.kind=ppo is not a stage kind; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy",
+        "mine.yaml: stages.more.kind=ppo is not a stage kind; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, released",
     ),
     "another kind": (
         TINY + "stages: {sft: {kind: apo}}",
@@ -245,11 +245,11 @@ def test_a_mistake_in_a_pipeline_file_is_one_line(here, case):
 FOLDER_MISTAKES = {
     "stage without its schema": (
         {"stage/mine.yaml": "learning_rate: 1e-3\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more.kind=KIND; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy",
+        "own/stage/mine.yaml: stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more.kind=KIND; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, released",
     ),
     "schema of no kind": (
         {"stage/mine.yaml": "defaults:\n  - /schema/sfft@_here_\n  - _self_\nseeds: [1]\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
+        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, released, instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
     ),
     "key in a stage file": (
         {"stage/sft.yaml": "defaults:\n  - /schema/sft@_here_\n  - _self_\nlerning_rate: 1\n"}, [],
@@ -264,7 +264,7 @@ FOLDER_MISTAKES = {
         {"stage/a.yaml": "defaults: [b]\nseeds: [1]\n", "stage/b.yaml": "defaults: [a]\nseeds: [1]\n"}, ["+stage@stages.more=a"],
         "the defaults lists of own/stage/a.yaml, own/stage/b.yaml lead back to themselves; take an entry out",
     ),
-    "kind that is a list": ({"stage/mine.yaml": "kind: [sft]\n"}, ["+stage@stages.more=mine"], "own/stage/mine.yaml: stages.more.kind=['sft'] is not a stage kind; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy"),
+    "kind that is a list": ({"stage/mine.yaml": "kind: [sft]\n"}, ["+stage@stages.more=mine"], "own/stage/mine.yaml: stages.more.kind=['sft'] is not a stage kind; choose one of: tasks, init, sft, apo, pairs, merge, mergekit, sweep, greedy, released"),
     "two accelerate configs": ({"pipeline/mine.yaml": HEAD + DEFAULTS.replace("/accelerate: single", "/accelerate: [single, ddp]")}, ["pipeline=mine"], "own/pipeline/mine.yaml: chooses no accelerate config; add `- /accelerate: single` to its defaults"),
     "evaluation is null": ({"pipeline/mine.yaml": TINY + "evaluation:\n"}, ["pipeline=mine", "evaluation=none"], "own/pipeline/mine.yaml: evaluation=null has no fields; give them, as evaluation={FIELD: VALUE}"),
     "tab in a data file": ({"data/tiny.yaml": "sft:\n\tsources: {}\n"}, [], "own/data/tiny.yaml:2: a tab; YAML is indented with spaces"),
@@ -278,7 +278,7 @@ FOLDER_MISTAKES = {
         {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(PerplexityTask)}"
     ),
     "processes": ({"accelerate/mine.yaml": "num_processes: '2'\n"}, ["accelerate=mine"], "own/accelerate/mine.yaml: accelerate.num_processes='2' is not a whole number above 0; write 1 or more"),
-    "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, smollm3_ablated, tiny"),
+    "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, smollm3_ablated, smollm3_from_release, tiny, tiny_distill"),
     "word for what a folder has": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "stages.sft.lerning_rate=1"], f"stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(SFTStage)}"),
     "word for a source": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "data.sft.sources.task.path=x"], "data.sft.sources.task is not a key of the recipe; did you mean data.sft.sources.tasks? keys of data.sft.sources: tasks"),
     "word for accelerate": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "accelerate.num_proceses=2"], "accelerate.num_proceses is not a key of the recipe; did you mean accelerate.num_processes? keys of accelerate: compute_environment, distributed_type, machine_rank, mixed_precision, num_machines, num_processes, use_cpu"),
@@ -367,3 +367,11 @@ def test_a_sum_names_its_parts_and_who_wrote_them(here):
     assert line.endswith("or leave it out with ~stages.merge.inputs.mid")
     words = ["pipeline=mine.yaml", "~stages.merge.inputs.mid"]
     assert recipe.load(words).recipe.stages["merge"].inputs == {"soup": 0.9, "long_context": 0.1}
+
+
+def test_a_stage_that_states_its_kind_may_set_the_settings_of_its_loss(here):
+    stage = "kind: apo, data: preference, max_seq_len: 64, global_batch_size: 2, init_from: init"
+    write(
+        here, {"mine.yaml": TINY + f"stages: {{x: {{{stage}, loss: robust, loss_settings: {{label_smoothing: 0.1}}}}}}"}
+    )
+    assert recipe.load(["pipeline=./mine.yaml"]).recipe.stages["x"].loss_settings == {"label_smoothing": 0.1}

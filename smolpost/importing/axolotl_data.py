@@ -38,6 +38,7 @@ PAIR_TYPES = {
     "ultra": {},
     "default": {},
 }
+PAIR_COLUMNS = ("system", "prompt", "chosen", "rejected", "completion", "label")
 
 
 @dataclass
@@ -67,6 +68,7 @@ def datasets(draft: Draft, mixture: str) -> Rows:
     """
     keys, rows = draft.keys, Rows()
     entries = [*keys.mappings("datasets"), *keys.mappings("pretraining_dataset")]
+    draft.told.update(("datasets", "pretraining_dataset"))
     if not entries:
         raise UserError(f"{shown(draft.file)}: names no dataset; add datasets, with path and type for each")
     sources, texts = Sources(draft, mixture, held_out(draft, "val_set_size")), []
@@ -205,7 +207,7 @@ def _pair(draft: Draft, entry: Keys, rows: Rows) -> dict[str, Any]:
     where = entry.where
     if isinstance(entry.values.get("type"), dict):
         kind = Keys(entry.take("type", dict), draft.file, f"{where}type.")
-        rename = {kind.take(f"field_{name}", str, name): name for name in ("system", "prompt", "chosen", "rejected")}
+        rename = {kind.take(f"field_{name}", str, name): name for name in PAIR_COLUMNS}
         for name in kind.unread():
             draft.differs(f"{kind.where}{name}", OWN_TEXT)
         return {"rename": {theirs: ours for theirs, ours in rename.items() if theirs != ours}}

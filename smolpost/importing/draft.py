@@ -18,7 +18,7 @@ class Group(StrEnum):
     BROKEN = "ignored or refused by the tool itself"
     UNKNOWN = "unknown to this command and to the tool"
     TRANSLATED = "translated"
-    DEFAULT = "not set in the file: the tool's own defaults are written"
+    DEFAULT = "not set in the file, so the tool's own defaults are written"
     LEFT_OUT = "left out: the training is the same"
 
 
@@ -63,6 +63,11 @@ class Draft:
     assumed: str = ""
     told: set[str] = field(default_factory=set)
 
+    @property
+    def trainer(self) -> str:
+        """Whose defaults hold: alignment-handbook's are those of TRL."""
+        return "TRL" if self.tool == "alignment-handbook" else self.tool
+
     # ------------------------------------------------------------ the pipeline
 
     def set(self, ours: str, value: Any, *names: str, note: str = "") -> None:
@@ -74,7 +79,9 @@ class Draft:
         """
         keys = tuple(self._shown(name) for name in names)
         self.told.update(names)
-        self.settings[f"stages.{self.stage}{ours}" if ours.startswith(".") else ours] = Setting(value, keys, note)
+        self.settings[f"stages.{self.stage}{ours}" if ours.startswith(".") else ours] = Setting(
+            _filled(value), keys, note
+        )
 
     def copy(self, name: str, ours: str, kind: type, default: Any) -> Any:
         """Write the value of a key, or the tool's default."""
@@ -90,8 +97,12 @@ class Draft:
     def left_out(self, name: str, what: str) -> None:
         self._say(Group.LEFT_OUT, name, what)
 
-    def broken(self, name: str, what: str) -> None:
-        self._say(Group.BROKEN, name, what)
+    def broken(self, name: str, what: str, hint: str = "") -> None:
+        """
+        Args:
+            hint: Of this key alone.
+        """
+        self._say(Group.BROKEN, name, what, f" ({hint})" if hint else "")
 
     def sort_out(self, left_out: Mapping[str, Iterable[str]], differing: Mapping[str, tuple[tuple, str]]) -> None:
         """Say what becomes of the keys of which nothing is said yet.
@@ -101,8 +112,9 @@ class Draft:
             differing: Key -> (values at which it changes nothing, what is done instead).
         """
         nothing = "they change nothing at the values that they have"
-        for name in [name for name in self.keys.read if self.keys.given(name) and name not in self.told]:
-            self.left_out(name, nothing)
+        for name in self.keys.values:
+            if name in self.keys.read and self.keys.given(name) and name not in self.told:
+                self.left_out(name, nothing)
         for name in self.keys.unread():
             what = next((what for what, names in left_out.items() if name in names), None)
             neutral, instead = differing.get(name, ((), None))
@@ -125,19 +137,25 @@ class Draft:
             keys.read.add(name)
             self._say(Group.UNKNOWN, f"{keys.where}{name}: {brief(keys.values[name])}", f"{what}{hint}")
 
-    def _say(self, group: Group, name: str, what: str) -> None:
+    def _say(self, group: Group, name: str, what: str, hint: str = "") -> None:
         self.told.add(name)
         names = self.said[group].setdefault(" ".join(what.split()), [])
-        shown = name if group == Group.LEFT_OUT else self._shown(name)
+        shown = (name if group == Group.LEFT_OUT else self._shown(name)) + hint
         if shown not in names:
             names.append(shown)
 
     def _shown(self, name: str) -> str:
         """A key with its value, where the value is short."""
         value = self.keys.values.get(name)
-        if value is None or (isinstance(value, dict | list) and len(str(value)) > 50):
-            return name
-        return f"{name}: {brief(value)}"
+        text = brief(value)
+        return name if value is None or text.endswith("...") else f"{name}: {text}"
+
+
+def _filled(value: Any) -> Any:
+    """`${NAME}` in a text, which a shell or a script filled in, as a value of the environment."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items()}
+    return re.sub(r"\$\{(\w+)\}", r"${oc.env:\1}", value) if isinstance(value, str) else value
 
 
 def name_of(text: str) -> str:

@@ -1,6 +1,7 @@
 """The keys of a file, each read once and as the type that its tool takes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,23 @@ class Keys:
                 f"{shown(self.file)}: {self.where}{name}={brief(value)} is not {KINDS[kind]}; {remedy}"
             ) from None
 
+    def numbers(self, name: str) -> list[float]:
+        """The numbers of a list.
+
+        Raises:
+            UserError: It holds something else.
+        """
+        items = Keys(dict(enumerate(self.take(name, list, []))), self.file, f"{self.where}{name}.")
+        return [items.take(i, float, math.nan) for i in items.values]
+
     def mappings(self, name: str) -> list["Keys"]:
         """The mappings of a list, or a single one.
 
         Raises:
             UserError: It holds something else.
         """
+        if isinstance(self.values.get(name), dict):
+            return [Keys(self.take(name, dict), self.file, f"{self.where}{name}.")]
         items = self.take(name, list, [])
         for i, item in enumerate(items):
             if not isinstance(item, dict):
@@ -73,15 +85,20 @@ def brief(value: Any, width: int = 50) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def tidy(number: float) -> float:
+    """A computed number without its rounding error: 0.2 for 4e-6 / 2e-5."""
+    return float(f"{number:.12g}")
+
+
 def _whole(value: Any) -> int:
-    number = float(value) if not isinstance(value, bool) else None
-    if number is None or number != int(number):
+    number = _number(value)
+    if number != int(number):
         raise ValueError
     return int(number)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 

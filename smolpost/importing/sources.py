@@ -1,11 +1,12 @@
 """Datasets of other tools as sources of a mixture."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smolpost.importing.draft import Draft, name_of
-from smolpost.importing.keys import Keys, brief
+from smolpost.importing.keys import Keys, brief, tidy
 
 BUILDERS = ("json", "parquet", "arrow", "csv", "text")  # names in the place of a path: of the kind of `data_files`
 _SLICE = re.compile(r"([\w.-]+)\[(\d*):(\d*)\]")
@@ -30,9 +31,11 @@ class Sources:
         *,
         files: Any = None,
         folder: str | None = None,
+        subset: str | None = None,
         split: str = "train",
         weight: float = 1.0,
         note: str = "",
+        more: Sequence[str] = (),
         **fields: Any,
     ) -> None:
         """Write a source, or one for each of its files.
@@ -44,21 +47,25 @@ class Sources:
             folder: `data_dir`.
             split: With datasets' slices, e.g. "train[:1000]".
             weight: Share of the rows that is kept.
+            more: Further keys that are about it.
             fields: Further fields of a source; None and empty ones are left out.
         """
         paths = self._paths(where, path, files, folder, split.partition("[")[0])
+        if len(paths) > 1 and fields.get("share"):
+            fields["share"] = tidy(fields["share"] / len(paths))
+            self.draft.differs(where, "its share is divided equally among its files")
+        weight_left = tidy(weight * (1 - self.held_out))
         for place in paths:
             own, name = split, split.partition("[")[0]
             if place != path or Path(place).is_file():
                 own, limits = self._limits(where, split)
                 fields |= limits
-            stem = name if name != "train" else Path(place).name.partition(".")[0] or place
-            source = {"path": _filled(place), "split": own if own != "train" else None, **fields}
-            weight_left = weight * (1 - self.held_out)
+            stem = Path(place).name.partition(".")[0] if name.startswith("train") else name
+            source = {"path": place, "subset": subset, "split": own if own != "train" else None, **fields}
             source["weight"] = weight_left if weight_left != 1 else None
-            ours = f"data.{self.mixture}.sources.{self._unique(name_of(stem))}"
             given = {key: value for key, value in source.items() if value not in (None, "", {})}
-            self.draft.set(ours, given, where, note=note)
+            ours = f"data.{self.mixture}.sources.{self._unique(name_of(stem))}"
+            self.draft.set(ours, given, where, *more, note=note)
             if "://" in place:
                 self.draft.differs(where, "rows are read from local files and the Hub; copy them here first")
 
@@ -111,12 +118,7 @@ def held_out(draft: Draft, name: str) -> float:
 
 def shares(fractions: list[float]) -> list[float]:
     """Fractions as shares with a sum of 1."""
-    return [fraction / sum(fractions) for fraction in fractions]
-
-
-def _filled(path: str) -> str:
-    """`${NAME}`, which a shell or a script filled in, as a value of the environment here."""
-    return re.sub(r"\$\{(\w+)\}", r"${oc.env:\1}", path)
+    return [tidy(fraction / sum(fractions)) for fraction in fractions]
 
 
 def unread(draft: Draft, entry: Keys, known: dict[str, str]) -> None:

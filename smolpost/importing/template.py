@@ -10,7 +10,7 @@ from smolpost.importing.draft import Draft
 from smolpost.schema import RELEASE_DAY
 
 OURS = ("chatml", "smollm3_published", "smollm3")
-RELEASED = ("HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B-checkpoints")  # smollm3_published renders like these
+RELEASED = "HuggingFaceTB/SmolLM3-3B"  # smollm3_published renders like its template
 _ASKED, _TOLD = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}
 _SYSTEM = {"role": "system", "content": "Answer briefly."}
 _THOUGHT = {"role": "assistant", "content": "<think>\n2 + 2 = 4\n</think>\n4"}
@@ -64,8 +64,8 @@ def from_file(draft: Draft, path: str, name: str) -> None:
 
 def of_model(draft: Draft, model: str, revision: str | None) -> None:
     """Use the model's own template: from its folder or the Hub's cache, else leave the choice to the user."""
-    if model in RELEASED:
-        draft.set(".template", "smollm3_published", note="renders like the template of the released checkpoints")
+    if model == RELEASED:
+        draft.set(".template", "smollm3_published", note="renders like the template of the released model")
         draft.set(".allow_template_change", True, note="its text is another, its renderings are the same")
         return
     text = _of_checkpoint(model, revision)
@@ -73,10 +73,11 @@ def of_model(draft: Draft, model: str, revision: str | None) -> None:
         draft.set(".template", None, note=f"the template of {model}")
         draft.template = text
         return
-    draft.set(".template", "chatml", note="a placeholder: if the model has another template, preparation refuses this")
+    guess = "smollm3_published" if "smollm3" in model.lower() and "base" not in model.lower() else "chatml"
+    draft.set(".template", guess, note="a guess: if the model has another template, preparation refuses this one")
     draft.differs(
         "chat template",
-        f"the template of {model} is not on this machine, and chatml is written; if the model has another one, "
+        f"the template of {model} is not on this machine, and {guess} is a guess; if preparation refuses it, "
         f"`hf download {model} chat_template.jinja tokenizer_config.json` brings it, and then import again",
     )
 

@@ -32,12 +32,14 @@ def datasets(draft: Draft, mixture: str) -> bool:
             return read(draft, mixture)
     if not keys.given("dataset_name"):
         raise UserError(f"{shown(draft.file)}: names no dataset; add dataset_name, or datasets with a path for each")
+    more = [name for name in ("dataset_config", "dataset_train_split", "dataset_text_field") if keys.given(name)]
     Sources(draft, mixture).add(
         "dataset_name",
         keys.take("dataset_name", str),
         subset=keys.take("dataset_config", str),
         split=keys.take("dataset_train_split", str, "train"),
         rename=_text(draft),
+        more=more,
     )
     return False
 
@@ -52,6 +54,7 @@ def _text(draft: Draft) -> dict[str, str]:
 def _datasets(draft: Draft, mixture: str) -> bool:
     """TRL's `datasets`."""
     entries = draft.keys.mappings("datasets")
+    draft.told.add("datasets")
     fractions = [entry.take("fraction", float) for entry in entries]
     given = [fraction for fraction in fractions if fraction is not None]
     if given and len(given) < len(entries):
@@ -83,7 +86,8 @@ def _datasets(draft: Draft, mixture: str) -> bool:
 
 def _mixture(draft: Draft, mixture: str) -> bool:
     """alignment-handbook's `dataset_mixture`: a weight keeps that share of a dataset's rows after a shuffle."""
-    [whole] = draft.keys.mappings("dataset_mixture")
+    [whole] = draft.keys.mappings("dataset_mixture") or [Keys({}, draft.file)]
+    draft.told.add("dataset_mixture")
     parts = Draft(draft.file, whole, draft.tool, draft.stage, said=draft.said)
     if not (entries := whole.mappings("datasets")):
         raise UserError(f"{shown(draft.file)}: dataset_mixture has no datasets; list them with an id for each")
@@ -129,13 +133,20 @@ def _mixer(draft: Draft, mixture: str) -> bool:
         raise UserError(
             f"{shown(draft.file)}: dataset_configs has {len(configs)} names for {len(mixer)} datasets; give each one"
         )
+    said = [name for name in ("dataset_splits", "dataset_configs") if keys.given(name)]
     sources, rename = Sources(draft, mixture), _text(draft)
     weights = Keys(mixer, draft.file, "dataset_mixer.")
     for path, config in zip(mixer, configs, strict=True):
         weight = weights.take(str(path), float, 1.0)
         if weight:
             sources.add(
-                "dataset_mixer", str(path), subset=config, split="+".join(training), weight=weight, rename=rename
+                "dataset_mixer",
+                str(path),
+                more=said,
+                subset=config,
+                split="+".join(training),
+                weight=weight,
+                rename=rename,
             )
         else:
             draft.left_out(f"dataset_mixer.{path}", "its share is 0")

@@ -64,7 +64,7 @@ def listing(draft: Draft, empty: list[str], width: int) -> list[str]:
     lines = []
     for group in Group:
         if groups[group]:
-            title = f"{group} ({draft.tool})" if group == Group.BROKEN else str(group)
+            title = f"{group} ({draft.trainer})" if group in (Group.BROKEN, Group.DEFAULT) else str(group)
             lines += [*([""] if lines else []), f"{title[:1].upper()}{title[1:]}:"]
             for names, what in groups[group]:
                 lines += _entry(names, what, width)
@@ -90,7 +90,7 @@ def _lines(tree: dict[str, Any], indent: str, draft: Draft):
             continue
         note = node.note
         if not node.keys and not note and indent.startswith("    ") and key not in ("kind", "init_from", "data"):
-            note = f"{draft.tool}'s default"
+            note = f"{draft.trainer}'s default"
         line = f"{indent}{key}: {_value(node.value)}"
         yield f"{line}   # {_inline(note)}" if note else line
 

@@ -25,25 +25,27 @@ from transformers.utils import logging
 from smolpost.errors import UserError
 from smolpost.model.stored import CONFIG, Tensor, one_line, read_config, renames, stored_tensors
 
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*")  # of a checkpoint
 COMPARED = 2**24  # elements of two tensors compared at a time
 
 
-def local_folder(checkpoint: str, revision: str | None = None) -> Path:
+def local_folder(checkpoint: str, revision: str | None = None, *, key: str = "model.checkpoint") -> Path:
     """The checkpoint's folder; a Hub id is fetched into the Hub's cache first, safetensors and text files only.
 
+    Args:
+        key: Of the checkpoint in the recipe, for messages.
     Raises:
         UserError: There is no such folder, and the Hub cannot give it.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*"]
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*FILES]))
     except (OSError, ValueError) as error:  # the Hub's own errors are both, no network among them
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"checkpoint {checkpoint}@{revision or 'main'} is no folder and cannot be fetched ({reason}); "
-            "give a folder as model.checkpoint=FOLDER, or fetch it where there is a network"
+            f"give a folder as {key}=FOLDER, or fetch it where there is a network"
         ) from None
 
 
@@ -130,6 +132,17 @@ def check_whole(
         name = min(renamed)
         print(f"{who} {folder}: tensor {name} is read as {renamed[name]} ({len(renamed)} such)", flush=True)
     return renamed
+
+
+def check_usable(folder: Path) -> None:
+    """Refuse a checkpoint from elsewhere that lacks weights or its tokenizer.
+
+    Raises:
+        UserError: With the remedy.
+    """
+    check_whole(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json; save the tokenizer beside the weights")
 
 
 def check_plain(folder: Path, config: PreTrainedConfig | None = None) -> None:

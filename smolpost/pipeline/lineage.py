@@ -152,19 +152,23 @@ class Lineage:
             self._fingerprints[identity] = fingerprint(source, self._hashes)
         return self._fingerprints[identity]
 
-    def _checkpoint_key(self, name: str) -> str:
-        if name != CHECKPOINT:
-            return self.stages[name].key
-        checkpoint = self.recipe.model.checkpoint
-        if not Path(checkpoint).is_dir():
-            return f"{checkpoint}@{self.checkpoint_revision}"
-        found = manifest.read(Path(checkpoint))
+    def checkpoint(self, key: str, place: str, revision: str | None) -> str:
+        """The commit of a checkpoint on the Hub, or the key in a folder's manifest."""
+        if commit := self.commit(place, revision):
+            return f"{place}@{commit}"
+        found = manifest.read(Path(place))
         if found is None:
             raise UserError(
-                f"model.checkpoint={checkpoint} has no {MANIFEST}: it is unfinished, or comes from elsewhere; "
-                f"`{command_line(['smolpost', 'adopt', checkpoint])}` checks its files and writes one"
+                f"{key}={place} has no {MANIFEST}: it is unfinished, or comes from elsewhere; "
+                f"`{command_line(['smolpost', 'adopt', place])}` checks its files and writes one"
             )
         return found["key"]
+
+    def _checkpoint_key(self, name: str) -> str:
+        model = self.recipe.model
+        if name == CHECKPOINT:
+            return self.checkpoint("model.checkpoint", model.checkpoint, model.revision)
+        return self.stages[name].key
 
     # ------------------------------------------------------------ places
 
@@ -212,11 +216,9 @@ class Lineage:
             sources[key] = source
         return dataclasses.replace(mixture, sources=sources)
 
-    @cached_property
-    def checkpoint_revision(self) -> str | None:
-        """The commit of a model.checkpoint on the Hub; None for a folder."""
-        model = self.recipe.model
-        return None if Path(model.checkpoint).is_dir() else self._revision("model", model.checkpoint, model.revision)
+    def commit(self, checkpoint: str, revision: str | None) -> str | None:
+        """The commit of a checkpoint on the Hub; None for a folder."""
+        return None if Path(checkpoint).is_dir() else self._revision("model", checkpoint, revision)
 
     def _at_commit(self, source: schema.Source) -> schema.Source:
         if source.stage is not None or not is_hub_id(source):
@@ -229,12 +231,12 @@ class Lineage:
         return self.commits.known(kind, name, revision) or revision or "main"
 
     def hub_names(self) -> list[str]:
-        """ "ID@REVISION = COMMIT" of each dataset on the Hub and of a model.checkpoint there."""
+        """ "ID@REVISION = COMMIT" of each dataset and checkpoint on the Hub."""
         sources = [source for mixture in self.recipe.data.values() for source in mixture.sources.values()]
         names = [("dataset", s.path, s.revision) for s in sources if s.stage is None and is_hub_id(s)]
-        model = self.recipe.model
-        if model.checkpoint and not Path(model.checkpoint).is_dir():
-            names.append(("model", model.checkpoint, model.revision))
+        models = [c[1:] for stage in self.recipe.stages.values() for c in stage.checkpoints()]
+        models += [(self.recipe.model.checkpoint, self.recipe.model.revision)]
+        names += [("model", *model) for model in models if model[0] and not Path(model[0]).is_dir()]
         return [self.commits.shown(*name) for name in dict.fromkeys(names)]
 
     def _checkpoint(self, name: str) -> str:
@@ -302,3 +304,6 @@ class Lineage:
         """`require` everything that the stage starts from: checkpoints, and stages that write its rows."""
         for name in dict.fromkeys([*stage.weights, *stage.parents]):
             self.require(name)
+        for _, place, _ in stage.config.checkpoints():
+            if Path(place).is_dir():
+                verify(Path(place))

@@ -75,8 +75,10 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
     """What the stage gets to write into the folder.
 
     Raises:
-        UserError: A base checkpoint on the Hub cannot be fetched.
+        UserError: A checkpoint on the Hub cannot be fetched.
     """
+    from smolpost.model.loading import local_folder
+
     return Work(
         stage=stage,
         recipe=lineage.recipe,
@@ -86,6 +88,10 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
         folder=folder,
         prepared=stage.prepared,
         root=lineage.root,
+        checkpoints={
+            key: local_folder(place, lineage.commit(place, revision), key=f"stages.{stage.entry}.{key}")
+            for key, place, revision in stage.config.checkpoints()
+        },
     )
 
 
@@ -97,8 +103,9 @@ def input_folders(lineage: Lineage, stage: Located) -> dict[str, Path]:
     """
     from smolpost.model.loading import local_folder
 
+    revision = lineage.recipe.model.revision
     return {
-        name: local_folder(place, lineage.checkpoint_revision if name == CHECKPOINT else None)
+        name: local_folder(place, lineage.commit(place, revision) if name == CHECKPOINT else None)
         for name, (place, _) in stage.inputs.items()
     }
 
@@ -275,7 +282,8 @@ def model_folder(lineage: Lineage, stage: str) -> Path:
 
     lineage.require(stage)
     if stage == CHECKPOINT:
-        return local_folder(lineage.recipe.model.checkpoint, lineage.checkpoint_revision)
+        model = lineage.recipe.model
+        return local_folder(model.checkpoint, lineage.commit(model.checkpoint, model.revision))
     return lineage.stages[stage].folder
 
 
@@ -301,15 +309,13 @@ def adopt(folder: Path) -> None:
     Raises:
         UserError: The folder is not a checkpoint that loads completely, or it has a manifest already.
     """
-    from smolpost.model.loading import check_whole
+    from smolpost.model.loading import check_usable
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     if manifest.read(folder):
         raise UserError(f"{folder} has a {MANIFEST} already")
-    check_whole(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json; save the tokenizer beside the weights")
+    check_usable(folder)
     files = hashes(folder)
     key = digest({name: entry["sha256"] for name, entry in files.items()})
     manifest.write(folder, files, kind="adopted", key=key)

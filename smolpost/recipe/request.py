@@ -151,9 +151,10 @@ def _set_kinds(nodes: DictConfig, kinds: dict[str, type]) -> None:
     """Give a type to the entries that state their kind themselves and not by a defaults list."""
     for name, node in nodes.items():
         if OmegaConf.get_type(node) is dict:
+            typed = OmegaConf.structured(kinds[node.kind])
+            typed.merge_with(node)  # before it is in the recipe, whose mappings take no further keys
             with open_dict(nodes):
-                nodes[name] = OmegaConf.structured(kinds[node.kind])
-            nodes[name].merge_with(node)
+                nodes[name] = typed
 
 
 def _unresolved(error: OmegaConfBaseException, config: DictConfig) -> Wrong:

@@ -1,5 +1,10 @@
 """The stage kinds: importing this package registers the library's own, in this order."""
 
-from smolpost.stages import tasks, init, sft, preference, kto, pairs, merge, mergekit, sweep, greedy  # isort: skip
+from smolpost.stages import (  # isort: skip
+    tasks, init, released, sft, preference, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy,
+)  # fmt: skip
 
-__all__ = ["greedy", "init", "kto", "merge", "mergekit", "pairs", "preference", "sft", "sweep", "tasks"]
+__all__ = [
+    "distill", "greedy", "grpo", "init", "kto", "merge", "mergekit", "pairs", "preference", "released", "sft", "sweep",
+    "tasks",
+]  # fmt: skip

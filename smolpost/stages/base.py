@@ -6,7 +6,7 @@ takes long to import (torch, transformers) is imported inside the methods that n
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -44,6 +44,9 @@ class Keys(Protocol):
 
     def tokenizer(self, name: str) -> str:
         """The tokenizer of a stage's model, or of the checkpoint."""
+
+    def checkpoint(self, key: str, place: str, revision: str | None) -> str:
+        """A checkpoint of `Stage.checkpoints`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Work:
         folder: Where it writes: an empty folder, or for `Stage.RESUMABLE` kinds what an earlier try left there.
         prepared: Folder of its prepared rows, or None.
         root: The pipeline's folder, for what stages share.
+        checkpoints: Folder of every checkpoint of `Stage.checkpoints`, by key.
     """
 
     stage: Planned
@@ -104,6 +108,7 @@ class Work:
     folder: Path
     prepared: Path | None
     root: Path
+    checkpoints: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -131,6 +136,10 @@ class Stage:
 
     def parents(self) -> list[tuple[str, str]]:
         """(key, stage name or "checkpoint") of every checkpoint that the stage reads."""
+        return []
+
+    def checkpoints(self) -> list[tuple[str, str, str | None]]:
+        """(key, folder or Hub id, revision) of every checkpoint that the stage itself takes from elsewhere."""
         return []
 
     def mixtures(self) -> list[tuple[str, str]]:

@@ -141,19 +141,21 @@ class TrainStage(Stage):
         """The start's tokenizer with the stage's chat template.
 
         Raises:
-            UserError: The base checkpoint speaks another template, and the stage does not allow the change.
+            UserError: A checkpoint from elsewhere speaks another template, and the stage does not allow the change.
         """
         from transformers import AutoTokenizer
 
         from smolpost.chat.render import load_template, template_hash
 
         tokenizer, template = AutoTokenizer.from_pretrained(work.inputs[self.init_from]), load_template(self.template)
-        found = tokenizer.chat_template if self.init_from == CHECKPOINT else None
+        elsewhere = self.init_from == CHECKPOINT or work.recipe.stages[self.init_from].checkpoints()
+        found = tokenizer.chat_template if elsewhere else None
         if isinstance(found, str) and found != template and not self.allow_template_change:
             entry = work.stage.entry
+            start = "model.checkpoint" if self.init_from == CHECKPOINT else self.init_from
             raise UserError(
                 f"stages.{entry}.template={self.template} (hash {template_hash(template)}) is not the chat template "
-                f"of model.checkpoint (hash {template_hash(found)}); set a .jinja file with that one, or "
+                f"of {start} (hash {template_hash(found)}); set a .jinja file with that one, or "
                 f"stages.{entry}.allow_template_change=true where the change is meant"
             )
         tokenizer.chat_template = template
@@ -173,13 +175,21 @@ class TrainStage(Stage):
         return prepare(self, work.data[self.data], tokenizer, shards, work.folder)
 
     def make(self, work: Work):
+        from smolpost.model.stored import one_line
         from smolpost.training.environment import detect
         from smolpost.training.train import train
 
+        try:
+            method = self.method()
+        except ImportError as error:
+            raise UserError(
+                f"stages.{work.stage.entry}.engine={self.engine} cannot be loaded ({one_line(error)}); install what "
+                "constraints.txt names"
+            ) from error
         return train(
             work.stage.entry,
             self,
-            self.method(),
+            method,
             seed=work.stage.seed,
             start=work.inputs[self.init_from],
             prepared=work.prepared,
@@ -187,7 +197,12 @@ class TrainStage(Stage):
             references=work.root / "references",
             attn_implementation=work.recipe.model.attn_implementation,
             environment=detect(self.precision),
+            teacher=self.teacher_of(work),
         )
+
+    def teacher_of(self, work: Work) -> Path | None:
+        """Folder of the checkpoint beside which the stage trains, where that is not its start."""
+        return None
 
     def method(self):
         """The `training.train.Method` that trains on the stage's rows, a module that imports torch."""

@@ -161,7 +161,7 @@ def _random_file(rank: int) -> str:
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of torch's generators, which dropout draws from; nothing else in a training step draws numbers."""
+    """Of torch's generators, which dropout and sampled replies draw from; nothing else in a step draws numbers."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states["device"] = torch.get_device_module(device).get_rng_state(device)
@@ -222,7 +222,7 @@ def _tensor(file: Path, key: str) -> torch.Tensor:
 
 
 def restore_random_state(folder: Path, rank: int, device: torch.device) -> None:
-    """Go on with the numbers that dropout would have drawn; a rank that was not there keeps its own."""
+    """Go on with the numbers that would have been drawn; a rank that was not there keeps its own."""
     file = folder / _random_file(rank)
     if not file.exists():
         return

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from smolpost.data.settings import DocumentRows, LabelledRows, PairRows, Rows
+from smolpost.data.settings import CompletionRows, DocumentRows, LabelledRows, PairRows, Rows
 from smolpost.registry import LOSSES
 from smolpost.schema import MISSING, SEEDS, choice, count, number, numbers, positive, registered, tuning
 
@@ -122,6 +122,44 @@ class KTOTraining(Training, LabelledRows):
     # Rows per rank and forward pass. kto's KL estimate is their mean, over all ranks, so the result depends on it.
     micro_batch_size: int = count(4)
     warmup_ratio: float = number("[0, 1)", 0.1)
+    learning_rate: float = positive(1e-6)
+
+    engine: ClassVar[str] = "trl"
+
+
+@dataclass
+class DistillTraining(Training, CompletionRows):
+    """On the student's own replies to prompts and on given ones, beside a teacher."""
+
+    teacher: str = MISSING  # stage name, or "checkpoint"; with the student's tokenizer
+    on_policy: float = number("[0, 1]", 1.0)  # share of the rows to which the student replies itself
+    divergence_beta: float = number("[0, 1]", 1.0)  # 0: forward KL(teacher, student); 1: reverse KL; between: JSD
+    temperature: float = positive(1.0)  # of the sampled replies, and of both distributions in the divergence
+    top_p: float = number("(0, 1]", 1.0)  # share of the probability mass sampled from
+    top_k: int = number("[0, inf)", 0)  # likeliest tokens sampled from; 0: all
+    max_new_tokens: int = count(512)  # longest sampled reply
+    micro_batch_size: int = tuning(1, "[1, inf)")  # rows per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # sampled replies written to samples/ for each logged step
+
+    engine: ClassVar[str] = "trl"
+
+
+@dataclass
+class PolicyTraining(Training, CompletionRows):
+    """On rewarded replies of the model's own (GRPO, arXiv:2402.03300)."""
+
+    rewards: dict[str, float] = field(default_factory=lambda: {"right_answer": 1.0})  # name of `rewards` -> weight
+    reward_settings: dict[str, Any] = field(default_factory=dict)  # name -> settings of that reward
+    num_generations: int = number("[2, inf)", 8)  # replies to each prompt, which are rewarded beside one another
+    max_new_tokens: int = count(1024)  # longest reply, tokens
+    temperature: float = positive(1.0)  # of the samples
+    top_p: float = number("(0, 1]", 1.0)
+    top_k: int = number("[0, inf)", 0)  # 0: all tokens
+    loss: str = choice("dapo", "grpo", "bnpo", "dr_grpo")  # how tokens are averaged, in TRL's words
+    scale_rewards: str = choice("group", "batch", "none")  # by whose standard deviation
+    beta: float = number("[0, inf)", 0.0)  # weight of the KL divergence from the start checkpoint; 0: none
+    micro_batch_size: int = count(1)  # replies per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # replies written to samples/ for each logged step
     learning_rate: float = positive(1e-6)
 
     engine: ClassVar[str] = "trl"

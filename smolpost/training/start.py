@@ -22,21 +22,35 @@ def check_start(name: str, stage: Training, start: Path, attn_implementation: st
         UserError: With the remedy.
     """
     who = f"stages.{name}.init_from={stage.init_from}"
-    config = read_config(start / CONFIG, who)
-    if is_quantized(config):
-        raise UserError(
-            f"{who} is quantized (quantization_config in {start / CONFIG}); take the checkpoint from before "
-            "quantization"
-        )
-    renamed = check_whole(start, config, who)
-    if attn_implementation == PACKED_ATTENTION:
-        _check_packed(who, config)
+    config, renamed = check_checkpoint(who, start, attn_implementation)
     _check_context(f"stages.{name}", stage, config)
     if stage.lora.r:
         from smolpost.training.adapters import check_targets
 
         check_targets(name, config, stage.lora)
     return renamed
+
+
+def check_checkpoint(who: str, folder: Path, attn_implementation: str) -> tuple[PreTrainedConfig, dict[str, str]]:
+    """Refuse a checkpoint that is quantized, would not load whole, or whose attention is not known.
+
+    Args:
+        who: The checkpoint in messages.
+    Returns:
+        Its config, and what `load_model` wants to know of the names of its tensors.
+    Raises:
+        UserError: With the remedy.
+    """
+    config = read_config(folder / CONFIG, who)
+    if is_quantized(config):
+        raise UserError(
+            f"{who} is quantized (quantization_config in {folder / CONFIG}); take the checkpoint from before "
+            "quantization"
+        )
+    renamed = check_whole(folder, config, who)
+    if attn_implementation == PACKED_ATTENTION:
+        _check_packed(who, config)
+    return config, renamed
 
 
 def _check_context(key: str, stage: Training, config: PreTrainedConfig) -> None:

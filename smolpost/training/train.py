@@ -28,6 +28,7 @@ from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.settings import Training
 from smolpost.training.start import check_start
 from smolpost.training.stop_tokens import StopTokens, change, stop_tokens
+from smolpost.training.teacher import check_teacher, load_teacher
 from smolpost.training.trainer import Run
 
 
@@ -52,7 +53,8 @@ class Method(Protocol):
     ) -> tuple[Any, dict]:
         """What the start checkpoint has to give before the model is loaded, if anything, and its part of the report.
 
-        Every rank calls; it talks to no other.
+        Where the stage has a teacher, the teacher stands in the start checkpoint's place. Every rank calls; it talks to
+        no other.
         """
 
     def arguments(
@@ -86,6 +88,7 @@ def train(
     references: Path,
     attn_implementation: str,
     environment: Environment,
+    teacher: Path | None = None,
 ) -> dict:
     """Train to the end, from the last complete checkpoint in `out` if there is one.
 
@@ -97,6 +100,7 @@ def train(
         out: Folder for checkpoints, logs and, at the end, the final model and tokenizer.
         references: Folder of the reference caches, which all stages share.
         environment: From `environment.detect`, called before anything of accelerate.
+        teacher: Folder of the checkpoint beside which the stage trains, where that is not its start.
     Returns:
         On rank 0: steps, epochs, loss first and last, seconds, the whole log; {} on other ranks.
     Raises:
@@ -116,13 +120,18 @@ def train(
         print(line, flush=True)
     load_start = functools.partial(load, start, stage, attn_implementation, renamed)
     # Before the arguments, which make ZeRO-3 shard the reference, and before the policy takes memory.
-    reference, report = method.reference(stage, rows, start, load_start, references, environment)
+    beside, load_beside = start, load_start
+    if teacher is not None:
+        known = check_teacher(name, stage, teacher, start, attn_implementation)
+        beside, load_beside = teacher, functools.partial(load_teacher, teacher, attn_implementation, known)
+    reference, report = method.reference(stage, rows, beside, load_beside, references, environment)
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = method.arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
     model = load_start()
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
+    stops.give(model, tokenizer)  # a method that samples stops there, too
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
@@ -247,8 +256,9 @@ def _resume_point(trainer: Run, out: Path, environment: Environment) -> str | No
         now = backend_name(trainer.accelerator), environment.world_size
         moved = f", saved under {_ranks(mark.backend, mark.num_ranks)}, going on under {_ranks(*now)}"
         print(f"resuming from {checkpoint}{moved if now != (mark.backend, mark.num_ranks) else ''}", flush=True)
-        if mark.num_ranks != environment.world_size and _draws_numbers(trainer.model):
-            print("dropout draws other numbers from here than it would have on the earlier ranks", flush=True)
+        if mark.num_ranks != environment.world_size and (trainer.SAMPLES or _has_dropout(trainer.model)):
+            what = "sampling" if trainer.SAMPLES else "dropout"
+            print(f"{what} draws other numbers from here than it would have on the earlier ranks", flush=True)
     broadcast_object_list(found)
     return found[0]
 
@@ -257,7 +267,6 @@ def _ranks(backend: str, number: int) -> str:
     return f"{backend} on {number} rank{'s' if number > 1 else ''}"
 
 
-def _draws_numbers(model: torch.nn.Module) -> bool:
-    """Whether a training step draws random numbers."""
+def _has_dropout(model: torch.nn.Module) -> bool:
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return any(dropouts) or any(value for key, value in vars(model.config).items() if key.endswith("dropout"))

@@ -24,6 +24,7 @@ from tests.training.tiny_trainers import (
     build,
     char_tokenizer,
     conversation,
+    in_trls_words,
     logged,
     settings,
     stock,
@@ -91,11 +92,7 @@ def test_steps_are_trls_on_text(chatml, tmp_path, changes):
         for row in order
     ]
     arguments = KTOConfig(
-        output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, max_steps=5, logging_steps=1,
-        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
-        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=0, adam_beta1=stage.adam_beta1,
-        adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm, save_strategy="no", max_length=None,
-        gradient_checkpointing=False, per_device_train_batch_size=stage.micro_batch_size,
+        **in_trls_words(stage, tmp_path / "trl"), max_length=None, per_device_train_batch_size=stage.micro_batch_size,
         gradient_accumulation_steps=4 // stage.micro_batch_size, beta=0.3, loss_type=stage.loss,
         desirable_weight=stage.desirable_weight, undesirable_weight=stage.undesirable_weight,
     )  # fmt: skip
