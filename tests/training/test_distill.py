@@ -14,7 +14,8 @@ from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.settings import DistillTraining, LoRA
 from smolpost.training.teacher import check_teacher, template_note
 from smolpost.training.with_trl import distill
-from tests.training.test_trainers import CPU, assert_logs_equal, build, logged, same_settings, settings, stock
+from smolpost.training.with_trl.rollouts import SAMPLES
+from tests.training.tiny_trainers import CPU, assert_logs_equal, build, in_trls_words, logged, settings, stock
 
 NUM_ROWS = 12
 
@@ -87,8 +88,7 @@ def test_sampled_steps_equal_trls(tokenizer, student, teacher, rows, tmp_path, b
     stage = stage_of(divergence_beta=beta, **sampling)
     ours = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path / "ours")
     order = ours.batches.order().tolist()
-    words = same_settings(stage, tmp_path / "trl")
-    del words["max_length"], words["train_sampling_strategy"]
+    words = in_trls_words(stage, tmp_path / "trl")
     trl = SameDecay(
         model=stock(student), teacher_model=stock(teacher), processing_class=copy.deepcopy(tokenizer),
         train_dataset=datasets.Dataset.from_list([{"prompt": question(n)} for n in order]),
@@ -128,7 +128,7 @@ def test_given_replies_have_the_divergence_of_its_definition(tokenizer, student,
             logits = [model(ids).logits[0, first - 1 : -1] / 1.5 for model in (teacher, student)]
         found.append(divergence(*logits, beta)[torch.tensor(row["completion_mask"]).bool()])
     assert logged(trainer, ["loss"])[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
-    assert not (tmp_path / distill.FOLDER).exists()
+    assert not (tmp_path / SAMPLES).exists()
 
 
 def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, rows, tmp_path):
@@ -155,14 +155,14 @@ def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, r
 
 
 def kept(folder, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / distill.FOLDER / f"step-{step:06d}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / SAMPLES / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
     stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
-    assert sorted(file.name for file in (tmp_path / distill.FOLDER).iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / SAMPLES).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"
     ]  # fmt: skip
     for step in (1, 2):
@@ -259,11 +259,11 @@ def test_padding_on_the_left_changes_no_reply(tokenizer, student, rows):
         (
             {"global_batch_size": 3},
             "stages.distill.global_batch_size=3 is not a multiple of 2, the rows that "
-            "stages.distill.micro_batch_size=2 takes at once; change one of them",
+            "stages.distill.micro_batch_size=2 take at once, and TRL has no smaller forward pass; change one of them",
         ),
         (
             {"global_batch_size": 8},
-            "stages.distill: 12 rows leave 4 for the last step of an epoch, which TRL's DistillationTrainer drops; "
+            "stages.distill: 12 rows leave 4 for the last step of an epoch, which TRL's trainer leaves out; "
             "stop before with stages.distill.max_steps=1, or set stages.distill.global_batch_size to a divisor of 12",
         ),
         (
