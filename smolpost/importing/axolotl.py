@@ -47,6 +47,8 @@ def translate(draft: Draft, processes: int | None) -> None:
     draft.set(".kind", kind)
     draft.set(".init_from", "checkpoint")
     draft.set(".data", mixture)
+    if not draft.keys.take("shuffle_merged_datasets", bool, True):
+        draft.set(f"data.{mixture}.shuffle", False, "shuffle_merged_datasets")
     _template(draft, rows.template, model, revision)
     if kind == "apo":
         _pairs(draft)
@@ -128,10 +130,6 @@ def _documents(draft: Draft, roles: list[str], roles_said: bool, only_text: bool
     else:
         _overlong(draft)
     draft.copy("sequence_len", ".max_seq_len", int, 512)
-    if keys.take("shuffle_merged_datasets", bool, True) is False:
-        draft.set("data.sft.shuffle", False, "shuffle_merged_datasets")
-    elif keys.given("shuffle_merged_datasets"):
-        draft.left_out("shuffle_merged_datasets", "the mixture is shuffled, as here")
 
 
 def _overlong(draft: Draft) -> None:
@@ -250,7 +248,7 @@ def _adapters(draft: Draft) -> None:
     keys = draft.keys
     adapter = keys.take("adapter", str)
     if adapter is None:
-        for name in [name for name in keys.unread() if name.startswith("lora_") and name not in LEFT_OUT]:
+        for name in [name for name in keys.unread() if name.startswith("lora_") or name == "peft_use_rslora"]:
             keys.read.add(name)
             draft.broken(name, "Axolotl trains no adapters without adapter: lora")
         return

@@ -16,7 +16,9 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     ),
     "logging is ours: a line every logging_steps, and report_to": (
         "use_wandb", "wandb_mode", "wandb_run_id", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
-        "use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "use_comet",
+        "wandb_run_group", "use_mlflow", "hf_mlflow_log_artifacts", "comet_api_key", "comet_experiment_key",
+        "comet_mode", "comet_online", "comet_experiment_config", "gradio_share", "gradio_server_name",
+        "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "use_comet",
         "comet_project_name", "comet_workspace", "use_trackio", "trackio_project_name", "profiler_steps",
         "profiler_steps_start", "include_tokens_per_second", "include_tkps", "debug", "gradio_title",
     ),
@@ -33,6 +35,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "auto_find_batch_size", "embeddings_skip_upcast", "use_kernels", "experimental_skip_move_to_device",
         "dpo_padding_free", "precompute_ref_log_probs", "multipack_real_batches", "sample_packing_group_size",
         "sample_packing_bin_size", "sample_packing_eff_est", "sample_packing_mp_start_method", "total_num_tokens",
+        "total_supervised_tokens", "axolotl_config_path", "layer_offloading",
     ),
     "rows are read and shuffled by us": (
         "dataset_keep_in_memory", "dataset_shard_num", "dataset_shard_idx", "dataloader_num_workers",
@@ -51,6 +54,18 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "is_qwen_derived_model", "lora_fan_in_fan_out", "tokenizer_use_mistral_common",
     ),
     "Axolotl's own checks are stricter with it": ("strict",),
+    "it belongs to another method, which the file does not train": (
+        "rl_beta", "dpo_beta", "dpo_use_weighting", "dpo_label_smoothing", "dpo_loss_type", "dpo_loss_weights", "trl",
+        "simpo_gamma", "cpo_alpha", "orpo_alpha", "kto_desirable_weight", "kto_undesirable_weight", "vllm",
+        "train_on_inputs", "sample_packing_sequentially", "num_labels",
+    ),
+    "it is read together with another key": (
+        "pose_split_on_token_ids", "pose_max_context_len", "pose_num_chunks", "heads_k_stride", "ring_attn_func",
+        "relora_prune_ratio", "relora_prune_method", "relora_cpu_offload", "jagged_restart_warmup_steps",
+        "jagged_restart_anneal_steps", "lisa_n_layers", "lisa_layers_attribute", "image_size",
+        "image_resize_algorithm", "torchdistx_path", "mean_resizing_embeddings", "qlora_sharded_model_loading",
+        "dp_shard_size", "dp_replicate_size",
+    ),
 }  # fmt: skip
 
 # Key -> (values at which it changes nothing, what is done instead).
@@ -121,11 +136,13 @@ DIFFERING: dict[str, tuple[tuple, str]] = {
     "tensor_parallel_size": ((1,), "there is no tensor, context or sequence parallelism here"),
     "expert_parallel_size": ((1,), "there is no tensor, context or sequence parallelism here"),
     "chat_template_kwargs": (({},), "variables of the template are those of the rows and of their sources"),
-    "orpo_alpha": ((), "ORPO is not read"),
-    "kto_desirable_weight": ((), "it belongs to KTO"),
-    "kto_undesirable_weight": ((), "it belongs to KTO"),
     "reward_model": ((False,), "reward models are not trained here"),
-    "vllm": (({},), "it belongs to GRPO"),
+    "pretraining_sample_concatenation": ((True,), "texts are joined and cut into rows"),
+    "llama4_linearized_experts": ((False,), "the model is loaded as it is saved"),
+    "model_quantization_config": ((), "the model is loaded as it is saved"),
+    "model_quantization_config_kwargs": (({},), "the model is loaded as it is saved"),
+    "peft_ensure_weight_tying": ((False,), "adapters cannot be on an embedding that shares its weights with the head"),
+    "peft_autocast_adapter_dtype": ((True,), "adapters are in fp32"),
     "trainer_cls": ((), "the trainer is ours"),
 }
 

@@ -135,7 +135,7 @@ class Draft:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             keys.read.add(name)
-            self._say(Group.UNKNOWN, f"{keys.where}{name}: {brief(keys.values[name])}", f"{what}{hint}")
+            self._say(Group.UNKNOWN, keys.where + _with_value(name, keys.values[name]), f"{what}{hint}")
 
     def _say(self, group: Group, name: str, what: str, hint: str = "") -> None:
         self.told.add(name)
@@ -145,10 +145,15 @@ class Draft:
             names.append(shown)
 
     def _shown(self, name: str) -> str:
-        """A key with its value, where the value is short."""
         value = self.keys.values.get(name)
-        text = brief(value)
-        return name if value is None or text.endswith("...") else f"{name}: {text}"
+        return name if value is None else _with_value(name, value)
+
+
+def _with_value(name: str, value: Any) -> str:
+    """A key with its value, where that is short and not a secret: the list is printed and kept in a file."""
+    text = brief(value)
+    secret = re.search(r"token$|secret|password|key$", name.lower())
+    return name if secret or text.endswith("...") else f"{name}: {text}"
 
 
 def _filled(value: Any) -> Any:

@@ -220,7 +220,7 @@ def _weights(draft: Draft) -> None:
 def _adapters(draft: Draft, model: str) -> None:
     keys = draft.keys
     if not keys.take("use_peft", bool, False):
-        for name in [name for name in keys.unread() if name.startswith("lora_")]:
+        for name in [name for name in keys.unread() if name.startswith("lora_") or name in ("use_rslora", "use_dora")]:
             keys.read.add(name)
             draft.broken(name, "TRL trains no adapters without use_peft: true")
         return

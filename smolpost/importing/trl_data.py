@@ -30,6 +30,9 @@ def datasets(draft: Draft, mixture: str) -> bool:
                 keys.take("dataset_name", str)
                 draft.broken("dataset_name", f"{draft.tool} reads {key} and ignores it")
             return read(draft, mixture)
+    if keys.given("test_split_size"):
+        keys.take("test_split_size", float)
+        draft.broken("test_split_size", "TRL reads it beside datasets alone; no row is held out")
     if not keys.given("dataset_name"):
         raise UserError(f"{shown(draft.file)}: names no dataset; add dataset_name, or datasets with a path for each")
     more = [name for name in ("dataset_config", "dataset_train_split", "dataset_text_field") if keys.given(name)]

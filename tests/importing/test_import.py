@@ -317,6 +317,13 @@ def test_the_models_own_template_is_taken_from_its_folder(here):
     assert Path("mine.jinja").read_text() == template
 
 
+def test_secrets_are_not_repeated(here, capsys):
+    secret = "hf_abcdefgh"
+    from_text(f"{TRL}hub_token: {secret}\nhf_token: {secret}\nmy_api_key: {secret}\n", here)
+    assert "hf_token" in Path("mine.yaml").read_text()
+    assert secret not in Path("mine.yaml").read_text() + capsys.readouterr().out
+
+
 def test_slices_of_files_are_rows(here):
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     text = "datasets: [{path: json, data_files: rows.jsonl, split: 'train[10:50]'}]\n"
