@@ -1,4 +1,4 @@
-"""What can be added to the library, by name: stage kinds, evaluation tasks, preference losses and row shapes.
+"""What can be added to the library, by name: stage kinds, evaluation tasks, preference losses, rewards and row shapes.
 
 The library's own entries register when their modules are imported; a user's own come from the modules that a recipe
 names under `plugins` (docs/extending.md).
@@ -71,4 +71,5 @@ def check_defined(cls: type, base: type, *methods: str) -> None:
 STAGE_KINDS: Registry[type] = Registry("stage kind")
 TASK_KINDS: Registry[type] = Registry("evaluation task")
 LOSSES: Registry = Registry("preference loss")
+REWARDS: Registry = Registry("reward")
 ROW_SHAPES: Registry = Registry("row shape")

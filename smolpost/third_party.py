@@ -13,6 +13,8 @@ WARNINGS = (  # category, regular expression for the start of the text
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
     # peft asks a model for its checkpointing by the former name, which answers as before.
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
+    # TRL switches checkpointing off while the reference scores, and on again, by the former names; they do the same.
+    (FutureWarning, r"`gradient_checkpointing_(disable|enable)` is deprecated"),
 )
 RECORDS = (  # logger, start of the text
     # Checkpoints of fast steps have one mtime, and then the numbers in their names give the order, which is right.

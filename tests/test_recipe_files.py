@@ -278,7 +278,7 @@ FOLDER_MISTAKES = {
         {"evaluation/mine.yaml": "tasks: {loss: {kind: perplexity, rows: 3}}\n"}, ["evaluation=mine"], f"own/evaluation/mine.yaml: evaluation.tasks.loss.rows is not a key of the recipe; did you mean evaluation.tasks.loss.max_rows? keys of evaluation.tasks.loss: {keys(PerplexityTask)}"
     ),
     "processes": ({"accelerate/mine.yaml": "num_processes: '2'\n"}, ["accelerate=mine"], "own/accelerate/mine.yaml: accelerate.num_processes='2' is not a whole number above 0; write 1 or more"),
-    "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, smollm3_ablated, smollm3_from_release, tiny"),
+    "no pipeline of that name": ({"pipeline/mine.yaml": TINY}, ["pipeline=mne"], "pipeline=mne does not exist; did you mean mine? choose one of: gsm8k, mine, smollm3, smollm3_ablated, smollm3_from_release, tiny, tiny_distill"),
     "word for what a folder has": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "stages.sft.lerning_rate=1"], f"stages.sft.lerning_rate is not a key of the recipe; did you mean stages.sft.learning_rate? keys of stages.sft: {keys(SFTStage)}"),
     "word for a source": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "data.sft.sources.task.path=x"], "data.sft.sources.task is not a key of the recipe; did you mean data.sft.sources.tasks? keys of data.sft.sources: tasks"),
     "word for accelerate": ({"pipeline/mine.yaml": TINY}, ["pipeline=mine", "accelerate.num_proceses=2"], "accelerate.num_proceses is not a key of the recipe; did you mean accelerate.num_processes? keys of accelerate: compute_environment, distributed_type, machine_rank, mixed_precision, num_machines, num_processes, use_cpu"),

@@ -1,4 +1,4 @@
-"""Axolotl's settings: full, LoRA and QLoRA fine-tuning, pretraining text, and DPO."""
+"""Axolotl's settings: full, LoRA and QLoRA fine-tuning, pretraining text, DPO and KTO."""
 
 from smolpost.errors import UserError
 from smolpost.importing import preference, template, trainer
@@ -6,6 +6,7 @@ from smolpost.importing.axolotl_data import datasets
 from smolpost.importing.axolotl_keys import DIFFERING, HARMLESS_PLUGINS, LEFT_OUT, REFUSED
 from smolpost.importing.draft import Draft
 from smolpost.importing.keys import Keys
+from smolpost.importing.trl import KINDS
 from smolpost.screen import shown
 
 PAIRS = {"dpo": "sigmoid", "ipo": "ipo"}  # values of rl that train on pairs -> the loss
@@ -13,7 +14,7 @@ OVERLONG = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 
 
 def stage_of(keys: Keys) -> str:
-    """sft or dpo.
+    """sft, dpo or kto.
 
     Raises:
         UserError: The file trains something else.
@@ -21,12 +22,14 @@ def stage_of(keys: Keys) -> str:
     method = keys.take("rl", str)
     for name in ("reward_model", "process_reward_model"):
         if keys.take(name, bool, False):
-            raise UserError(f"{shown(keys.file)}: {name} cannot be imported; fine-tuning, DPO and IPO can")
+            raise UserError(f"{shown(keys.file)}: {name} cannot be imported; fine-tuning, DPO, IPO and KTO can")
     if method is None:
         return "sft"
     if method in PAIRS:
         return "dpo"
-    raise UserError(f"{shown(keys.file)}: rl={method} cannot be imported; dpo, ipo and files without rl can")
+    if method == "kto":
+        return "kto"
+    raise UserError(f"{shown(keys.file)}: rl={method} cannot be imported; dpo, ipo, kto and files without rl can")
 
 
 def translate(draft: Draft, processes: int | None) -> None:
@@ -38,15 +41,17 @@ def translate(draft: Draft, processes: int | None) -> None:
         UserError: A value is of the wrong type, or the model or the data is missing.
     """
     keys = draft.keys
-    pairs = draft.stage == "dpo"
+    kind, mixture = KINDS[draft.stage]
     model, revision = _model(draft)
-    rows = datasets(draft, "preference" if pairs else "sft")
-    draft.set(".kind", "apo" if pairs else "sft")
+    rows = datasets(draft, mixture)
+    draft.set(".kind", kind)
     draft.set(".init_from", "checkpoint")
-    draft.set(".data", "preference" if pairs else "sft")
+    draft.set(".data", mixture)
     _template(draft, rows.template, model, revision)
-    if pairs:
+    if kind == "apo":
         _pairs(draft)
+    elif kind == "kto":
+        _labelled(draft)
     else:
         _documents(draft, rows.train_roles, rows.roles_said, rows.only_text)
     if not keys.given("learning_rate"):
@@ -144,38 +149,52 @@ def _pairs(draft: Draft) -> None:
     keys = draft.keys
     _overlong(draft)
     draft.copy("sequence_len", ".max_seq_len", int, 512)
+    _beta(draft)
+    rpo = keys.take("rpo_alpha", float, 0.0)
+    losses = [str(loss) for loss in keys.take("dpo_loss_type", list, [])]
+    weights = keys.numbers("dpo_loss_weights")
+    said = [name for name in ("rl", "dpo_loss_type", "dpo_loss_weights", "rpo_alpha") if keys.given(name)]
+    losses = losses or [PAIRS[keys.take("rl", str)]]
+    if rpo:
+        losses, weights = [*losses, "sft"], [*(weights or [1.0] * len(losses)), rpo]
+    weighted = keys.take("dpo_use_weighting", bool, False)
+    preference.losses(
+        draft,
+        losses,
+        weights,
+        said,
+        smoothing=keys.take("dpo_label_smoothing", float, 0.0),
+        smoothing_key="dpo_label_smoothing",
+        micro=keys.take("micro_batch_size", int, 1),
+        only_trl={"use_weighting": (True, "dpo_use_weighting")} if weighted else None,
+    )
+    if keys.take("sample_packing", bool, False):
+        draft.broken("sample_packing", "Axolotl refuses it with rl; pairs are packed here all the same")
+
+
+def _labelled(draft: Draft) -> None:
+    _overlong(draft)
+    draft.copy("sequence_len", ".max_seq_len", int, 512)
+    _beta(draft)
+    draft.left_out("rl", "a stage of kind kto, on TRL's trainer as under Axolotl")
+    draft.copy("kto_desirable_weight", ".desirable_weight", float, 1.0)
+    draft.copy("kto_undesirable_weight", ".undesirable_weight", float, 1.0)
+
+
+def _beta(draft: Draft) -> None:
+    keys = draft.keys
     trl = Keys(keys.take("trl", dict, {}), draft.file, "trl.")
     name = next((name for name in ("rl_beta", "dpo_beta") if keys.given(name)), None)
     beta, of_trl = keys.take(name or "rl_beta", float), trl.take("beta", float)
     names = ["trl"] if of_trl is not None else [name] if name else []
     draft.set(".beta", of_trl or beta or 0.1, *names)
     draft.unknown(trl, ["beta"], "the settings of Axolotl's trl are read for GRPO alone, but beta")
-    rpo = keys.take("rpo_alpha", float, 0.0)
-    losses = [str(loss) for loss in keys.take("dpo_loss_type", list, [])]
-    weights = [float(weight) for weight in keys.take("dpo_loss_weights", list, [])]
-    said = [name for name in ("rl", "dpo_loss_type", "dpo_loss_weights", "rpo_alpha") if keys.given(name)]
-    own = PAIRS[keys.take("rl", str)]
-    if rpo and not losses:
-        losses, weights = [own, "sft"], [1.0, rpo]
-    weighted = keys.take("dpo_use_weighting", bool, False)
-    preference.losses(
-        draft,
-        losses or [own],
-        weights,
-        said,
-        smoothing=keys.take("dpo_label_smoothing", float, 0.0),
-        smoothing_key="dpo_label_smoothing",
-        micro=keys.take("micro_batch_size", int, 1),
-        only_trl={"use_weighting": True} if weighted else None,
-    )
-    if keys.take("sample_packing", bool, False):
-        draft.broken("sample_packing", "Axolotl refuses it with rl; pairs are packed here all the same")
 
 
 def _schedule(draft: Draft) -> None:
     keys = draft.keys
-    name, kwargs = keys.take("lr_scheduler", str, "cosine"), keys.take("lr_scheduler_kwargs", dict, {})
-    trainer.schedule(draft, name, "lr_scheduler", kwargs, "lr_scheduler_kwargs")
+    name = keys.take("lr_scheduler", str, "cosine")
+    trainer.schedule(draft, name, "lr_scheduler")
     ratio = keys.take("cosine_min_lr_ratio", float)
     if ratio is not None and name == "cosine":
         draft.set(".min_lr_ratio", ratio, "cosine_min_lr_ratio")
@@ -193,7 +212,7 @@ def _batch(draft: Draft, processes: int | None) -> None:
     trainer.batch(draft, micro, names, processes or said or 1, stated)
     if total is not None:
         draft.set(".global_batch_size", total, "batch_size", note="Axolotl divides it by the number of processes")
-    if draft.stage == "sft":
+    if draft.stage != "dpo":
         draft.copy("micro_batch_size", ".micro_batch_size", int, 1)
 
 
@@ -202,13 +221,14 @@ def _weights(draft: Draft) -> None:
     keys = draft.keys
     said = keys.take("bf16", str, "auto").lower()
     bf16 = None if said == "auto" else said in ("true", "full")
-    fp16 = keys.take("fp16", bool, False) or keys.take("float16", bool, False)
+    key = "bf16"
+    fp16 = next((name for name in ("fp16", "float16") if keys.take(name, bool, False)), None)
     if keys.take("bfloat16", bool, False):
-        bf16 = True
+        bf16, key = True, "bfloat16"
         draft.differs("bfloat16", "weights and AdamW's states stay in fp32 here; the computation is bf16 all the same")
     if keys.take("float32", bool, False):
-        bf16 = False
-    trainer.precision(draft, bf16, fp16, "bf16" if keys.given("bf16") else "")
+        bf16, key = False, "float32"
+    trainer.precision(draft, bf16, fp16, key)
     checkpointing = keys.values.get("gradient_checkpointing")
     if isinstance(checkpointing, str) and checkpointing not in ("true", "false"):
         keys.read.add("gradient_checkpointing")

@@ -38,6 +38,7 @@ PAIR_TYPES = {
     "ultra": {},
     "default": {},
 }
+PAIR_COLUMNS = ("system", "prompt", "chosen", "rejected", "completion", "label")
 
 
 @dataclass
@@ -206,7 +207,7 @@ def _pair(draft: Draft, entry: Keys, rows: Rows) -> dict[str, Any]:
     where = entry.where
     if isinstance(entry.values.get("type"), dict):
         kind = Keys(entry.take("type", dict), draft.file, f"{where}type.")
-        rename = {kind.take(f"field_{name}", str, name): name for name in ("system", "prompt", "chosen", "rejected")}
+        rename = {kind.take(f"field_{name}", str, name): name for name in PAIR_COLUMNS}
         for name in kind.unread():
             draft.differs(f"{kind.where}{name}", OWN_TEXT)
         return {"rename": {theirs: ours for theirs, ours in rename.items() if theirs != ours}}

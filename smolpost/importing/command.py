@@ -9,7 +9,7 @@ from smolpost.errors import UserError
 from smolpost.files import write_text
 from smolpost.importing.draft import Draft, name_of
 from smolpost.importing.keys import Keys
-from smolpost.importing.recognise import AXOLOTL, OPTIONS, method_of, tool_of
+from smolpost.importing.recognise import AXOLOTL, METHODS, OPTIONS, method_of, tool_of
 from smolpost.screen import command_line, shown
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `import_command` takes, under the same names."""
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML settings of TRL, alignment-handbook or Axolotl")
     parser.add_argument("--from", dest="tool", choices=OPTIONS, help="whose file it is; default: told by its keys")
-    parser.add_argument("--method", choices=["sft", "dpo"], help="of TRL's files; default: told by the keys")
+    parser.add_argument("--method", choices=METHODS, help="of TRL's files; default: told by the keys")
     parser.add_argument("--num-processes", type=int, metavar="N", help="ranks that trained; default 1")
     parser.add_argument("--out", type=Path, metavar="PATH.yaml", help="default: NAME_smolpost.yaml beside FILE")
 

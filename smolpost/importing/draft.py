@@ -79,7 +79,9 @@ class Draft:
         """
         keys = tuple(self._shown(name) for name in names)
         self.told.update(names)
-        self.settings[f"stages.{self.stage}{ours}" if ours.startswith(".") else ours] = Setting(value, keys, note)
+        self.settings[f"stages.{self.stage}{ours}" if ours.startswith(".") else ours] = Setting(
+            _filled(value), keys, note
+        )
 
     def copy(self, name: str, ours: str, kind: type, default: Any) -> Any:
         """Write the value of a key, or the tool's default."""
@@ -110,8 +112,9 @@ class Draft:
             differing: Key -> (values at which it changes nothing, what is done instead).
         """
         nothing = "they change nothing at the values that they have"
-        for name in [name for name in self.keys.read if self.keys.given(name) and name not in self.told]:
-            self.left_out(name, nothing)
+        for name in self.keys.values:
+            if name in self.keys.read and self.keys.given(name) and name not in self.told:
+                self.left_out(name, nothing)
         for name in self.keys.unread():
             what = next((what for what, names in left_out.items() if name in names), None)
             neutral, instead = differing.get(name, ((), None))
@@ -146,6 +149,13 @@ class Draft:
         value = self.keys.values.get(name)
         text = brief(value)
         return name if value is None or text.endswith("...") else f"{name}: {text}"
+
+
+def _filled(value: Any) -> Any:
+    """`${NAME}` in a text, which a shell or a script filled in, as a value of the environment."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items()}
+    return re.sub(r"\$\{(\w+)\}", r"${oc.env:\1}", value) if isinstance(value, str) else value
 
 
 def name_of(text: str) -> str:

@@ -1,6 +1,7 @@
 """The keys of a file, each read once and as the type that its tool takes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class Keys:
                 f"{shown(self.file)}: {self.where}{name}={brief(value)} is not {KINDS[kind]}; {remedy}"
             ) from None
 
+    def numbers(self, name: str) -> list[float]:
+        """The numbers of a list.
+
+        Raises:
+            UserError: It holds something else.
+        """
+        items = Keys(dict(enumerate(self.take(name, list, []))), self.file, f"{self.where}{name}.")
+        return [items.take(i, float, math.nan) for i in items.values]
+
     def mappings(self, name: str) -> list["Keys"]:
         """The mappings of a list, or a single one.
 
@@ -81,14 +91,14 @@ def tidy(number: float) -> float:
 
 
 def _whole(value: Any) -> int:
-    number = float(value) if not isinstance(value, bool) else None
-    if number is None or number != int(number):
+    number = _number(value)
+    if number != int(number):
         raise ValueError
     return int(number)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 

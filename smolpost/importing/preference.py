@@ -20,7 +20,7 @@ def losses(
     smoothing: float = 0.0,
     smoothing_key: str = "label_smoothing",
     micro: int = 1,
-    only_trl: dict[str, object] | None = None,
+    only_trl: dict[str, tuple[object, str]] | None = None,
 ) -> None:
     """Write the loss.
 
@@ -30,7 +30,7 @@ def losses(
         said: Keys of the file that say them.
         smoothing: `label_smoothing`.
         micro: Pairs per rank and forward pass.
-        only_trl: Settings of TRL's that need its trainer, by our name under `trl`.
+        only_trl: What needs TRL's trainer: our name under `trl` -> the value, and the key of the file that says it.
     Raises:
         UserError: TRL has no such loss.
     """
@@ -49,7 +49,7 @@ def losses(
     by_weight = dict(zip(names, weights or [1.0] * len(names), strict=True))
     nll = by_weight.pop("sft", 0.0)
     if only_trl or len(by_weight) != 1 or not set(by_weight) <= set(LOSSES) or not all(by_weight.values()):
-        _on_trl(draft, names, weights, said, smoothing, micro, only_trl or {})
+        _on_trl(draft, names, weights, said, smoothing, smoothing_key, micro, only_trl or {})
         return
     [(name, weight)] = by_weight.items()
     draft.set(".loss", name, *said)
@@ -63,13 +63,13 @@ def losses(
         draft.differs(said[-1], f"a single loss is not scaled here; it is {weight:g} times as large under TRL")
 
 
-def _on_trl(draft, names, weights, said, smoothing, micro, only_trl) -> None:
+def _on_trl(draft, names, weights, said, smoothing, smoothing_key, micro, only_trl) -> None:
     draft.set(".engine", "trl", *said, note="TRL's own trainer on the same rows; our engine does not have this")
     draft.set(".trl.loss_type", list(names), *said)
     if weights:
         draft.set(".trl.loss_weights", list(weights), *said)
     if smoothing:
-        draft.set(".trl.label_smoothing", smoothing, "label_smoothing")
+        draft.set(".trl.label_smoothing", smoothing, smoothing_key)
     draft.set(".trl.micro_batch_size", micro, note="pairs per forward pass; some losses depend on it")
-    for name, value in only_trl.items():
-        draft.set(f".trl.{name}", value, name)
+    for name, (value, key) in only_trl.items():
+        draft.set(f".trl.{name}", value, key)

@@ -31,7 +31,7 @@ OTHERS = {
     ("pipeline", "stages"): "smolpost's own; smolpost plan pipeline=./FILE.yaml plans it",
     ("compute_environment",): "accelerate, a launch config; --num-processes says what is needed of it",
 }
-# Method of TRL -> keys that it alone has.
+# Method of TRL -> keys that say it.
 METHODS = {
     "sft": (
         "packing", "packing_strategy", "assistant_only_loss", "completion_only_loss", "dataset_text_field",
@@ -40,14 +40,19 @@ METHODS = {
     ),
     "dpo": (
         "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting", "discopop_tau",
-        "max_prompt_length", "rpo_alpha", "reference_free", "precompute_ref_log_probs", "sync_ref_model", "beta",
-        "generate_during_eval",
+        "rpo_alpha", "reference_free",
     ),
+    "kto": ("desirable_weight", "undesirable_weight"),
 }  # fmt: skip
+# Keys that dpo and kto have: a file that nothing else tells is one of dpo.
+BESIDE_A_REFERENCE = (
+    "beta", "max_prompt_length", "precompute_ref_log_probs", "sync_ref_model", "generate_during_eval",
+)  # fmt: skip
+LOSSES = {"nll": "sft", "dft": "sft", "chunked_nll": "sft", "kto": "kto", "apo_zero_unpaired": "kto"}  # others: dpo
+COLUMNS = {"rejected": "dpo", "label": "kto"}
 # Keys of methods that are not read here.
 UNREAD = {
     "GRPO or RLOO": ("num_generations", "reward_funcs", "reward_weights"),
-    "KTO": ("desirable_weight", "undesirable_weight"),
     "a reward model": ("center_rewards_coefficient",),
     "distillation": ("teacher_model_name_or_path", "lmbda"),
     "ORPO, CPO or SimPO": ("simpo_gamma", "cpo_alpha"),
@@ -98,22 +103,24 @@ def method_of(keys: dict[str, Any], asked: str | None, file: str) -> tuple[str, 
         return asked, f"--method {asked}"
     for method, marks in UNREAD.items():
         if mark := next((mark for mark in marks if keys.get(mark) is not None), None):
-            raise UserError(f"{file}: {mark} is a key of {method}, which cannot be imported; sft and dpo can")
+            raise UserError(f"{file}: {mark} is a key of {method}, which cannot be imported; {', '.join(METHODS)} can")
     found = {method: [m for m in marks if keys.get(m) is not None] for method, marks in METHODS.items()}
     losses = keys.get("loss_type")
     if losses is not None:
-        found["sft" if losses in ("nll", "dft", "chunked_nll") else "dpo"].append("loss_type")
-    columns = [str(name) for entry in _entries(keys) for name in entry.get("columns") or []]
-    found["dpo"] += [f"the column {name}" for name in ("rejected",) if name in columns]
+        found[LOSSES.get(losses, "dpo") if isinstance(losses, str) else "dpo"].append("loss_type")
+    columns = {str(name) for entry in _entries(keys) for name in entry.get("columns") or []}
+    for column, method in COLUMNS.items():
+        if column in columns:
+            found[method].append(f"the column {column}")
+    if not found["kto"]:
+        found["dpo"] += [name for name in BESIDE_A_REFERENCE if keys.get(name) is not None]
     said = [method for method, names in found.items() if names]
     if len(said) == 1:
         return said[0], f"it has {', '.join(found[said[0]][:3])}"
     if said:
-        raise UserError(
-            f"{file}: has keys of both scripts ({found['sft'][0]} of sft, {found['dpo'][0]} of dpo); say which one ran "
-            "with --method sft or --method dpo"
-        )
-    raise UserError(f"{file}: nothing in it says what it trains; say it with --method sft or --method dpo")
+        told = " and ".join(f"{found[method][0]} of {method}" for method in said)
+        raise UserError(f"{file}: has keys of several scripts ({told}); say which one ran with --method")
+    raise UserError(f"{file}: nothing in it says what it trains; say it with --method {', --method '.join(METHODS)}")
 
 
 def _entries(keys: dict[str, Any]) -> list[dict]:

@@ -42,26 +42,29 @@ class Sources:
 
         Args:
             where: The key of the file that names it.
-            more: Further keys that are about it.
             path: Hub id, file, folder, or one of BUILDERS.
             files: `data_files`: a file, a list of them, or split -> these.
             folder: `data_dir`.
             split: With datasets' slices, e.g. "train[:1000]".
             weight: Share of the rows that is kept.
+            more: Further keys that are about it.
             fields: Further fields of a source; None and empty ones are left out.
         """
         paths = self._paths(where, path, files, folder, split.partition("[")[0])
+        if len(paths) > 1 and fields.get("share"):
+            fields["share"] = tidy(fields["share"] / len(paths))
+            self.draft.differs(where, "its share is divided equally among its files")
+        weight_left = tidy(weight * (1 - self.held_out))
         for place in paths:
             own, name = split, split.partition("[")[0]
             if place != path or Path(place).is_file():
                 own, limits = self._limits(where, split)
                 fields |= limits
             stem = Path(place).name.partition(".")[0] if name.startswith("train") else name
-            shown = {"path": _filled(place), "subset": subset, "split": own if own != "train" else None, **fields}
-            weight_left = tidy(weight * (1 - self.held_out))
-            shown["weight"] = weight_left if weight_left != 1 else None
+            source = {"path": place, "subset": subset, "split": own if own != "train" else None, **fields}
+            source["weight"] = weight_left if weight_left != 1 else None
+            given = {key: value for key, value in source.items() if value not in (None, "", {})}
             ours = f"data.{self.mixture}.sources.{self._unique(name_of(stem))}"
-            given = {key: value for key, value in shown.items() if value not in (None, "", {})}
             self.draft.set(ours, given, where, *more, note=note)
             if "://" in place:
                 self.draft.differs(where, "rows are read from local files and the Hub; copy them here first")
@@ -116,11 +119,6 @@ def held_out(draft: Draft, name: str) -> float:
 def shares(fractions: list[float]) -> list[float]:
     """Fractions as shares with a sum of 1."""
     return [tidy(fraction / sum(fractions)) for fraction in fractions]
-
-
-def _filled(path: str) -> str:
-    """`${NAME}`, which a shell or a script filled in, as a value of the environment here."""
-    return re.sub(r"\$\{(\w+)\}", r"${oc.env:\1}", path)
 
 
 def unread(draft: Draft, entry: Keys, known: dict[str, str]) -> None:

@@ -7,66 +7,62 @@ from pathlib import Path
 from typing import Any
 
 from smolpost.importing.draft import Draft
-from smolpost.importing.keys import tidy
+from smolpost.importing.keys import Keys, tidy
 
 FULL_ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "paged_adamw_32bit")
 SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "cosine_with_min_lr": "cosine", "constant": "constant",
     "constant_with_warmup": "constant", "warmup_stable_decay": "wsd",
 }  # fmt: skip
+KWARGS = "lr_scheduler_kwargs"
 NO_CLIPPING = 1e9  # a gradient norm that is never reached
 
 
-def schedule(draft: Draft, name: str, key: str, kwargs: dict[str, Any], kwargs_key: str) -> None:
+def schedule(draft: Draft, name: str, key: str) -> None:
     """Write the learning rate's course after the warmup.
 
     Args:
         name: transformers' name of it.
         key: The key that says the name.
-        kwargs: `lr_scheduler_kwargs`.
     """
+    kwargs = Keys(draft.keys.take(KWARGS, dict, {}), draft.file, f"{KWARGS}.")
     names = [key] if draft.keys.given(key) else []
     ours = SCHEDULES.get(name)
+    draft.set(".lr_scheduler", ours or "cosine", *(names if ours else []))
     if ours is None:
-        draft.set(".lr_scheduler", "cosine")
-        draft.set(".min_lr_ratio", 0.0)
-        draft.differs(key, f"there is no schedule {name} here; cosine to 0 is written, the others are linear, constant")
-        return
-    draft.set(".lr_scheduler", ours, *names)
-    known = ()
+        draft.differs(key, f"there is no schedule {name} here; cosine to 0 is written, linear and constant exist too")
+    said = [KWARGS] if kwargs.values else []
     if name == "cosine_with_min_lr":
-        known = ("min_lr", "min_lr_rate")
-        draft.set(".min_lr_ratio", _min_ratio(draft, kwargs, key), *([kwargs_key] if kwargs else []))
-    elif name == "cosine":
-        draft.set(".min_lr_ratio", 0.0)
+        draft.set(".min_lr_ratio", _min_ratio(draft, kwargs, key), *said)
     elif name == "warmup_stable_decay":
-        known = ("num_decay_steps", "min_lr_ratio", "decay_type")
-        _decay(draft, kwargs, key, kwargs_key)
-    for extra in kwargs.keys() - set(known):
-        draft.differs(kwargs_key, f"{extra} of the schedule {name} is not settable here")
+        _decay(draft, kwargs, key)
+    elif name == "cosine" or ours is None:
+        draft.set(".min_lr_ratio", 0.0)
+    for extra in kwargs.unread():
+        draft.differs(KWARGS, f"{extra} of the schedule {name} cannot be set here")
 
 
-def _min_ratio(draft: Draft, kwargs: dict[str, Any], key: str) -> float:
-    if "min_lr" in kwargs:
-        return tidy(float(kwargs["min_lr"]) / draft.settings[f"stages.{draft.stage}.learning_rate"].value)
-    if "min_lr_rate" not in kwargs:
-        draft.broken(key, "transformers refuses it without min_lr or min_lr_rate in lr_scheduler_kwargs; 0 is written")
-    return float(kwargs.get("min_lr_rate", 0.0))
+def _min_ratio(draft: Draft, kwargs: Keys, key: str) -> float:
+    least, ratio = kwargs.take("min_lr", float), kwargs.take("min_lr_rate", float)
+    if least is None and ratio is None:
+        draft.broken(key, f"transformers refuses it without min_lr or min_lr_rate in {KWARGS}; 0 is written")
+    peak = draft.settings[f"stages.{draft.stage}.learning_rate"].value
+    return tidy(least / peak) if least and peak else ratio or 0.0
 
 
-def _decay(draft: Draft, kwargs: dict[str, Any], key: str, kwargs_key: str) -> None:
+def _decay(draft: Draft, kwargs: Keys, key: str) -> None:
     """transformers counts the decay in steps, and here it is a share of all steps."""
-    steps = draft.settings.get(f"stages.{draft.stage}.max_steps")
-    decay = kwargs.get("num_decay_steps")
-    if decay is None:
-        draft.broken(key, "transformers refuses it without num_decay_steps in lr_scheduler_kwargs")
-    if decay is not None and steps is not None:
-        draft.set(".decay_ratio", tidy(float(decay) / steps.value), kwargs_key)
+    total = draft.settings.get(f"stages.{draft.stage}.max_steps")
+    steps = kwargs.take("num_decay_steps", float)
+    if steps is None:
+        draft.broken(key, f"transformers refuses it without num_decay_steps in {KWARGS}")
+    if steps is not None and total is not None:
+        draft.set(".decay_ratio", tidy(steps / total.value), KWARGS)
     else:
-        draft.differs(key, "decay_ratio, a share of all steps, takes the place of num_decay_steps; 0.2 is written")
         draft.set(".decay_ratio", 0.2)
-    draft.set(".min_lr_ratio", float(kwargs.get("min_lr_ratio", 0.0)), *([kwargs_key] if kwargs else []))
-    if kwargs.get("decay_type", "cosine") != "linear":
+        draft.differs(key, "the decay is a share of all steps here, not num_decay_steps; decay_ratio=0.2 is written")
+    draft.set(".min_lr_ratio", kwargs.take("min_lr_ratio", float, 0.0), *([KWARGS] if kwargs.values else []))
+    if kwargs.take("decay_type", str, "cosine") != "linear":
         draft.differs(key, "the decay is linear here; transformers' is a cosine unless decay_type is linear")
 
 
@@ -152,18 +148,19 @@ def batch(draft: Draft, micro: int, names: list[str], processes: int, stated: st
         draft.set("accelerate.num_processes", processes, *([stated] if stated in draft.keys.values else []))
 
 
-def precision(draft: Draft, bf16: bool | None, fp16: bool, key: str) -> None:
+def precision(draft: Draft, bf16: bool | None, fp16: str | None, key: str) -> None:
     """
     Args:
         bf16: None: as the device has it.
-        key: The key that says it, or "".
+        fp16: The key that asks for it, or None.
+        key: The key that says bf16.
     """
     if fp16 and not bf16:
         draft.set(".precision", "bf16", note="there is no fp16 here")
-        draft.differs("fp16", "there is no fp16 here; bf16 needs no loss scaling and rounds more coarsely")
+        draft.differs(fp16, "there is no fp16 here; bf16 needs no loss scaling and rounds more coarsely")
     else:
         ours = "auto" if bf16 is None else "bf16" if bf16 else "fp32"
-        draft.set(".precision", ours, *([key] if key and draft.keys.given(key) else []))
+        draft.set(".precision", ours, *([key] if draft.keys.given(key) else []))
 
 
 def seed(draft: Draft, default: int = 42) -> None:

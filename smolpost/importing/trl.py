@@ -1,4 +1,4 @@
-"""TRL's settings of its sft and dpo scripts, and alignment-handbook's, which are TRL's and a mixture of datasets."""
+"""TRL's settings of its sft, dpo and kto scripts, and alignment-handbook's: TRL's and a mixture of datasets."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ from smolpost.errors import UserError
 from smolpost.importing import preference, template, trainer
 from smolpost.importing.draft import Draft
 from smolpost.importing.trl_data import datasets
-from smolpost.importing.trl_keys import DIFFERING, LEFT_OUT, ONLY, REMOVED, RENAMED
+from smolpost.importing.trl_keys import DIFFERING, LEFT_OUT, OWN, REMOVED, RENAMED
 from smolpost.screen import shown
 
 PACKINGS = {"bfd": "bfd", "bfd_split": "bfd", "bfd-requeue": "bfd", "ffd": "bfd", "wrapped": "wrapped"}
+KINDS = {"sft": ("sft", "sft"), "dpo": ("apo", "preference"), "kto": ("kto", "preference")}  # -> kind, mixture
 NO_LIMIT = 32768  # tokens, where the file says that there is no limit
 OFF_PATH = (
     "TRL 1.16 on transformers 5.23 has no such key: `trl` hands it on to accelerate, which refuses it, and the script "
@@ -21,28 +22,29 @@ def translate(draft: Draft, method: str, processes: int | None) -> None:
     """Fill the draft from the file's keys.
 
     Args:
-        method: sft or dpo.
+        method: One of KINDS.
         processes: Ranks, or None where nobody said.
     Raises:
         UserError: A value is of the wrong type, the model or the data is missing, or the loss is unknown.
     """
     keys = draft.keys
     model, revision = _model(draft)
-    mixture = "sft" if method == "sft" else "preference"
+    kind, mixture = KINDS[method]
     only_completions = datasets(draft, mixture)
-    draft.set(".kind", "sft" if method == "sft" else "apo")
+    draft.set(".kind", kind)
     draft.set(".init_from", "checkpoint")
     draft.set(".data", mixture)
     _template(draft, model, revision)
     if method == "sft":
         _documents(draft, only_completions)
-    else:
+    elif method == "dpo":
         _pairs(draft)
+    else:
+        _labelled(draft)
     draft.copy("learning_rate", ".learning_rate", float, 2e-5 if method == "sft" else 1e-6)
     trainer.length(draft, "num_train_epochs", 3.0)
     name = keys.take("lr_scheduler_type", str, "linear")
-    kwargs = keys.take("lr_scheduler_kwargs", dict, {})
-    trainer.schedule(draft, name, "lr_scheduler_type", kwargs, "lr_scheduler_kwargs")
+    trainer.schedule(draft, name, "lr_scheduler_type")
     trainer.warmup(draft, name)
     trainer.optimizer(draft, "optim")
     trainer.sharding(draft, keys.take("deepspeed", object), bool(keys.take("fsdp", object)))
@@ -132,11 +134,11 @@ def _pairs(draft: Draft) -> None:
     if alpha is not None:
         draft.set(".ld_alpha", alpha, "ld_alpha")
     names = [str(name) for name in keys.take("loss_type", list, ["sigmoid"])]
-    weights = [float(weight) for weight in keys.take("loss_weights", list, [])]
+    weights = keys.numbers("loss_weights")
     said = [name for name in ("loss_type", "loss_weights") if keys.given(name)]
     rpo = keys.take("rpo_alpha", float, 0.0)
-    if rpo and names == ["sigmoid"]:
-        names, weights, said = ["sigmoid", "sft"], [1.0, rpo], [*said, "rpo_alpha"]
+    if rpo:
+        names, weights, said = [*names, "sft"], [*(weights or [1.0] * len(names)), rpo], [*said, "rpo_alpha"]
     settings: dict[str, tuple[type, Any]] = {
         "f_divergence_type": (str, "reverse_kl"), "f_alpha_divergence_coef": (float, 0.5),
         "discopop_tau": (float, 0.05), "use_weighting": (bool, False),
@@ -149,10 +151,25 @@ def _pairs(draft: Draft) -> None:
         said,
         smoothing=keys.take("label_smoothing", float, 0.0),
         micro=keys.take("per_device_train_batch_size", int, 8),
-        only_trl={name: value for name, value in found.items() if value != settings[name][1]},
+        only_trl={name: (value, name) for name, value in found.items() if value != settings[name][1]},
     )
     if keys.take("padding_free", bool, False):
         draft.broken("padding_free", "TRL switches it off for pairs since 0.29, with a warning; batches are so here")
+
+
+def _labelled(draft: Draft) -> None:
+    keys = draft.keys
+    _max_length(draft, "truncate")
+    draft.copy("beta", ".beta", float, 0.1)
+    draft.copy("desirable_weight", ".desirable_weight", float, 1.0)
+    draft.copy("undesirable_weight", ".undesirable_weight", float, 1.0)
+    loss = draft.copy("loss_type", ".loss", str, "kto")
+    if loss not in ("kto", "apo_zero_unpaired"):
+        raise UserError(
+            f"{shown(draft.file)}: loss_type={loss} is not one of TRL's kto; choose kto or apo_zero_unpaired"
+        )
+    if keys.take("train_sampling_strategy", str, "sequential") != "random":
+        draft.differs("train_sampling_strategy", "rows come in a random order; TRL's kto takes them in theirs")
 
 
 def _launch(draft: Draft, processes: int | None) -> None:
@@ -171,14 +188,14 @@ def _launch(draft: Draft, processes: int | None) -> None:
     micro = keys.take("per_device_train_batch_size", int, 8)
     names = [n for n in ("per_device_train_batch_size", "gradient_accumulation_steps") if keys.given(n)]
     trainer.batch(draft, micro, names, processes or said or 1, stated)
-    if draft.settings[f"stages.{draft.stage}.kind"].value == "sft":
+    if draft.stage != "dpo":
         draft.copy("per_device_train_batch_size", ".micro_batch_size", int, 8)
 
 
 def _weights(draft: Draft) -> None:
     """Precision and memory."""
     keys = draft.keys
-    trainer.precision(draft, keys.take("bf16", bool), keys.take("fp16", bool, False), "bf16")
+    trainer.precision(draft, keys.take("bf16", bool), "fp16" if keys.take("fp16", bool, False) else None, "bf16")
     if keys.given("fp16") and not keys.values["fp16"]:
         draft.left_out("fp16", "off, as here")
     name = "dtype" if keys.given("dtype") else "torch_dtype"
@@ -224,11 +241,11 @@ def _adapters(draft: Draft, model: str) -> None:
 
 def _said_of_the_rest(draft: Draft, method: str) -> None:
     keys = draft.keys
-    other = "dpo" if method == "sft" else "sft"
-    for name in ONLY[other]:
-        if keys.given(name) and name not in keys.read and name not in ONLY[method]:
-            keys.read.add(name)
-            draft.broken(name, OFF_PATH, f"a key of {other}")
+    for other, names in OWN.items():
+        for name in names:
+            if keys.given(name) and name not in keys.read and name not in OWN[method]:
+                keys.read.add(name)
+                draft.broken(name, OFF_PATH, f"a key of {other}")
     for name, now in RENAMED.items():
         if keys.given(name):
             draft.broken(name, OFF_PATH, now and f"now {now}")

@@ -80,16 +80,22 @@ DIFFERING: dict[str, tuple[tuple, str]] = {
     "base_model_revision": ((), "adapters start on model.revision"),
 }
 
-# Keys that one method alone has.
-ONLY = {
+# Method -> keys that not all methods have.
+OWN: dict[str, tuple[str, ...]] = {
     "sft": (
         "chat_template_path", "dataset_text_field", "dataset_kwargs", "eos_token", "shuffle_dataset", "packing",
-        "packing_strategy", "eval_packing", "completion_only_loss", "assistant_only_loss",
+        "packing_strategy", "eval_packing", "completion_only_loss", "assistant_only_loss", "truncation_mode",
+        "padding_free", "pad_token",
     ),
     "dpo": (
         "disable_dropout", "precompute_ref_log_probs", "precompute_ref_batch_size", "loss_weights", "ld_alpha",
         "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "beta", "use_weighting", "discopop_tau",
-        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
+        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "truncation_mode", "padding_free",
+        "pad_token",
+    ),
+    "kto": (
+        "disable_dropout", "precompute_ref_log_probs", "precompute_ref_batch_size", "beta", "desirable_weight",
+        "undesirable_weight", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
     ),
 }  # fmt: skip
 

@@ -259,5 +259,7 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
         shown = {"seed": stage.seed} | shown
     if "lora" in shown:
         shown["lora"] = shown["lora"] if shown["lora"]["r"] else None
+    if shown.get("engine") == "smolpost":
+        shown["trl"] = None  # read by the other engine alone
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
     return lines

@@ -26,11 +26,13 @@ class DistillStage(TrainStage, DistillTraining):
             raise Wrong(f"{key}.overlong", "=split cannot be done to a reply; choose one of: refuse, truncate, drop")
 
     def check_start(self, work):
-        from smolpost.training.teacher import check_teacher
+        from smolpost.training.teacher import check_teacher, template_note
 
         super().check_start(work)
-        attention = work.recipe.model.attn_implementation
-        check_teacher(work.stage.entry, self, self.teacher_of(work), work.inputs[self.init_from], attention)
+        name, teacher = work.stage.entry, self.teacher_of(work)
+        check_teacher(name, self, teacher, work.inputs[self.init_from], work.recipe.model.attn_implementation)
+        if note := template_note(name, self, teacher):
+            print(note, flush=True)
 
     def teacher_of(self, work):
         return work.inputs[self.teacher]

@@ -47,12 +47,12 @@ class APOStage(TrainStage, PairTraining):
         if self.pack_tokens is not None:
             raise Wrong(
                 f"{key}.pack_tokens",
-                f"={self.pack_tokens} packs pairs, which TRL cannot; leave it out, and set trl.micro_batch_size",
+                f"={self.pack_tokens} packs pairs, which TRL cannot; set it to null, and trl.micro_batch_size as fits",
             )
         if self.sft_weight:
             raise Wrong(
                 f"{key}.sft_weight",
-                f"={self.sft_weight:g} adds a mean over the global batch, which TRL does not have; leave it out, and "
+                f"={self.sft_weight:g} adds a mean over the global batch, which TRL does not have; set it to 0, and "
                 f"set trl.loss_type=[{','.join(losses)},sft] and trl.loss_weights=[{'1,' * len(losses)}"
                 f"{self.sft_weight:g}], whose mean is over a forward pass",
             )

@@ -144,6 +144,27 @@ class DistillTraining(Training, CompletionRows):
     engine: ClassVar[str] = "trl"
 
 
+@dataclass
+class PolicyTraining(Training, CompletionRows):
+    """On rewarded replies of the model's own (GRPO, arXiv:2402.03300)."""
+
+    rewards: dict[str, float] = field(default_factory=lambda: {"right_answer": 1.0})  # name of `rewards` -> weight
+    reward_settings: dict[str, Any] = field(default_factory=dict)  # name -> settings of that reward
+    num_generations: int = number("[2, inf)", 8)  # replies to each prompt, which are rewarded beside one another
+    max_new_tokens: int = count(1024)  # longest reply, tokens
+    temperature: float = positive(1.0)  # of the samples
+    top_p: float = number("(0, 1]", 1.0)
+    top_k: int = number("[0, inf)", 0)  # 0: all tokens
+    loss: str = choice("dapo", "grpo", "bnpo", "dr_grpo")  # how tokens are averaged, in TRL's words
+    scale_rewards: str = choice("group", "batch", "none")  # by whose standard deviation
+    beta: float = number("[0, inf)", 0.0)  # weight of the KL divergence from the start checkpoint; 0: none
+    micro_batch_size: int = count(1)  # replies per rank and forward pass
+    kept_samples: int = tuning(16, "[0, inf)")  # replies written to samples/ for each logged step
+    learning_rate: float = positive(1e-6)
+
+    engine: ClassVar[str] = "trl"
+
+
 def or_our_engine(stage: Training, where: str) -> str:
     """The end of a message whose remedy may also be our engine; "" where TRL alone trains the stage.
 

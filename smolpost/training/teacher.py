@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.positions import learned_positions
@@ -50,6 +51,17 @@ def check_teacher(
 def load_teacher(teacher: Path, attn_implementation: str, renamed: dict[str, str]) -> PreTrainedModel:
     """The teacher in fp32 with its own context settings; `renamed` is what `check_teacher` returned."""
     return load_model(teacher, renamed=renamed, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def template_note(name: str, stage: DistillTraining, teacher: Path) -> str:
+    """A line where the teacher speaks another chat template than the stage; "" where it does not."""
+    spoken = AutoTokenizer.from_pretrained(teacher).chat_template
+    if spoken is None or spoken == load_template(stage.template):
+        return ""
+    return (
+        f"stages.{name}.teacher={stage.teacher} has another chat template than stages.{name}.template="
+        f"{stage.template}; it scores replies to prompts that are rendered with the stage's"
+    )
 
 
 def difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> str:

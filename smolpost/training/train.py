@@ -256,8 +256,9 @@ def _resume_point(trainer: Run, out: Path, environment: Environment) -> str | No
         now = backend_name(trainer.accelerator), environment.world_size
         moved = f", saved under {_ranks(mark.backend, mark.num_ranks)}, going on under {_ranks(*now)}"
         print(f"resuming from {checkpoint}{moved if now != (mark.backend, mark.num_ranks) else ''}", flush=True)
-        if mark.num_ranks != environment.world_size and _draws_numbers(trainer.model):
-            print("dropout draws other numbers from here than it would have on the earlier ranks", flush=True)
+        if mark.num_ranks != environment.world_size and (trainer.SAMPLES or _has_dropout(trainer.model)):
+            what = "sampling" if trainer.SAMPLES else "dropout"
+            print(f"{what} draws other numbers from here than it would have on the earlier ranks", flush=True)
     broadcast_object_list(found)
     return found[0]
 
@@ -266,7 +267,6 @@ def _ranks(backend: str, number: int) -> str:
     return f"{backend} on {number} rank{'s' if number > 1 else ''}"
 
 
-def _draws_numbers(model: torch.nn.Module) -> bool:
-    """Whether a training step draws random numbers."""
+def _has_dropout(model: torch.nn.Module) -> bool:
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return any(dropouts) or any(value for key, value in vars(model.config).items() if key.endswith("dropout"))

@@ -5,7 +5,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -43,7 +43,11 @@ class Run:
     Args:
         batches: This rank's rows, in order of optimizer steps.
         settings: The Trainer's own.
+    Attributes:
+        SAMPLES: A step draws replies of the model.
     """
+
+    SAMPLES: ClassVar[bool] = False
 
     def __init__(self, *, batches: GlobalBatches, **settings: Any):
         self.steps = Steps()

@@ -2,9 +2,9 @@
 
 import pytest
 
+from smolpost.chat.answers import opens_thinking
 from smolpost.chat.masks import Policy, encode, encode_pair
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import opens_thinking
 from smolpost.stages.preference import APOStage
 from smolpost.stages.sft import SFTStage
 from tests.families import byte_level

@@ -140,6 +140,12 @@ def test_kto(project):
     check("kto", found, 1e-5, case="steps")
 
 
+def test_distill(project):
+    manifest = project.manifest("distill")
+    found = steps(manifest["report"]) | {"weights": weight_sums(project.stage("distill"))}
+    check("distill", found, 1e-5, case="steps")
+
+
 def test_reference(project):
     [folder] = (project.folder / "runs" / "golden" / "references").iterdir()
     logps = np.concatenate([load_file(file)["logps"] for file in sorted(folder.glob("*.safetensors"))])

@@ -243,6 +243,22 @@ def test_axolotl_dpo(here):
     assert "load_in_8bit: true" in said("axolotl_dpo", Group.DIFFERS)
 
 
+def test_kto(here):
+    stage = imported("trl_kto", here).recipe.stages["kto"]
+    values(
+        stage, kind="kto", loss="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=1.0, learning_rate=5e-7,
+        global_batch_size=8, micro_batch_size=4, max_seq_len=1024, warmup_ratio=0.0, num_epochs=3.0, **SCHEDULE,
+    )  # fmt: skip
+    request = imported("axolotl_kto", here)
+    stage = request.recipe.stages["kto"]
+    values(
+        stage, kind="kto", loss="kto", beta=0.5, desirable_weight=0.2, undesirable_weight=1.0, warmup_steps=20,
+        global_batch_size=4, micro_batch_size=2, overlong="drop", template="chatml",
+    )  # fmt: skip
+    assert (stage.lora.r, stage.lora.alpha) == (32, 64.0)
+    assert "load_in_4bit: true" in said("axolotl_kto", Group.DIFFERS)
+
+
 AXOLOTL = "base_model: a/b\nlearning_rate: 1e-4\nsequence_len: 64\nmicro_batch_size: 1\n"
 DATASET = "datasets: [{path: c/d, type: chat_template}]\n"
 

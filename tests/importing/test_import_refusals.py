@@ -42,9 +42,10 @@ FILES = {
     "ours": ("pipeline: a\nstages: {}\n", ": has the key pipeline of smolpost's own; smolpost plan pipeline=./FILE.yaml plans it"),
     "mergekit": ("merge_method: ties\nmodels: []\n", ": has the key merge_method of mergekit; smolpost merge OUT --config FILE runs it"),
     "two tools": ("base_model: a/b\nmodel_name_or_path: a/b\n", ": has keys of several tools (base_model of Axolotl, model_name_or_path of TRL); say whose it is with --from trl or alignment-handbook or axolotl"),
-    "no method": (TRL, ": nothing in it says what it trains; say it with --method sft or --method dpo"),
-    "two methods": (SFT + "beta: 0.1\n", ": has keys of both scripts (packing of sft, beta of dpo); say which one ran with --method sft or --method dpo"),
-    "grpo": (TRL + "num_generations: 8\n", ": num_generations is a key of GRPO or RLOO, which cannot be imported; sft and dpo can"),
+    "no method": (TRL, ": nothing in it says what it trains; say it with --method sft, --method dpo, --method kto"),
+    "two methods": (SFT + "beta: 0.1\n", ": has keys of several scripts (packing of sft and beta of dpo); say which one ran with --method"),
+    "grpo": (TRL + "num_generations: 8\n", ": num_generations is a key of GRPO or RLOO, which cannot be imported; sft, dpo, kto can"),
+    "an unknown loss of kto": (TRL + "desirable_weight: 1\nloss_type: [kto]\n", ": has keys of several scripts (loss_type of dpo and desirable_weight of kto); say which one ran with --method"),
     "no dataset": ("model_name_or_path: a/b\npacking: true\n", ": names no dataset; add dataset_name, or datasets with a path for each"),
     "no model": ("dataset_mixture: {datasets: [{id: a/b}]}\npacking: true\n", ": has no model_name_or_path; add the one that was trained"),
     "text for a number": (SFT + "learning_rate: fast\n", ": learning_rate=fast is not a number; write a number"),
@@ -59,8 +60,8 @@ FILES = {
     "weights": (DPO + "loss_type: [sigmoid, sft]\nloss_weights: [1]\n", ": loss_weights has 1 numbers for 2 losses; give one for each"),
     "packing strategy": (SFT + "packing_strategy: best\n", ": packing_strategy=best is not one of TRL's: bfd, bfd_split, bfd-requeue, ffd, wrapped; choose one"),
     "template": (SFT + "chat_template_path: nowhere.jinja\n", ": chat_template_path=nowhere.jinja is neither a .jinja file nor a checkpoint on this machine; correct it, or save the template as a .jinja file"),
-    "orpo": (ROWS + "rl: orpo\n", ": rl=orpo cannot be imported; dpo, ipo and files without rl can"),
-    "reward model": (ROWS + "reward_model: true\n", ": reward_model cannot be imported; fine-tuning, DPO and IPO can"),
+    "orpo": (ROWS + "rl: orpo\n", ": rl=orpo cannot be imported; dpo, ipo, kto and files without rl can"),
+    "reward model": (ROWS + "reward_model: true\n", ": reward_model cannot be imported; fine-tuning, DPO, IPO and KTO can"),
     "adapter without layers": (ROWS + "adapter: lora\n", ": has an adapter and no layers; add lora_target_linear: true"),
     "no learning rate": (AXOLOTL + "datasets: [{path: c/d}]\n", ": has no learning_rate, which Axolotl requires; add it"),
     "out of range": (SFT + "adam_beta2: 1.5\n", ": the pipeline that it gives is refused: stages.sft.adam_beta2=1.5 is outside [0, 1)"),
@@ -88,7 +89,7 @@ def test_one_line_says_what_is_wrong(name, here):
 
 
 def test_what_nobody_said_can_be_said(here):
-    assert refusal("model_name_or_path: a/b\nfinetuning_type: lora\n", tool="trl").endswith("--method dpo")
+    assert refusal("model_name_or_path: a/b\nfinetuning_type: lora\n", tool="trl").endswith("--method kto")
     Path("settings.yaml").write_text(TRL)
     assert import_command(Path("settings.yaml"), method="dpo", tool="trl") == 0
     assert "kind: apo" in Path("settings_smolpost.yaml").read_text()

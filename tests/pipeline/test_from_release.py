@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from smolpost.errors import UserError
 from smolpost.files import hashes
 from smolpost.pipeline import manifest, steps
 from smolpost.pipeline.lineage import Lineage
-from tests.small import ROOT, Small, call, environment, sum_rows
+from tests.small import Small, call, sum_rows
 
 FIRST, SECOND = "1" * 40, "2" * 40
 
@@ -160,7 +161,7 @@ def test_training_from_it_needs_its_template(released, tmp_path):
 @pytest.mark.slow
 def test_apo_from_a_released_sft_and_a_sweep_from_a_released_soup(released, tmp_path):
     given = words(released, tmp_path / "runs")
-    done = call(["python", "-m", "smolpost.cli", "run", *given], cwd=ROOT, env=environment())
+    done = call([sys.executable, "-m", "smolpost.cli", "run", *given])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lineage = Lineage(recipe.load(given))
     folders = {name: stage.folder for name, stage in lineage.stages.items()}

@@ -12,9 +12,10 @@ from smolpost.errors import UserError
 from smolpost.training.adapters import add_adapters
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.settings import DistillTraining, LoRA
-from smolpost.training.teacher import check_teacher
+from smolpost.training.teacher import check_teacher, template_note
 from smolpost.training.with_trl import distill
-from tests.training.test_trainers import CPU, assert_logs_equal, build, logged, same_settings, settings, stock
+from smolpost.training.with_trl.rollouts import FOLDER
+from tests.training.tiny_trainers import CPU, assert_logs_equal, build, in_trls_words, logged, settings, stock
 
 NUM_ROWS = 12
 
@@ -87,8 +88,7 @@ def test_sampled_steps_equal_trls(tokenizer, student, teacher, rows, tmp_path, b
     stage = stage_of(divergence_beta=beta, **sampling)
     ours = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path / "ours")
     order = ours.batches.order().tolist()
-    words = same_settings(stage, tmp_path / "trl")
-    del words["max_length"], words["train_sampling_strategy"]
+    words = in_trls_words(stage, tmp_path / "trl")
     trl = SameDecay(
         model=stock(student), teacher_model=stock(teacher), processing_class=copy.deepcopy(tokenizer),
         train_dataset=datasets.Dataset.from_list([{"prompt": question(n)} for n in order]),
@@ -128,7 +128,7 @@ def test_given_replies_have_the_divergence_of_its_definition(tokenizer, student,
             logits = [model(ids).logits[0, first - 1 : -1] / 1.5 for model in (teacher, student)]
         found.append(divergence(*logits, beta)[torch.tensor(row["completion_mask"]).bool()])
     assert logged(trainer, ["loss"])[0]["loss"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
-    assert not (tmp_path / distill.SAMPLES).exists()
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, rows, tmp_path):
@@ -155,13 +155,14 @@ def test_sampled_and_given_replies_share_one_mean(tokenizer, student, teacher, r
 
 
 def kept(folder, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / distill.SAMPLES / f"step-{step:06d}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / FOLDER / f"step-{step:06d}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
-    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3)
+    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
-    assert sorted(file.name for file in (tmp_path / distill.SAMPLES).iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / FOLDER).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"
     ]  # fmt: skip
     for step in (1, 2):
@@ -258,11 +259,11 @@ def test_padding_on_the_left_changes_no_reply(tokenizer, student, rows):
         (
             {"global_batch_size": 3},
             "stages.distill.global_batch_size=3 is not a multiple of 2, the rows that "
-            "stages.distill.micro_batch_size=2 takes at once; change one of them",
+            "stages.distill.micro_batch_size=2 take at once, and TRL has no smaller forward pass; change one of them",
         ),
         (
             {"global_batch_size": 8},
-            "stages.distill: 12 rows leave 4 for the last step of an epoch, which TRL's DistillationTrainer drops; "
+            "stages.distill: 12 rows leave 4 for the last step of an epoch, which TRL's trainer leaves out; "
             "stop before with stages.distill.max_steps=1, or set stages.distill.global_batch_size to a divisor of 12",
         ),
         (
@@ -308,3 +309,12 @@ def test_a_teacher_with_another_tokenizer_is_refused(tokenizer, student, tmp_pat
         with pytest.raises(UserError) as caught:
             check_teacher("distill", stage, folders[name], folders["student"], "packed")
         assert str(caught.value) == message
+
+
+def test_a_teacher_with_another_template_is_noted(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert template_note("distill", stage_of(), tmp_path) == ""
+    assert template_note("distill", stage_of(template="chatml"), tmp_path) == (
+        "stages.distill.teacher=teacher has another chat template than stages.distill.template=chatml; it scores "
+        "replies to prompts that are rendered with the stage's"
+    )

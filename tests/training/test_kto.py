@@ -1,5 +1,6 @@
 """KTO as a stage: TRL's KTOTrainer on our rows, in our order, with our masks."""
 
+from dataclasses import fields
 from typing import ClassVar
 
 import pytest
@@ -23,6 +24,7 @@ from tests.training.tiny_trainers import (
     build,
     char_tokenizer,
     conversation,
+    in_trls_words,
     logged,
     settings,
     stock,
@@ -90,11 +92,7 @@ def test_steps_are_trls_on_text(chatml, tmp_path, changes):
         for row in order
     ]
     arguments = KTOConfig(
-        output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False, max_steps=5, logging_steps=1,
-        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
-        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=0, adam_beta1=stage.adam_beta1,
-        adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm, save_strategy="no", max_length=None,
-        gradient_checkpointing=False, per_device_train_batch_size=stage.micro_batch_size,
+        **in_trls_words(stage, tmp_path / "trl"), max_length=None, per_device_train_batch_size=stage.micro_batch_size,
         gradient_accumulation_steps=4 // stage.micro_batch_size, beta=0.3, loss_type=stage.loss,
         desirable_weight=stage.desirable_weight, undesirable_weight=stage.undesirable_weight,
     )  # fmt: skip
@@ -216,7 +214,7 @@ def test_labels_out_of_balance_are_said(chatml, tmp_path):
 
 def test_rows_are_the_layout_of_the_stage():
     assert KTOStage.ROWS is LabelledRows and KTOStage.layout == "labelled"
-    assert kto_stage().engine == "trl" and "engine" not in KTOStage.__dataclass_fields__
+    assert kto_stage().engine == "trl" and "engine" not in {field.name for field in fields(KTOStage)}
 
 
 def test_adapters_train_beside_the_start_without_a_second_model(chatml, tmp_path):
@@ -226,8 +224,9 @@ def test_adapters_train_beside_the_start_without_a_second_model(chatml, tmp_path
     model = add_adapters(start, lora, 1)
     trainer, _, _ = kto_trainer(chatml, tmp_path, model, None, lora=lora, max_steps=3, learning_rate=1e-2)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.5, abs=1e-6) and losses[-1] < 0.5  # the adapters begin at the reference
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-6)  # the adapters begin at the reference
+    assert steps[0]["rewards/chosen"] == 0 and abs(steps[-1]["rewards/chosen"]) > 1e-4  # and leave it
     base = model.get_base_model().state_dict()
     frozen = [name for name in before if name in base]
     assert frozen and all(torch.equal(base[name], before[name]) for name in frozen)

@@ -16,6 +16,7 @@ from tests.training.tiny_trainers import (
     build_windowed,
     char_tokenizer,
     conversation,
+    in_trls_words,
     logged,
     pair_trainer,
     sft_trainer,
@@ -41,16 +42,10 @@ def chatml():
     return char_tokenizer("chatml")
 
 
-def in_trls_words(stage, folder, **more):
-    """A stage's settings for a trainer that reads the rows in their order."""
-    return dict(
-        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=stage.max_steps, logging_steps=1,
-        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
-        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=stage.weight_decay,
-        adam_beta1=stage.adam_beta1, adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm,
-        save_strategy="no", max_length=None, gradient_checkpointing=False, train_sampling_strategy="sequential",
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, **more,
-    )  # fmt: skip
+IN_ORDER = {
+    "max_length": None, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
@@ -66,7 +61,7 @@ def test_sft_is_trls_on_text(chatml, tmp_path, loss_type):
     engine.train()
     prompt = chatml.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
     texts = Dataset.from_list([{"prompt": prompt, "completion": reply} for reply in replies])
-    arguments = SFTConfig(**in_trls_words(stage, tmp_path / "trl", loss_type=loss_type))
+    arguments = SFTConfig(**in_trls_words(stage, tmp_path / "trl", **IN_ORDER, loss_type=loss_type))
     direct = SFTTrainer(model=peer, args=arguments, train_dataset=texts, processing_class=chatml)
     direct.train()
     keys = ["loss", "grad_norm", *OF_ONE_PASS]
@@ -100,7 +95,7 @@ def test_preference_is_trls_on_text(chatml, tmp_path, trl):
     texts = [{"prompt": prompt, "chosen": REPLIES[row][0], "rejected": REPLIES[row][1]} for row in order]
     direct = DPOTrainer(
         model=peer, ref_model=peer_ref, train_dataset=Dataset.from_list(texts), processing_class=chatml,
-        args=DPOConfig(**in_trls_words(stage, tmp_path / "trl", beta=0.3, **trl)),
+        args=DPOConfig(**in_trls_words(stage, tmp_path / "trl", **IN_ORDER, beta=0.3, **trl)),
     )  # fmt: skip
     direct.train()
     keys = PAIR_KEYS + OF_ONE_PASS

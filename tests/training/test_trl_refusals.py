@@ -28,10 +28,14 @@ def refusal(*words):
 @pytest.mark.parametrize(
     ("words", "line", "remedy"),
     [
-        (["stages.apo.pack_tokens=500"], "stages.apo.pack_tokens=500 packs pairs", ["stages.apo.pack_tokens=null"]),
+        (
+            ["stages.apo.pack_tokens=500"],
+            "stages.apo.pack_tokens=500 packs pairs, which TRL cannot; set it to null",
+            ["stages.apo.pack_tokens=null"],
+        ),
         (
             ["stages.apo.sft_weight=0.5"],
-            "stages.apo.sft_weight=0.5 adds a mean over the global batch, which TRL does not have; leave it out, and "
+            "stages.apo.sft_weight=0.5 adds a mean over the global batch, which TRL does not have; set it to 0, and "
             "set trl.loss_type=[apo_zero,sft] and trl.loss_weights=[1,0.5]",
             ["stages.apo.trl.loss_type=[apo_zero,sft]", "stages.apo.trl.loss_weights=[1,0.5]"],
         ),

@@ -92,6 +92,17 @@ def settings(**changes):
     return {**shared, "num_workers": 1, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
 
 
+def in_trls_words(stage, folder, **more):
+    """A stage's settings for a trainer of TRL that is called directly."""
+    return dict(
+        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=stage.max_steps, logging_steps=1,
+        learning_rate=stage.learning_rate, lr_scheduler_type="cosine_with_min_lr", warmup_steps=stage.warmup_ratio,
+        lr_scheduler_kwargs={"min_lr_rate": stage.min_lr_ratio}, weight_decay=stage.weight_decay,
+        adam_beta1=stage.adam_beta1, adam_beta2=stage.adam_beta2, max_grad_norm=stage.max_grad_norm,
+        save_strategy="no", gradient_checkpointing=False, **more,
+    )  # fmt: skip
+
+
 def conversation(reply):
     return [ASK, {"role": "assistant", "content": reply}]
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smolpost.chat.answers import opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.constraints import follows, follows_loosely
 from smolpost.evaluation.instruction_prompts import Prompt, own_prompts, read_prompts
 from smolpost.evaluation.task import (

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smolpost.chat.answers import Answers, MathAnswers, PatternAnswers, opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.render import text_of
 from smolpost.data.prompts import conversation, named, split_last_reply
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import Answers, MathAnswers, PatternAnswers, opens_thinking, parts_of
 from smolpost.evaluation.task import (
     MODES,
     Context,

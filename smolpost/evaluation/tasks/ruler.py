@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from smolpost.chat.answers import opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
 from smolpost.data.sources import read_rows
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.fit_length import fitted
 from smolpost.evaluation.haystack import text_pieces
 from smolpost.evaluation.ruler_problems import PROBLEMS, Material, Problem, Question

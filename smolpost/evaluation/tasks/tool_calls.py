@@ -5,13 +5,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from smolpost.chat.answers import opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
 from smolpost.data.prompts import named
 from smolpost.data.rows import Row, kind_of
 from smolpost.data.sources import read_rows
 from smolpost.data.tools import json_schema_tool
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import opens_thinking, parts_of
 from smolpost.evaluation.bfcl_match import TYPES, mismatch
 from smolpost.evaluation.parse_calls import TAGS, Call, read_calls
 from smolpost.evaluation.task import (

@@ -9,32 +9,27 @@ Its mean is over the tokens of all replies of the global batch, sampled and give
 """
 
 import functools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
 from smolpost.data.dataset_folder import list_lengths
-from smolpost.errors import UserError
-from smolpost.files import write_text
-from smolpost.training.arguments import total_steps
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.settings import DistillTraining
-from smolpost.training.with_trl.engine import FromTRL, InOrder, arguments_of, built, check_even
+from smolpost.training.with_trl.engine import arguments_of, built, check_even
+from smolpost.training.with_trl.rollouts import EachStepRepeated, Samples, check_room, check_whole_steps
 
-SAMPLES = "samples"  # subfolder of the stage's folder: a file for each logged step
 REPLY = ("completion_ids", "completion_mask")  # columns of the given replies
 
 
-class Distillation(FromTRL, DistillationTrainer):
+class Distillation(Samples, DistillationTrainer):
     """TRL's trainer, run as a stage. It samples; given replies take the place of a share of the samples.
 
     Args:
@@ -43,11 +38,10 @@ class Distillation(FromTRL, DistillationTrainer):
     """
 
     def __init__(self, *, stage: DistillTraining, seed: int, **settings: Any):
-        super().__init__(**settings)
+        super().__init__(kept=stage.kept_samples, **settings)
         self.stage, self.seed = stage, seed
-        self.samples: list[dict] = []  # of this rank in the current step
 
-    def _get_train_sampler(self, train_dataset=None) -> "EachStepRepeated":
+    def _get_train_sampler(self, train_dataset=None) -> EachStepRepeated:
         return EachStepRepeated(self.batches, self.args.gradient_accumulation_steps)
 
     def _tokenize_prompts(self, rows: list[dict]) -> tuple[list[list[int]], None, dict]:
@@ -55,7 +49,6 @@ class Distillation(FromTRL, DistillationTrainer):
 
     def _generate(self, rows: list[dict]) -> tuple:
         prompts, completions, _, images, tool_images = super()._generate(rows)
-        self._total_train_tokens = self.state.num_input_tokens_seen  # this trainer of TRL counts there
         masks = [
             [1] * len(ids) if self._samples(row) else row["completion_mask"]
             for row, ids in zip(rows, completions, strict=True)
@@ -76,7 +69,7 @@ class Distillation(FromTRL, DistillationTrainer):
                 "row": rows[i]["row"],
                 "prompt": prompt_ids[i],
                 "completion": completions[i],
-                "ended_by": "stop token" if completions[i][-1] in self.eos_token_ids else "max_new_tokens",
+                "ended_by": self.ended_by(completions[i]),
             }
             for i in sampled
         ]
@@ -98,46 +91,6 @@ class Distillation(FromTRL, DistillationTrainer):
         if num_sampled:
             metrics["samples/mean_length"].append(num_tokens / num_sampled)
             metrics["samples/stopped"].append(stopped / num_sampled)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.stage.kept_samples:
-            self._keep_samples()
-        super().log(logs, start_time)
-
-    def _keep_samples(self) -> None:
-        """Write the step's sampled replies, as text with all control tokens; all ranks call."""
-        samples = gather_object(self.samples[: self.stage.kept_samples])[: self.stage.kept_samples]
-        if not samples or not self.is_world_process_zero():
-            return
-        decode = functools.partial(self.processing_class.decode, skip_special_tokens=False)
-        lines = []
-        for sample in samples:
-            texts = {side: decode(sample[side]) for side in ("prompt", "completion")}
-            line = sample | texts | {"num_tokens": len(sample["completion"])}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        folder = Path(self.args.output_dir) / SAMPLES
-        folder.mkdir(exist_ok=True)
-        write_text(folder / f"step-{self.state.global_step:06d}.jsonl", "".join(lines))
-
-
-class EachStepRepeated(InOrder):
-    """Each optimizer step's rows, once for every forward pass: TRL samples for the whole step at its first pass.
-
-    A last step with fewer rows is left out; `check` refuses trainings that would come to it.
-    """
-
-    def __init__(self, batches: GlobalBatches, num_passes: int):
-        super().__init__(batches)
-        self.num_passes = num_passes
-
-    def __len__(self) -> int:
-        size = self.batches.global_batch_size
-        return len(self.batches.lengths) // size * size * self.num_passes
-
-    def __iter__(self) -> Iterator[int]:
-        order, size = list(super().__iter__()), self.batches.global_batch_size
-        for first in range(0, len(order) - size + 1, size):
-            yield from order[first : first + size] * self.num_passes
 
 
 class PromptRows(torch.utils.data.Dataset):
@@ -162,22 +115,9 @@ def check(name: str, stage: DistillTraining, rows: Dataset, environment: Environ
         UserError: Rows do not come out even, or prompts leave no room for a reply.
     """
     check_even(name, stage, stage.micro_batch_size, "micro_batch_size", len(rows), environment)
-    where, size = f"stages.{name}", stage.global_batch_size
-    steps, left = divmod(len(rows), size)
-    if left and total_steps(stage, len(rows)) > steps:
-        raise UserError(
-            f"{where}: {len(rows)} rows leave {left} for the last step of an epoch, which TRL's DistillationTrainer "
-            f"drops; "
-            + (f"stop before with {where}.max_steps={steps}, or set " if steps else "set ")
-            + f"{where}.global_batch_size to a divisor of {len(rows)}"
-        )
-    longest = int(list_lengths(rows, "prompt_ids").max())
-    if stage.on_policy and longest + stage.max_new_tokens > stage.max_seq_len:
-        raise UserError(
-            f"{where}.max_seq_len={stage.max_seq_len}, but the longest prompt has {longest} tokens and a sampled reply "
-            f"up to {where}.max_new_tokens={stage.max_new_tokens}; set it to {longest + stage.max_new_tokens} or more, "
-            "or lower max_new_tokens"
-        )
+    check_whole_steps(name, stage, len(rows))
+    if stage.on_policy:
+        check_room(name, stage, int(list_lengths(rows, "prompt_ids").max()))
 
 
 def reference(

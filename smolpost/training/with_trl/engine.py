@@ -36,12 +36,15 @@ class FromTRL(Run):
         return prepared
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.state.num_input_tokens_seen = int(self._total_train_tokens)
+        self._count_tokens()
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.state.num_input_tokens_seen = int(self._total_train_tokens)
+        self._count_tokens()
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        self.state.num_input_tokens_seen = int(self._total_train_tokens)
 
     def _send_telemetry(self) -> None:
         """TRL would report every training to its makers."""
@@ -68,19 +71,22 @@ def arguments_of(
     num_rows: int,
     out: Path,
     environment: Environment,
+    *,
+    replies: int = 1,
     **settings: Any,
 ) -> TrainingArguments:
     """TRL's configuration of a stage.
 
     Args:
         kind: TRL's class.
-        micro_batch_size: Rows per rank and forward pass.
+        micro_batch_size: Rows per rank and forward pass, or replies where several are sampled to a row.
+        replies: Sampled to each row.
         settings: Of the class alone.
     """
     return kind(
         **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=stage.global_batch_size // (micro_batch_size * environment.world_size),
+        gradient_accumulation_steps=stage.global_batch_size * replies // (micro_batch_size * environment.world_size),
         activation_checkpointing=stage.gradient_checkpointing,
         **settings,
     )
@@ -101,6 +107,7 @@ def built(
     configs = (model.config.get_text_config(), model.generation_config)
     before = [config.pad_token_id for config in configs]
     trainer = kind(batches=batches, model=model, processing_class=copy.deepcopy(tokenizer), **settings)
+    trainer.processing_class = tokenizer  # whose tokens transformers gives to the model when training begins
     for config, pad_token_id in zip(configs, before, strict=True):
         config.pad_token_id = pad_token_id
     return trainer

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from smolpost.chat.answers import MathAnswers, PatternAnswers, opens_thinking, parts_of
 from smolpost.errors import UserError
-from smolpost.evaluation.answers import MathAnswers, PatternAnswers, opens_thinking, parts_of
 
 
 @pytest.mark.parametrize(
