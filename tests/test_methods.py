@@ -11,8 +11,7 @@ from smolpost import cli
 from smolpost.registry import LOSSES
 from smolpost.training.settings import TRL_LOSSES, TRLSFT, TRLPreference
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "methods.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 RECIPES = {re.search(r"# ([\w.]+):", block)[1]: block for language, block in BLOCKS if language == "yaml"}
 COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
@@ -26,8 +25,6 @@ def test_commands_plan(line, tmp_path, capsys, monkeypatch):
     [stage] = [word.removeprefix("stage=") for word in words if word.startswith("stage=")]
     for name, text in RECIPES.items():
         (tmp_path / name).write_text(text)
-        if f"pipeline=./{name}" in words and not (ROOT / "recipes" / "stage" / f"{stage}.yaml").exists():
-            pytest.skip(f"the stage kind {stage} is not here yet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", *words, f"run_dir={tmp_path}"])

@@ -145,6 +145,11 @@ def test_what_one_engine_alone_can_train_is_said(healthy, own_loss, case):
     assert found.numbers == [] and reason in found.reason and exit_code(found) == 0
 
 
+def test_a_kind_with_one_engine_is_not_compared(healthy):
+    words = ["+stage@stages.kto=kto", "stages.kto.init_from=init", "stages.kto.max_seq_len=256"]
+    assert compared(healthy, "kto", *words).reason == "stages of kind kto have one engine"
+
+
 def test_rows_that_cannot_be_prepared_are_not_compared(clinic):
     clinic.write("sft", [{"messages": [{"role": "user", "content": "?"}]}])
     found = compared(clinic, "sft")
