@@ -52,7 +52,7 @@ def words(released, run_dir):
         "stages.apo.learning_rate=1e-3", "stages.apo.logging_steps=1",
         "~evaluation.tasks.loss", "~evaluation.tasks.pairs", "evaluation.tasks.answer.stages=null",
         "evaluation.tasks.answer.max_new_tokens=4", "evaluation.tasks.answer.answer=pattern",
-        r"evaluation.tasks.answer.answer_pattern='(\\d+)\\.$'", "evaluation.tasks.choose.max_rows=4",
+        "evaluation.tasks.answer.answer_pattern='([0-9]+)[.]$'", "evaluation.tasks.choose.max_rows=4",
         "evaluation.tasks.ruler.lengths=[512]", "evaluation.tasks.ruler.tasks=[niah_single_1]",
         "evaluation.tasks.ruler.num_prompts=2", "evaluation.batch_tokens=4096",
         "stages.sweep.long=[ruler/512]", "stages.sweep.weights=[0.1]", "stages.sweep.dtype=float32",
