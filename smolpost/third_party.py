@@ -21,6 +21,8 @@ RECORDS = (  # logger, start of the text
     ("transformers.trainer_utils", "mtime may not be reliable on this filesystem"),
     # DeepSpeed looks for an accelerator when it is imported, also where nothing trains; a training says its device.
     ("DeepSpeed", "Setting accelerator to CPU."),
+    # transformers accumulates gradients itself under TRL's trainers, and tells DeepSpeed over how many passes.
+    ("accelerate.accelerator", "[RANK 0] Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1,"),
     # TRL advises several rows per forward pass; a row is a full pack here, and micro_batch_size says how many.
     ("trl.trainer.sft_trainer", "[RANK 0] You are using a per_device_train_batch_size of 1"),
 )
