@@ -33,7 +33,9 @@ class GRPOStage(TrainStage, PolicyTraining):
         if self.overlong == "split":
             raise Wrong(f"{key}.overlong", "=split cannot be done to a prompt; choose one of: refuse, truncate, drop")
         if not self.rewards:
-            raise Wrong(f"{key}.rewards", f"={{}} is empty; give some of {', '.join(REWARDS)} a weight")
+            raise Wrong(
+                f"{key}.rewards", f"={{}} rewards nothing; name rewards with their weights, of: {', '.join(REWARDS)}"
+            )
         for name in self.rewards:
             if name not in REWARDS:
                 raise Wrong(f"{key}.rewards.{name}", f" is not a reward; choose some of: {', '.join(REWARDS)}")

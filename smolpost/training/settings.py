@@ -148,7 +148,7 @@ class DistillTraining(Training, CompletionRows):
 class PolicyTraining(Training, CompletionRows):
     """On rewarded replies of the model's own (GRPO, arXiv:2402.03300)."""
 
-    rewards: dict[str, float] = field(default_factory=lambda: {"right_answer": 1.0})  # name of `rewards` -> weight
+    rewards: dict[str, float] = field(default_factory=dict)  # names of `training/rewards.py` or a plugin -> weight
     reward_settings: dict[str, Any] = field(default_factory=dict)  # name -> settings of that reward
     num_generations: int = number("[2, inf)", 8)  # replies to each prompt, which are rewarded beside one another
     max_new_tokens: int = count(1024)  # longest reply, tokens
