@@ -74,7 +74,8 @@ def test_published_mixture_weights():
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "pipeline").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_pipeline_composes(file):
     request = recipe.load([f"pipeline={file.stem}", "data_root=somewhere"])
-    assert request.recipe.pipeline == file.stem
+    # tiny_distill adds stages to the miniature and finds the others where `pipeline=tiny` left them.
+    assert request.recipe.pipeline == {"tiny_distill": "tiny"}.get(file.stem, file.stem)
     assert all(type(s) is STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
 
 
