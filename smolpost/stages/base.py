@@ -252,9 +252,9 @@ class Stage:
 
 
 def keyed(config: Any) -> dict[str, Any]:
-    """The fields of a stage or an evaluation task that can change its result."""
-    fields = [f for f in dataclasses.fields(config) if f.metadata.get("in_key", True)]
-    return {f.name: getattr(config, f.name) for f in fields}
+    """The fields of a stage or an evaluation task that can change its result, those of nested settings, too."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("in_key", True)}
+    return {name: keyed(value) if dataclasses.is_dataclass(value) else value for name, value in fields.items()}
 
 
 def leaves(parent: str, stages: Mapping[str, Stage]) -> list[str]:
