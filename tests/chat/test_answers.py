@@ -26,11 +26,11 @@ def test_parts(reply, expected):
     assert parts_of(reply) == expected
 
 
-def test_a_block_that_the_prompt_opened(tokenizer):
+def test_a_block_that_the_prompt_opened(char):
     assert parts_of("six sevens are 42", opened_in_prompt=True) == ("six sevens are 42", "", True)
     assert parts_of("six sevens\n</think>\n42", opened_in_prompt=True) == ("six sevens", "42", False)
-    assert opens_thinking(tokenizer, tokenizer.encode("abc<think>\n"))
-    assert not opens_thinking(tokenizer, tokenizer.encode("abc<think>\n\n</think>\n"))
+    assert opens_thinking(char, char.encode("abc<think>\n"))
+    assert not opens_thinking(char, char.encode("abc<think>\n\n</think>\n"))
 
 
 # ---------------------------------------------------------------- pattern
