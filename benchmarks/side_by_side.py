@@ -96,7 +96,7 @@ def compared(what: str, unit: str, name: str, case: dict, sides: dict[str, dict]
     """Show the first side, ours, beside the others; the entry for `keep`.
 
     Args:
-        what, name: Of the table.
+        what, name: What was trained, and the case: the table's title.
         unit: Of speed: tokens or pairs, a number that every side has measured.
         sides: From `alternate`.
     """

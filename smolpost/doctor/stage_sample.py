@@ -279,7 +279,7 @@ class Case:
         """The model that is given.
 
         Raises:
-            NotChecked: It is too large for this machine, or an id of the sample has no embedding.
+            NotChecked: The model is too large for this machine, or an id of the sample has no embedding.
         """
         parameters = sum(p.numel() for p in model.parameters())
         if parameters > HEAVY and self.environment.use_cpu and self.num_rows > FEW_ROWS:

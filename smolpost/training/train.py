@@ -135,7 +135,7 @@ def train(
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
-    if environment.rank == 0 and (idle := trainer.batches.idle_share()):
+    if environment.rank == 0 and (idle := trainer.idle_share()):
         print(
             f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
             f"ranks: {idle:.0%} of the forward passes are empty",

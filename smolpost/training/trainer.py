@@ -74,6 +74,10 @@ class Run:
             if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
                 raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
+    def idle_share(self) -> float:
+        """Share of the forward passes that only keep ranks in step, in [0, 1)."""
+        return self.batches.idle_share()
+
     # Checkpoints are ours, the same under every backend; transformers' are each backend's own.
 
     def _save_checkpoint(self, model, trial) -> None:

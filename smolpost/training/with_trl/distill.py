@@ -8,7 +8,6 @@ The loss is the generalized Jensen-Shannon divergence of the next-token distribu
 Its mean is over the tokens of all replies of the global batch, sampled and given.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DistillationConfig, DistillationTrainer
 
 from smolpost.data.dataset_folder import list_lengths
-from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.settings import DistillTraining
-from smolpost.training.with_trl.engine import arguments_of, built, check_even
+from smolpost.training.with_trl.engine import arguments_of, batches_of, built, check_even
 from smolpost.training.with_trl.rollouts import EachStepRepeated, Samples, check_room, check_whole_steps
 
 REPLY = ("completion_ids", "completion_mask")  # columns of the given replies
@@ -160,21 +158,10 @@ def trainer(
         Distillation,
         model,
         tokenizer,
-        batches(stage, rows, seed, environment),
+        batches_of(list_lengths(rows, "prompt_ids") + list_lengths(rows, "completion_ids"), stage, seed, environment),
         stage=stage,
         seed=seed,
         teacher_model=reference(),
         args=arguments,
         train_dataset=PromptRows(rows),
-    )
-
-
-def batches(stage: DistillTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
-    return GlobalBatches(
-        list_lengths(rows, "prompt_ids") + list_lengths(rows, "completion_ids"),
-        stage.global_batch_size,
-        functools.partial(by_count, micro_batch_size=stage.micro_batch_size),
-        seed=seed,
-        rank=environment.rank,
-        num_ranks=environment.world_size,
     )

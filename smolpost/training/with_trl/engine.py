@@ -1,17 +1,19 @@
 """What all of TRL's trainers need to run as a stage."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from smolpost.errors import UserError
 from smolpost.training.arguments import shared_settings, total_steps
-from smolpost.training.batches import GlobalBatches
+from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.settings import Training, or_our_engine
 from smolpost.training.trainer import Run
@@ -45,6 +47,9 @@ class FromTRL(Run):
 
     def _count_tokens(self) -> None:
         self.state.num_input_tokens_seen = int(self._total_train_tokens)
+
+    def idle_share(self) -> float:
+        return 0.0  # `check` has refused what does not come out even
 
     def _send_telemetry(self) -> None:
         """TRL would report every training to its makers."""
@@ -89,6 +94,22 @@ def arguments_of(
         gradient_accumulation_steps=stage.global_batch_size * replies // (micro_batch_size * environment.world_size),
         activation_checkpointing=stage.gradient_checkpointing,
         **settings,
+    )
+
+
+def batches_of(lengths: np.ndarray, stage: Training, seed: int, environment: Environment) -> GlobalBatches:
+    """The stage's optimizer steps. Only their order counts: TRL makes the forward passes itself.
+
+    Args:
+        lengths: [N] tokens of each prepared row.
+    """
+    return GlobalBatches(
+        lengths,
+        stage.global_batch_size,
+        functools.partial(by_count, micro_batch_size=1),
+        seed=seed,
+        rank=environment.rank,
+        num_ranks=environment.world_size,
     )
 
 

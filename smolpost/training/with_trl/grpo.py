@@ -17,10 +17,9 @@ from smolpost.data.dataset_folder import list_lengths
 from smolpost.errors import UserError
 from smolpost.inference.generation import reply_text, stop_token_ids
 from smolpost.training import rewards, sft
-from smolpost.training.batches import GlobalBatches
 from smolpost.training.environment import Environment
 from smolpost.training.settings import PolicyTraining
-from smolpost.training.with_trl.engine import arguments_of, built
+from smolpost.training.with_trl.engine import arguments_of, batches_of, built
 from smolpost.training.with_trl.rollouts import EachStepRepeated, Samples, check_room, check_whole_steps
 
 reference = sft.reference  # TRL loads the start again where `beta` asks for it
@@ -105,14 +104,6 @@ def trainer(
     seed: int,
     environment: Environment,
 ) -> GRPO:
-    batches = GlobalBatches(
-        list_lengths(rows, "prompt_ids"),
-        stage.global_batch_size,
-        lambda taken: [taken],
-        seed=seed,
-        rank=environment.rank,
-        num_ranks=environment.world_size,
-    )
     stops = stop_token_ids(model.generation_config)
 
     def asked(found: dict[str, list]) -> dict[str, list]:
@@ -127,7 +118,7 @@ def trainer(
         GRPO,
         model,
         tokenizer,
-        batches,
+        batches_of(list_lengths(rows, "prompt_ids"), stage, seed, environment),
         kept=stage.kept_samples,
         args=arguments,
         train_dataset=rows.select_columns(["prompt_ids", "completion_ids"]).with_transform(asked),

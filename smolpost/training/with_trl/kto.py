@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import KTOConfig, KTOTrainer
 
 from smolpost.data.dataset_folder import list_lengths, list_sums
-from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.settings import KTOTraining
-from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even
+from smolpost.training.with_trl.engine import FromTRL, arguments_of, batches_of, built, check_even
 
 COLUMNS = ("prompt_ids", "completion_ids", "completion_mask", "label")
 MOST_DESIRED = 4 / 3  # weight of all desired completions over that of all undesired ones; the least is 1
@@ -92,22 +91,11 @@ def trainer(
         KTO,
         model,
         tokenizer,
-        batches(stage, rows, seed, environment),
+        batches_of(list_lengths(rows, "prompt_ids") + list_lengths(rows, "completion_ids"), stage, seed, environment),
         args=arguments,
         ref_model=None if stage.lora.r else reference(),  # adapters that are switched off are the reference
         train_dataset=rows.select_columns(list(COLUMNS)),
         data_collator=functools.partial(collate_labelled, max_seq_len=stage.max_seq_len, with_kl=stage.loss == "kto"),
-    )
-
-
-def batches(stage: KTOTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
-    return GlobalBatches(
-        list_lengths(rows, "prompt_ids") + list_lengths(rows, "completion_ids"),
-        stage.global_batch_size,
-        functools.partial(by_count, micro_batch_size=stage.micro_batch_size),
-        seed=seed,
-        rank=environment.rank,
-        num_ranks=environment.world_size,
     )
 
 

@@ -1,6 +1,5 @@
 """Preference training by TRL's DPOTrainer: on padded pairs, two sequences each, beside its own reference."""
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DPOConfig, DPOTrainer
 
 from smolpost.data.collate import PARTS
-from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
 from smolpost.training.reference import pair_lengths
 from smolpost.training.reference_cache import reference_key, weights_hash
 from smolpost.training.settings import PairTraining
-from smolpost.training.with_trl.engine import FromTRL, arguments_of, built, check_even
+from smolpost.training.with_trl.engine import FromTRL, arguments_of, batches_of, built, check_even
 
 COLUMNS = [f"{part}_{what}" for part in PARTS for what in ("ids", "mask")]
 
@@ -112,7 +110,7 @@ def trainer(
         DPO,
         model,
         tokenizer,
-        batches(stage, rows, seed, environment),
+        batches_of(pair_lengths(rows), stage, seed, environment),
         args=arguments,
         ref_model=None if stage.lora.r or is_precomputed else reference.load(),
         train_dataset=rows.select_columns(list(COLUMNS)),
@@ -129,17 +127,6 @@ def _beside(rows: Dataset, cache: Path, arguments: TrainingArguments) -> Dataset
             (cache / file.name).symlink_to(file)
     arguments.distributed_state.wait_for_everyone()
     return load_from_disk(str(cache))
-
-
-def batches(stage: PairTraining, rows: Dataset, seed: int, environment: Environment) -> GlobalBatches:
-    return GlobalBatches(
-        pair_lengths(rows),
-        stage.global_batch_size,
-        functools.partial(by_count, micro_batch_size=stage.trl.micro_batch_size),
-        seed=seed,
-        rank=environment.rank,
-        num_ranks=environment.world_size,
-    )
 
 
 def collate_padded(pairs: list[dict]) -> dict[str, torch.Tensor]:
