@@ -27,6 +27,8 @@ import torch
 from side_by_side import RESULTS, ROOT, machine, show
 from workload import SMALL, SMOLLM3_3B, Side, sides_of
 
+from smolpost.training.settings import LoRA
+
 OUR_NAME, TRL_NAME, LIGER_NAME, PRECOMPUTED_NAME = "smolpost", "trl", "trl, liger", "trl, precomputed"
 FULL, OFFLOAD, LORA = "full", "offload", "lora r=16"
 
@@ -87,19 +89,19 @@ def cases(data: Path, device: str, quick: bool) -> dict[str, Case]:
     dialogs = shared | {"file": str(data / "tau_airline" / "preference.jsonl"), "rows": 12, "batch": 4 // scale or 1}
     if quick:
         short, long, pairs, dialogs = (case | {"steps": 2} for case in (short, long, pairs, dialogs))
-    trl, lora = Side("trl"), {"r": 16, "alpha": 32.0}
+    trl, mine = Side("trl"), ours(activation_checkpointing="auto")
     return {
         "SFT, packs of 16,384": Case(
             sft,
             "tokens",
             short,
             {
-                OUR_NAME: ours(activation_checkpointing="auto"),
+                OUR_NAME: mine,
                 FULL: ours(activation_checkpointing="full"),
                 OFFLOAD: ours(activation_checkpointing="offload"),
-                LORA: ours(activation_checkpointing="full", lora=lora),
-                LIGER_NAME: Side("trl", liger=True, settings={"activation_checkpointing": "full"}),
-                TRL_NAME: Side("trl", settings={"activation_checkpointing": "full"}),
+                LORA: ours(activation_checkpointing="full", lora=LoRA(r=16)),
+                LIGER_NAME: Side("trl", liger=True),
+                TRL_NAME: trl,
             },
             [
                 Target(OUR_NAME, "rate", 25_000),
@@ -115,14 +117,14 @@ def cases(data: Path, device: str, quick: bool) -> dict[str, Case]:
             apo,
             "pairs",
             {"steps": 4} | pairs | {"pack_tokens": 16384 // scale, "trl_micro_batch": 4},
-            {OUR_NAME: ours(), TRL_NAME: trl, PRECOMPUTED_NAME: Side("trl", precompute=True)},
+            {OUR_NAME: mine, TRL_NAME: trl, PRECOMPUTED_NAME: Side("trl", precompute=True)},
             [Target(OUR_NAME, "rate", 8, than=TRL_NAME), Target(OUR_NAME, "rate", 5, than=PRECOMPUTED_NAME)],
         ),
         "APO, tau airline pairs": Case(
             apo,
             "pairs",
             {"steps": 2} | dialogs | {"pack_tokens": 16384 // scale, "trl_micro_batch": 1},
-            {OUR_NAME: ours(), TRL_NAME: trl},
+            {OUR_NAME: mine, TRL_NAME: trl},
             [Target(OUR_NAME, "rate", 3, than=TRL_NAME)],
         ),
         "SFT, packs of 65,536": Case(

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from side_by_side import alternate, keep, options, run_side, show
-from workload import SMALL, model_for, prepared, rows_of, scratch, tokenizer_for
+from workload import SMALL, model_for, prepared, scratch, tokenizer_for
 
 from smolpost.stages.sft import SFTStage
 

@@ -5,8 +5,10 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, load_from_disk
@@ -82,7 +84,7 @@ class Side(NamedTuple):
     attention: str = PACKED_ATTENTION
     precompute: bool = False
     liger: bool = False
-    settings: dict = {}  # never changed
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def sides_of(sides: dict[str, Side], device: str) -> dict[str, Side]:
