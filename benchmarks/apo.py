@@ -25,7 +25,8 @@ def measure(side: Side, case: dict) -> dict:
     stage = APOStage(
         init_from="x", data="y", max_seq_len=65536, learning_rate=1e-6, global_batch_size=case["batch"],
         max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        pack_tokens=case["pack_tokens"] if is_ours else None, gradient_checkpointing=case["device"] == "cuda",
+        pack_tokens=case["pack_tokens"] if is_ours else None,
+        activation_checkpointing="full" if case["device"] == "cuda" else "none",
     )  # fmt: skip
     if not is_ours:
         stage.trl.micro_batch_size = case["trl_micro_batch"]

@@ -25,7 +25,7 @@ def measure(side: Side, case: dict) -> dict:
     stage = SFTStage(
         init_from="x", data="y", max_seq_len=case["length"], overlong="truncate", learning_rate=1e-4,
         global_batch_size=1, max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        gradient_checkpointing=case["device"] == "cuda",
+        activation_checkpointing="full" if case["device"] == "cuda" else "none",
     )  # fmt: skip
     with scratch() as folder:
         trainer, packs, _ = train(stage, case | {"rows": ROWS}, side, Path(folder), clock := Clock(WARMUP))
