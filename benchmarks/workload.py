@@ -20,6 +20,7 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import PACKED_ATTENTION, RELEASE_DAY, Mixture, Source
+from smolpost.training import activations
 from smolpost.training.environment import Environment, detect
 from smolpost.training.settings import Training
 from smolpost.training.trainer import Run
@@ -134,7 +135,9 @@ def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock")
     arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
     arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
-    trainer = method.trainer(stage, load_start(), tokenizer, rows, reference, arguments, 0, here)
+    model = load_start()
+    activations.apply("bench", model, stage.activation_checkpointing)
+    trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)
     trainer.add_callback(clock)
     trainer.train()
     return Trained(trainer, rows, spent)

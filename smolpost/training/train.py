@@ -19,6 +19,7 @@ from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
+from smolpost.training import activations
 from smolpost.training.adapters import add_adapters, merged
 from smolpost.training.arguments import total_steps
 from smolpost.training.batch_size import check_global_batch
@@ -131,6 +132,9 @@ def train(
     model = load_start()
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
+    activations.apply(
+        name, model, "full" if stage.activation_checkpointing == "auto" else stage.activation_checkpointing
+    )
     stops.give(model, tokenizer)  # a method that samples stops there, too
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
