@@ -85,8 +85,17 @@ def cases(data: Path, device: str, quick: bool) -> dict[str, Case]:
     scale = 16 if quick else 1
     packs = shared | {"file": str(data / "gsm8k" / "smoltalk2_sft.jsonl"), "rows": 200 if quick else None}
     short, long = packs | {"length": 16384 // scale, "steps": 8}, packs | {"length": 65536 // scale, "steps": 3}
-    pairs = shared | {"file": str(data / "gsm8k" / "smoltalk2_preference.jsonl"), "rows": 160, "batch": 32 // scale}
-    dialogs = shared | {"file": str(data / "tau_airline" / "preference.jsonl"), "rows": 12, "batch": 4 // scale or 1}
+    (batch, few), rows = ((4, 1), (24, 4)) if quick else ((32, 4), (160, 12))
+    pairs = shared | {
+        "file": str(data / "gsm8k" / "smoltalk2_preference.jsonl"),
+        "rows": 24 if quick else 160,
+        "batch": 4 if quick else 32,
+    }
+    dialogs = shared | {
+        "file": str(data / "tau_airline" / "preference.jsonl"),
+        "rows": 4 if quick else 12,
+        "batch": 1 if quick else 4,
+    }
     if quick:
         short, long, pairs, dialogs = (case | {"steps": 2} for case in (short, long, pairs, dialogs))
     trl, mine = Side("trl"), ours(activation_checkpointing="auto")

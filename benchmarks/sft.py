@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, matmul_tflops, model_flops, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, needed, scratch, sides_of, train
 
 from smolpost.chat.fates import Fate
 from smolpost.stages.sft import SFTStage
@@ -33,11 +33,7 @@ def measure(side: Side, case: dict) -> dict:
         taken = packs.select(trainer.batches.order()[WARMUP : WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
         scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)
-        attended = sum(n * (n + 1) // 2 for pack in taken for n in pack["seq_lengths"])
-        flops = model_flops(trainer.model, tokens, scored, attended)
-        return clock.measured(
-            tokens=tokens, model_flops=flops, trained_share=scored / tokens, matmul_tflops=matmul_tflops(case)
-        )
+        return clock.measured(tokens=tokens, trained_share=scored / tokens, **needed(trainer, taken, case))
 
 
 TARGETS = {

@@ -20,9 +20,11 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import PACKED_ATTENTION, RELEASE_DAY, Mixture, Source
-from smolpost.training import activations
 from smolpost.training.environment import Environment, detect
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 from smolpost.training.settings import Training
+from smolpost.training.train import trainable
 from smolpost.training.trainer import Run
 
 SMALL = {
@@ -135,8 +137,7 @@ def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock")
     arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
     arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
-    model = load_start()
-    activations.apply("bench", model, stage.activation_checkpointing)
+    model = trainable("bench", stage, load_start, seed=0)
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)
     trainer.add_callback(clock)
     trainer.train()
@@ -188,33 +189,10 @@ class Clock(TrainerCallback):
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "loss_last": self.losses[-1], **more, **peak}
 
 
-def model_flops(model, tokens: int, head_tokens: int, attended: int) -> float:
-    """Floating-point operations a step needs: forward and backward, each matrix counted where it must be applied.
-
-    Args:
-        tokens: Run through the layers.
-        head_tokens: Scored by the head.
-        attended: Query-key pairs, causal ones alone.
-    """
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    return 6.0 * (layers * tokens + head * head_tokens + 2 * attended * config.hidden_size * config.num_hidden_layers)
-
-
-def matmul_tflops(case: dict) -> float:
-    """What the device does when it does nothing but multiply matrices, in the training precision."""
-    on_gpu = case["device"] == "cuda"
-    size, device = (8192, "cuda") if on_gpu else (1536, "cpu")
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+def needed(trainer: Run, rows: Dataset, case: dict) -> dict[str, float]:
+    """Floating-point operations that training on the rows needs, and the device's rate in matrix products."""
+    flops = row_flops(trainer.model, rows.flatten_indices()).sum()
+    return {"model_flops": float(flops), "matmul_tflops": matmul_tflops(environment(case))}
 
 
 def scratch() -> tempfile.TemporaryDirectory:
