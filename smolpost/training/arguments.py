@@ -55,6 +55,7 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "adam_epsilon": stage.adam_epsilon,
         "logging_steps": stage.logging_steps,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it asks a GPU at each step, to leave losses that are NaN out of the log
         "save_strategy": "steps",
         "save_steps": stage.save_steps,
         "save_total_limit": stage.save_total_limit,
