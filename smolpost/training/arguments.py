@@ -31,7 +31,6 @@ def training_arguments(
         **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        activation_checkpointing=stage.gradient_checkpointing,
     )
 
 
@@ -67,6 +66,7 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "dataloader_pin_memory": not environment.use_cpu,
         "eval_strategy": "no",
         "ddp_find_unused_parameters": False,
+        "activation_checkpointing": False,  # `activations.apply` has set the model's layers
     }
 
 
