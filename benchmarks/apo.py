@@ -22,10 +22,11 @@ WARMUP = 1
 
 def measure(side: Side, case: dict) -> dict:
     is_ours = side.engine == "smolpost"
+    settings = {"activation_checkpointing": "full" if case["device"] == "cuda" else "none"} | side.settings
     stage = APOStage(
         init_from="x", data="y", max_seq_len=65536, learning_rate=1e-6, global_batch_size=case["batch"],
         max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        pack_tokens=case["pack_tokens"] if is_ours else None, gradient_checkpointing=case["device"] == "cuda",
+        pack_tokens=case["pack_tokens"] if is_ours else None, **settings,
     )  # fmt: skip
     if not is_ours:
         stage.trl.micro_batch_size = case["trl_micro_batch"]

@@ -22,13 +22,14 @@ WARMUP = 1
 
 
 def measure(side: Side, case: dict) -> dict:
+    settings = {"activation_checkpointing": "full" if case["device"] == "cuda" else "none"} | side.settings
     stage = SFTStage(
         init_from="x", data="y", max_seq_len=case["length"], overlong="truncate", learning_rate=1e-4,
         global_batch_size=1, max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        gradient_checkpointing=case["device"] == "cuda",
+        **settings,
     )  # fmt: skip
     with scratch() as folder:
-        trainer, packs, _ = train(stage, case | {"rows": ROWS}, side, Path(folder), clock := Clock(WARMUP))
+        trainer, packs, _ = train(stage, {"rows": ROWS} | case, side, Path(folder), clock := Clock(WARMUP))
         taken = packs.select(trainer.batches.order()[WARMUP : WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
         scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)

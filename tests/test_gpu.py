@@ -1,10 +1,13 @@
 """What only a GPU can show: its kernels give what the CPU gives, to the precision of bf16."""
 
-from functools import partial
+import functools
 
 import pytest
 import torch
+from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
+from smolpost.inference import generation
+from smolpost.inference.decoding import fits
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM, fused
 from smolpost.model.attention_kernels import CPUFlash, attend, kernel_name, segment_attention, varlen_attention
 from smolpost.model.attention_segments import find_segments
@@ -43,7 +46,7 @@ def test_attention_equals_the_cpus(layout, heads, window):
 
     exact = results(CPUFlash.apply, "cpu", torch.float32)
     for function, dtype, tolerance in [
-        (partial(varlen_attention, kernel), torch.bfloat16, 0.02),
+        (functools.partial(varlen_attention, kernel), torch.bfloat16, 0.02),
         (segment_attention, torch.bfloat16, 0.02),
         (segment_attention, torch.float32, 2e-3),
     ]:
@@ -149,3 +152,37 @@ def test_token_scores_equal_the_cpus(weighted):
         results.append((scores.logps.detach(), scores.entropy, h.grad, w.grad))
     for expected, found in zip(*results, strict=True):
         close(found, expected, 0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", [SmolLM3ForCausalLM, StockSmolLM3])
+def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, family, temperature):
+    """In fp32, so that rounding decides between no two tokens; 400 tokens take two windows."""
+    torch.manual_seed(0)
+    config = SmolLM3Config(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    config._attn_implementation = "packed" if family is SmolLM3ForCausalLM else "sdpa"
+    model = family(config).cuda()
+    prompts = [[3 + (7 * i + j) % 400 for j in range(n)] for i, n in enumerate([40, 3, 17, 40, 1, 90, 8, 8])]
+    replies = functools.partial(
+        generation.generate, model, prompts, max_new_tokens=400, temperature=temperature, top_p=0.9, seed=3,
+        eos_token_ids=[2], pad_token_id=0, batch_size=3,
+    )  # fmt: skip
+    assert fits(model, 3, 490)
+    captured = []
+
+    def counted(capture):
+        return lambda step: captured.append(step.args) or capture(step)
+
+    with monkeypatch.context() as patch:
+        graphs = generation.cuda_graphs
+        patch.setattr(generation, "cuda_graphs", lambda: counted(graphs()))
+        by_graphs = replies()
+    assert captured and "without CUDA graphs" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "cuda_graphs", lambda: None)
+        assert replies() == by_graphs
+    monkeypatch.setattr(generation, "fits", lambda *_: False)
+    assert replies() == by_graphs

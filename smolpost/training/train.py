@@ -19,11 +19,14 @@ from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
+from smolpost.training import activations
 from smolpost.training.adapters import add_adapters, merged
 from smolpost.training.arguments import total_steps
 from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import Snapshots, last_whole, num_bytes
 from smolpost.training.environment import Environment, backend_name, check_ranks
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.settings import Training
 from smolpost.training.start import check_start
@@ -131,10 +134,16 @@ def train(
     model = load_start()
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
+    activations.apply(
+        name, model, "full" if stage.activation_checkpointing == "auto" else stage.activation_checkpointing
+    )
     stops.give(model, tokenizer)  # a method that samples stops there, too
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
+    needed = row_flops(model, rows) if environment.rank == 0 else None
+    rate = None if needed is None else matmul_tflops(environment)  # before the device has the model
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
+    trainer.meter.row_flops, trainer.meter.matmul_tflops = needed, rate
     if environment.rank == 0 and (idle := trainer.idle_share()):
         print(
             f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
@@ -170,6 +179,7 @@ def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
         "num_processes": environment.world_size,
         "device": "cpu" if environment.use_cpu else torch.cuda.get_device_name(),
         "precision": "bf16" if environment.bf16 else "fp32",
+        "speed": trainer.meter.summary() | ({"matmul_tflops": rate} if (rate := trainer.meter.matmul_tflops) else {}),
         "log": trainer.state.log_history,
     }
 

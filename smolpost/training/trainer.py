@@ -30,6 +30,7 @@ from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.environment import backend_name
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
+from smolpost.training.speed import Meter
 from smolpost.training.state import state_of
 from smolpost.training.stop import EndOnce, NothingLeft, StopAtStep
 
@@ -57,6 +58,7 @@ class Run:
         self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
         self.stop = stop
         self.batches = batches
+        self.meter = Meter(batches, self.args.world_size, self.args.device)
         self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
@@ -99,6 +101,8 @@ class Run:
         checkpoints.restore_random_state(Path(checkpoint), self.args.process_index, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.read(self.state.global_step, self.state.num_input_tokens_seen)
         if "train_runtime" in logs:
             logs |= self._speed(logs["train_runtime"])
         super().log(logs, start_time)
@@ -189,6 +193,8 @@ class StageTrainer(Run, Trainer, abc.ABC):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         batch, counts = inputs
+        if self.accelerator.num_processes > 1:
+            self.observe("idle_share", torch.full((), float(not counts), device=self.args.device), 1)
         # Gradients are averaged over the ranks, but the loss is already divided by the total of all ranks.
         return self.pass_loss(model, batch, counts, num_items_in_batch) * self.accelerator.num_processes
 
