@@ -49,7 +49,7 @@ def test_attention_equals_the_cpus(layout, heads, window):
 
     exact = results(CPUFlash.apply, "cpu", torch.float32)
     for function, dtype, tolerance in [
-        (partial(varlen_attention, kernel), torch.bfloat16, 0.02),
+        (functools.partial(varlen_attention, kernel), torch.bfloat16, 0.02),
         (segment_attention, torch.bfloat16, 0.02),
         (segment_attention, torch.float32, 2e-3),
     ]:

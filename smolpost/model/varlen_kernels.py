@@ -99,9 +99,7 @@ def choose(query: torch.Tensor, value: torch.Tensor, window: int | None, dropout
         major, minor = capability
         return f"FlashAttention needs compute capability 8.0, and this card has {major}.{minor}; use an A100 or newer"
     if dropout:
-        return (
-            f"FlashAttention runs without dropout here, and attention_dropout is {dropout}; set it to 0 in config.json"
-        )
+        return f"FlashAttention runs without dropout here; set attention_dropout={dropout} to 0 in config.json"
     # The backward of heads larger than 192 does not run on every GPU.
     if size % 8 or size > 192 or value.shape[3] != size:
         return (
