@@ -12,20 +12,20 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, matmul_tflops, model_flops, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, needed, scratch, sides_of, train
 
 from smolpost.stages.preference import APOStage
-from smolpost.training import reference
 
 WARMUP = 1
 
 
 def measure(side: Side, case: dict) -> dict:
     is_ours = side.engine == "smolpost"
+    settings = {"activation_checkpointing": "full" if case["device"] == "cuda" else "none"} | side.settings
     stage = APOStage(
         init_from="x", data="y", max_seq_len=65536, learning_rate=1e-6, global_batch_size=case["batch"],
         max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        pack_tokens=case["pack_tokens"] if is_ours else None, gradient_checkpointing=case["device"] == "cuda",
+        pack_tokens=case["pack_tokens"] if is_ours else None, **settings,
     )  # fmt: skip
     if not is_ours:
         stage.trl.micro_batch_size = case["trl_micro_batch"]
@@ -34,12 +34,8 @@ def measure(side: Side, case: dict) -> dict:
         trainer, pairs, spent = train(stage, case, side, Path(folder), clock := Clock(WARMUP))
         first, last = WARMUP * case["batch"], (WARMUP + case["steps"]) * case["batch"]
         taken = pairs.select(trainer.batches.order()[first:last])
-        lengths = [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in taken]
-        attended = sum((p * p + c * c + r * r) // 2 + p * (c + r) for p, c, r in lengths)
-        scored = int(reference.scored_tokens(taken.flatten_indices()).sum())
-        flops = model_flops(trainer.model, sum(map(sum, lengths)), scored, attended)
         own = {"reference_seconds": spent[0], "second_seed_seconds": spent[1]} if is_ours else {}
-        return clock.measured(pairs=len(taken), model_flops=flops, matmul_tflops=matmul_tflops(case), **own)
+        return clock.measured(pairs=len(taken), **needed(trainer, taken, case), **own)
 
 
 TAU, GSM8K = "tau airline, vocabulary 8192", "gsm8k, vocabulary 128256"

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from side_by_side import alternate, keep, options, run_side, show
-from workload import SMALL, model_for, prepared, rows_of, scratch, tokenizer_for
+from workload import SMALL, model_for, prepared, scratch, tokenizer_for
 
 from smolpost.stages.sft import SFTStage
 
@@ -22,7 +22,7 @@ LENGTH = 16384
 
 def smolpost_side(case: dict) -> dict:
     with scratch() as folder:
-        file, tokenizer = copied(case, Path(folder)), tokenizer_for(rows_of(case["file"]))
+        file, tokenizer = copied(case, Path(folder)), tokenizer_for(case["file"], None)
         stage = SFTStage(
             init_from="x", data="y", max_seq_len=LENGTH, overlong="truncate", learning_rate=1e-4, global_batch_size=1,
             num_workers=case["workers"],
@@ -44,8 +44,8 @@ def trl_side(case: dict) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     with scratch() as folder:
-        file, tokenizer = copied(case, Path(folder)), tokenizer_for(rows_of(case["file"]))
-        model = model_for({"model": SMALL, "vocab": len(tokenizer), "device": "cpu"}, tokenizer, ours=False)
+        file, tokenizer = copied(case, Path(folder)), tokenizer_for(case["file"], None)
+        model = model_for({"model": SMALL, "vocab": len(tokenizer), "device": "cpu"}, tokenizer, "sdpa")
         began = time.perf_counter()
         rows = load_dataset("json", data_files=str(file), split="train", cache_dir=f"{folder}/cache")
         number = len(rows)

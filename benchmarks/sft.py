@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, matmul_tflops, model_flops, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, needed, scratch, sides_of, train
 
 from smolpost.chat.fates import Fate
 from smolpost.stages.sft import SFTStage
@@ -22,21 +22,18 @@ WARMUP = 1
 
 
 def measure(side: Side, case: dict) -> dict:
+    settings = {"activation_checkpointing": "full" if case["device"] == "cuda" else "none"} | side.settings
     stage = SFTStage(
         init_from="x", data="y", max_seq_len=case["length"], overlong="truncate", learning_rate=1e-4,
         global_batch_size=1, max_steps=WARMUP + case["steps"], logging_steps=1, report_to=[], engine=side.engine,
-        gradient_checkpointing=case["device"] == "cuda",
+        **settings,
     )  # fmt: skip
     with scratch() as folder:
-        trainer, packs, _ = train(stage, case | {"rows": ROWS}, side, Path(folder), clock := Clock(WARMUP))
+        trainer, packs, _ = train(stage, {"rows": ROWS} | case, side, Path(folder), clock := Clock(WARMUP))
         taken = packs.select(trainer.batches.order()[WARMUP : WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
         scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)
-        attended = sum(n * (n + 1) // 2 for pack in taken for n in pack["seq_lengths"])
-        flops = model_flops(trainer.model, tokens, scored, attended)
-        return clock.measured(
-            tokens=tokens, model_flops=flops, trained_share=scored / tokens, matmul_tflops=matmul_tflops(case)
-        )
+        return clock.measured(tokens=tokens, trained_share=scored / tokens, **needed(trainer, taken, case))
 
 
 TARGETS = {

@@ -5,8 +5,10 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, load_from_disk
@@ -19,7 +21,10 @@ from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import PACKED_ATTENTION, RELEASE_DAY, Mixture, Source
 from smolpost.training.environment import Environment, detect
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 from smolpost.training.settings import Training
+from smolpost.training.train import trainable
 from smolpost.training.trainer import Run
 
 SMALL = {
@@ -52,9 +57,11 @@ def prepared(stage, file: str, number: int | None, tokenizer, folder: Path):
     return load_from_disk(str(out)), report
 
 
-def tokenizer_for(rows: list[dict]):
+@functools.cache
+def tokenizer_for(file: str, number: int | None):
+    """A tokenizer made from the rows of a file."""
     template, texts = load_template("smollm3"), []
-    for row in rows:
+    for row in rows_of(Path(file), number):
         for key in ("messages", "chosen", "rejected"):
             if key in row:
                 kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
@@ -73,12 +80,14 @@ class Side(NamedTuple):
         attention: Of the model. packed is what a pipeline sets; TRL's documentation asks for flash attention on a GPU.
         precompute: TRL scores its reference before training, as our engine does, and not beside it.
         liger: With Liger's kernels, TRL's documented option on a GPU.
+        settings: Of the stage, in place of the benchmark's own.
     """
 
     engine: str
     attention: str = PACKED_ATTENTION
     precompute: bool = False
     liger: bool = False
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def sides_of(sides: dict[str, Side], device: str) -> dict[str, Side]:
@@ -110,39 +119,48 @@ class Trained(NamedTuple):
     reference_seconds: list[float]
 
 
-def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock") -> Trained:
-    """Train a stage on the case's rows as `smolpost run` does, by the engine that it names, without checkpoints."""
+def train(
+    stage: Training, case: dict, side: Side, folder: Path, clock: "Clock", *, checkpoints: bool = False
+) -> Trained:
+    """Train a stage on the case's rows as `smolpost run` does, by the engine that it names."""
     method, here = stage.method(), environment(case)
-    tokenizer = tokenizer_for(rows_of(case["file"], case["rows"]))
+    tokenizer = tokenizer_for(case["file"], case["rows"])
     rows, _ = prepared(stage, case["file"], case["rows"], tokenizer, folder)
     method.check("bench", stage, rows, here)
     (start := folder / "start").mkdir()
     (start / "model.safetensors").touch()  # only names the reference in its cache; models are made in memory
     load_start = functools.partial(model_for, case, tokenizer, side.attention)
-    load_start().config.save_pretrained(start)
+    config_for(case, tokenizer, side.attention).save_pretrained(start)
     spent = []
     for _ in range(2):  # the second time stands for a second seed
         began = time.perf_counter()
         reference, _ = method.reference(stage, rows, start, load_start, folder / "references", here)
         spent.append(time.perf_counter() - began)
     arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
-    arguments.set_save("no")
+    if not checkpoints:
+        arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
-    trainer = method.trainer(stage, load_start(), tokenizer, rows, reference, arguments, 0, here)
+    model = trainable("bench", stage, load_start, seed=0)
+    trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)
     trainer.add_callback(clock)
     trainer.train()
     return Trained(trainer, rows, spent)
 
 
-def model_for(case: dict, tokenizer, attention: str) -> SmolLM3ForCausalLM:
-    """The same weights each time."""
-    torch.manual_seed(0)
+def config_for(case: dict, tokenizer, attention: str) -> SmolLM3Config:
     config = SmolLM3Config(
         **case["model"], vocab_size=case["vocab"], max_position_embeddings=65536, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     config._attn_implementation = attention
-    return SmolLM3ForCausalLM(config)
+    return config
+
+
+def model_for(case: dict, tokenizer, attention: str) -> SmolLM3ForCausalLM:
+    """The same weights each time, made on the device: a 3B takes a second there and a minute on a CPU."""
+    torch.manual_seed(0)
+    with torch.device(case["device"]):
+        return SmolLM3ForCausalLM(config_for(case, tokenizer, attention))
 
 
 class Clock(TrainerCallback):
@@ -151,6 +169,10 @@ class Clock(TrainerCallback):
     def __init__(self, warmup: int):
         self.warmup = warmup
         self.losses: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # another side may have run in this process
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
@@ -170,33 +192,10 @@ class Clock(TrainerCallback):
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "loss_last": self.losses[-1], **more, **peak}
 
 
-def model_flops(model, tokens: int, head_tokens: int, attended: int) -> float:
-    """Floating-point operations a step needs: forward and backward, each matrix counted where it must be applied.
-
-    Args:
-        tokens: Run through the layers.
-        head_tokens: Scored by the head.
-        attended: Query-key pairs, causal ones alone.
-    """
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    return 6.0 * (layers * tokens + head * head_tokens + 2 * attended * config.hidden_size * config.num_hidden_layers)
-
-
-def matmul_tflops(case: dict) -> float:
-    """What the device does when it does nothing but multiply matrices, in the training precision."""
-    on_gpu = case["device"] == "cuda"
-    size, device = (8192, "cuda") if on_gpu else (1536, "cpu")
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+def needed(trainer: Run, rows: Dataset, case: dict) -> dict[str, float]:
+    """Floating-point operations that training on the rows needs, and the device's rate in matrix products."""
+    flops = row_flops(trainer.model, rows.flatten_indices()).sum()
+    return {"model_flops": float(flops), "matmul_tflops": matmul_tflops(environment(case))}
 
 
 def scratch() -> tempfile.TemporaryDirectory:

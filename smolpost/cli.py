@@ -24,6 +24,7 @@ VERBS = {
     "make": "make one stage whose inputs are finished, in this process",
     "prepare": "tokenize, mask and pack the rows of a training stage",
     "inspect": "show prepared rows token by token: which tokens train, and why",
+    "bench": "measure the speed and memory of a training stage by a few steps on random weights; writes nothing",
     "doctor": "check the model, template and data of a training stage on a sample of its rows",
     "eval": "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     "compare": "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps",
@@ -175,6 +176,8 @@ def _do(options: argparse.Namespace) -> int:
     if options.verb == "plan" and options.cfg:
         print(recipe.as_yaml(options.words, resolve=options.resolve), end="")
         return 0
+    if options.verb == "bench":
+        return _bench(options, console)
     request = recipe.load(options.words)
     if options.verb == "plan" and options.fidelity:
         return _fidelity(request, console)
@@ -207,6 +210,18 @@ def _fidelity(request, console: Console) -> int:
     for part in terminal(sections(request.recipe, list(dict.fromkeys(stage.entry for stage in asked)))):
         console.print(part)
     return 0
+
+
+def _bench(options: argparse.Namespace, console: Console) -> int:
+    from smolpost import recipe
+    from smolpost.pipeline.bench import bench
+
+    counts = [word.removeprefix("steps=") for word in options.words if word.startswith("steps=")]
+    words = [word for word in options.words if not word.startswith("steps=")]
+    steps = counts[-1] if counts else "20"
+    if not (steps.isascii() and steps.isdigit() and int(steps)):
+        raise UserError(f"steps={steps} is not a number of optimizer steps; give one from 1, such as steps=20")
+    return bench(recipe.load(words), int(steps), console)
 
 
 def _make(lineage, stage) -> None:

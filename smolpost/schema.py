@@ -18,9 +18,9 @@ DTYPES = ("float32", "bfloat16", "float16")  # of merged weights
 SEEDS = "[0, 4294967295]"  # what numpy, torch and Python all take
 
 
-def tuning(default: Any, interval: str | None = None) -> Any:
+def tuning(default: Any, interval: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
     """A field that changes how a stage runs and never its result, so it is not in the stage's key."""
-    return _field(default, in_key=False, interval=interval)
+    return _field(default, in_key=False, interval=interval, choices=choices)
 
 
 def number(interval: str, default: Any = MISSING) -> Any:

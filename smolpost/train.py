@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from smolpost.cli import one_line_errors
 from smolpost.errors import UserError
@@ -11,10 +12,14 @@ from smolpost.signals import Stopped, exit_code
 GRACE = 30  # seconds
 
 
-def main() -> None:
+def main(work: Callable[[int], None] | None = None) -> None:
+    """
+    Args:
+        work: What a rank does; None: train the stage of the command line.
+    """
     try:
         with one_line_errors():
-            train()
+            on_rank(work or run_stage)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -26,19 +31,25 @@ def main() -> None:
     sys.exit(code)
 
 
-def train() -> None:
-    """The stage of the command line; rank 0 says for all that they were stopped."""
+def on_rank(work: Callable[[int], None]) -> None:
+    """Rank 0 says for all that they were stopped, and what is wrong."""
     rank = int(os.environ.get("RANK", 0))
     try:
-        run_stage(rank)
+        work(rank)
     except Stopped as stop:
         if rank:
             sys.exit(exit_code(stop.signum))
         raise
+    except UserError:
+        if rank:
+            # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said
+            # anything. A fault of this rank alone is said after all.
+            time.sleep(GRACE)
+        raise
 
 
 def run_stage(rank: int) -> None:
-    """Rank 0 says for all what is wrong."""
+    """Train the stage of the command line."""
     from smolpost import recipe  # here, as these imports take seconds in which a signal ends in one line, too
     from smolpost.pipeline import steps
     from smolpost.pipeline.lineage import Lineage
@@ -48,16 +59,9 @@ def run_stage(rank: int) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # it builds its kernels at its start
         for lock in build_locks.remove_stale():
             print(f"removed {lock}, which a killed build has left", flush=True)
-    try:
-        lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
-        stage = select_one(lineage.stages.planned.values(), request.stage)
-        steps.make_on_ranks(lineage, lineage.stages[stage.name], rank)
-    except UserError:
-        if rank:
-            # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said
-            # anything. A fault of this rank alone is said after all.
-            time.sleep(GRACE)
-        raise
+    lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
+    stage = select_one(lineage.stages.planned.values(), request.stage)
+    steps.make_on_ranks(lineage, lineage.stages[stage.name], rank)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FLOORS = {
     "selection": 3, "report": 3,
     "stages": 4, "recipe": 4,
     "pipeline": 5, "doctor": 5, "export": 5, "fidelity": 5, "importing": 5,
-    "cli": 6, "train": 6, "launch": 6,
+    "cli": 6, "train": 6, "bench": 6, "launch": 6,
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {
@@ -22,7 +22,7 @@ NEIGHBOURS = {
     ("disks", "errors"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
     ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"),
-    ("train", "cli"), ("launch", "cli"), ("launch", "train"),
+    ("train", "cli"), ("bench", "train"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 

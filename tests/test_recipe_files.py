@@ -99,8 +99,13 @@ MISTAKES = {
         "mine.yaml: model.architecture.hidden_size=1.5 is not a whole number",
     ),
     "bool": (
-        TINY + "stages: {sft: {gradient_checkpointing: maybe}}",
-        "mine.yaml: stages.sft.gradient_checkpointing=maybe is not true or false",
+        TINY + "stages: {sft: {shuffle_packs: maybe}}",
+        "mine.yaml: stages.sft.shuffle_packs=maybe is not true or false",
+    ),
+    "a field's old name": (
+        TINY + "stages: {sft: {gradient_checkpointing: true}}",
+        "mine.yaml: stages.sft.gradient_checkpointing=true is now called activation_checkpointing; write "
+        "stages.sft.activation_checkpointing=full",
     ),
     "null": (
         TINY + "stages: {sft: {max_seq_len: null}}",

@@ -4,7 +4,7 @@ Written chunk by chunk, so neither a second copy of the tokens nor an array abov
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
@@ -57,11 +57,17 @@ def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
     return rows.data.column(column).combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def list_sums(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """[N] int64 sum of each list of a column, an empty one 0."""
+def list_sums(
+    rows: datasets.Dataset, column: str, of: Callable[[np.ndarray], np.ndarray] = lambda values: values
+) -> np.ndarray:
+    """[N] int64 sum of each list of a column, an empty one 0.
+
+    Args:
+        of: What is summed, from the values of many lists, one for each value.
+    """
     sums = []
     for chunk in rows.data.column(column).chunks:
-        ends = np.concatenate(([0], np.cumsum(chunk.flatten().to_numpy(), dtype=np.int64)))
+        ends = np.concatenate(([0], np.cumsum(of(chunk.flatten().to_numpy()), dtype=np.int64)))
         offsets = np.concatenate(([0], np.cumsum(chunk.value_lengths().to_numpy())))
         sums.append(np.diff(ends[offsets]))
     return np.concatenate(sums) if sums else np.zeros(0, np.int64)

@@ -202,7 +202,7 @@ def sft_accumulation(
 def _without_log(stage: Training, num_rows: int, **changes) -> Training:
     """The stage with all rows in one global batch."""
     return dataclasses.replace(
-        stage, global_batch_size=num_rows, report_to=[], gradient_checkpointing=False, num_epochs=1, **changes
+        stage, global_batch_size=num_rows, report_to=[], activation_checkpointing="none", num_epochs=1, **changes
     )
 
 

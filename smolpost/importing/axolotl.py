@@ -227,13 +227,7 @@ def _weights(draft: Draft) -> None:
     if keys.take("float32", bool, False):
         bf16, key = False, "float32"
     trainer.precision(draft, bf16, fp16, key)
-    checkpointing = keys.values.get("gradient_checkpointing")
-    if isinstance(checkpointing, str) and checkpointing not in ("true", "false"):
-        keys.read.add("gradient_checkpointing")
-        draft.set(".gradient_checkpointing", True, "gradient_checkpointing")
-        draft.left_out("gradient_checkpointing", "activations are not moved off the device")
-    else:
-        draft.copy("gradient_checkpointing", ".gradient_checkpointing", bool, False)
+    trainer.activation_checkpointing(draft, "gradient_checkpointing", False)
     if keys.given("dataset_processes") or keys.given("dataset_num_proc"):
         name = "dataset_processes" if keys.given("dataset_processes") else "dataset_num_proc"
         draft.copy(name, ".num_workers", int, None)

@@ -31,7 +31,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "liger_swiglu", "liger_layer_norm", "liger_fused_linear_cross_entropy", "liger_cross_entropy",
         "cut_cross_entropy", "chunked_cross_entropy", "torch_compile", "torch_compile_backend", "torch_compile_mode",
         "tf32", "pad_to_sequence_len", "batch_flattening", "gc_steps", "low_cpu_mem_usage", "max_memory",
-        "gpu_memory_limit", "device", "device_map", "gradient_checkpointing_kwargs", "activation_offloading",
+        "gpu_memory_limit", "device", "device_map", "gradient_checkpointing_kwargs",
         "auto_find_batch_size", "embeddings_skip_upcast", "use_kernels", "experimental_skip_move_to_device",
         "dpo_padding_free", "precompute_ref_log_probs", "multipack_real_batches", "sample_packing_group_size",
         "sample_packing_bin_size", "sample_packing_eff_est", "sample_packing_mp_start_method", "total_num_tokens",

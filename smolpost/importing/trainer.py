@@ -163,6 +163,24 @@ def precision(draft: Draft, bf16: bool | None, fp16: str | None, key: str) -> No
         draft.set(".precision", ours, *([key] if draft.keys.given(key) else []))
 
 
+def activation_checkpointing(draft: Draft, key: str, default: bool) -> None:
+    """
+    Args:
+        key: The key that says whether layers recompute, or, as Axolotl allows, that they offload.
+        default: Of the tool.
+    """
+    keys, offloads = draft.keys, []
+    if keys.take("activation_offloading", bool, False):
+        offloads.append("activation_offloading")
+    elif keys.given("activation_offloading"):
+        draft.left_out("activation_offloading", "off, as here")
+    if isinstance(said := keys.values.get(key), str) and said.startswith("offload"):
+        keys.read.add(key)
+        offloads.append(key)
+    policy = "offload" if offloads else "full" if keys.take(key, bool, default) else "none"
+    draft.set(".activation_checkpointing", policy, *(offloads or ([key] if keys.given(key) else [])))
+
+
 def seed(draft: Draft, default: int = 42) -> None:
     value = draft.keys.take("seed", int, default)
     draft.set(".seeds", [value], *(["seed"] if draft.keys.given("seed") else []))

@@ -206,7 +206,7 @@ def _weights(draft: Draft) -> None:
     else:
         draft.differs(name, "weights and AdamW's states stay in fp32 here; the computation is bf16 all the same")
     name = "activation_checkpointing" if keys.given("activation_checkpointing") else "gradient_checkpointing"
-    draft.copy(name, ".gradient_checkpointing", bool, True)
+    trainer.activation_checkpointing(draft, name, True)
     workers = "dataset_num_proc" if keys.given("dataset_num_proc") else "preprocessing_num_workers"
     if keys.given(workers):
         draft.copy(workers, ".num_workers", int, None)

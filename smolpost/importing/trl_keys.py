@@ -24,7 +24,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "speed and memory are ours: per-document attention, a tiled head, padding-free batches": (
         "attn_implementation", "use_liger_kernel", "liger_kernel_config", "torch_compile", "torch_compile_backend",
         "torch_compile_mode", "tf32", "use_cache", "torch_empty_cache_steps", "padding_free", "pad_to_multiple_of",
-        "activation_offloading", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
+        "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
         "auto_find_batch_size", "skip_memory_metrics", "debug", "use_cpu", "precompute_ref_log_probs",
         "precompute_ref_batch_size", "full_determinism",
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from smolpost.inference.decoding import Decoder, cuda_graphs, fits
 from smolpost.inference.seeds import derive_seed
 
 # Part of a reply that a reader or a parser needs, even where a tokenizer calls them special.
@@ -67,9 +68,13 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     replies: list[list[int]] = [[] for _ in prompts]
     with inference(model):
+        num_rows, decoder = 0, None
         for index, start in enumerate(range(0, len(prompts), batch_size)):
             rows = by_length[start : start + batch_size]
-            batch = _generate_batch(model, [prompts[i] for i in rows], config, derive_seed(seed, index))
+            if len(rows) != num_rows:  # the first and the last batch
+                num_rows, decoder = len(rows), None  # frees the cache before another is made
+                decoder = _decoder(model, num_rows, len(prompts[rows[0]]), config)
+            batch = _generate_batch(model, [prompts[i] for i in rows], config, derive_seed(seed, index), decoder)
             for i, reply in zip(rows, batch, strict=True):
                 replies[i] = reply
             if progress is not None:
@@ -129,25 +134,42 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, reply: Sequence[int], stop_to
     return tokenizer.decode([i for i in reply if i not in dropped], clean_up_tokenization_spaces=False)
 
 
+def _decoder(model: PreTrainedModel, num_rows: int, longest: int, config: GenerationConfig) -> Decoder | None:
+    """What replies faster than transformers' `generate`, where the model, its device and the batch allow it."""
+    num_tokens = longest + config.max_new_tokens
+    if not fits(model, num_rows, num_tokens):
+        return None
+    return Decoder(
+        model,
+        num_rows,
+        num_tokens,
+        temperature=config.temperature if config.do_sample else 0,
+        top_p=config.top_p,
+        eos_token_ids=config.eos_token_id or (),
+        pad_token_id=config.pad_token_id,
+        capture=cuda_graphs(),
+    )
+
+
 def _generate_batch(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int, decoder: Decoder | None
 ) -> list[list[int]]:
-    """Replies to B prompts in one call."""
+    """Replies to B prompts in one call; without a decoder, by transformers' `generate`."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     input_ids = [[config.pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]  # [B, L]
     attention_mask = [[0] * n + [1] * (longest - n) for n in padding]  # [B, L]
     device = model.device
+    input_ids, attention_mask = (torch.tensor(x, device=device) for x in (input_ids, attention_mask))
+    if decoder is not None:
+        replies = decoder.reply(input_ids, attention_mask, config.max_new_tokens, seed)
+        return [_until_stop(row, config.eos_token_id or ()) for row in replies]
     with (
         _own_generation_config(model, config),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        output = model.generate(
-            torch.tensor(input_ids, device=device),
-            attention_mask=torch.tensor(attention_mask, device=device),
-            generation_config=config,
-        )
+        output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
     return [_until_stop(row, config.eos_token_id or ()) for row in output[:, longest:].tolist()]
 
 

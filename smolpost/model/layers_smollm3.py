@@ -18,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from smolpost.model.configuration_smollm3 import SmolLM3Config
+from smolpost.model.fused import add_rms_norm, autocast_dtype, rms_norm, rope, swiglu
 
 
 def head_size(config: SmolLM3Config) -> int:
@@ -33,13 +34,22 @@ class SmolLM3RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H], same dtype."""
-        # Squares overflow fp16 and lose their tail in bf16, so the norm itself is fp32; the weight is applied after
-        # the cast, as the released checkpoints were trained.
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, update: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Normalize.
+
+        Args:
+            hidden_states: [..., H].
+            update: [..., H], added to the hidden states first.
+        Returns:
+            [..., H], in autocast's dtype where it is on: all that reads it would cast it. With an update, the sum
+            [..., H] and its norm.
+        """
+        options = self.weight, self.eps, autocast_dtype(hidden_states)
+        if update is None:
+            return rms_norm(hidden_states, *options)
+        return add_rms_norm(hidden_states, update, *options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -78,12 +88,6 @@ class SmolLM3RotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         scale = self.attention_scaling
         return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of x [B, heads, L, D] by the angles behind cos and sin [B or 1, L, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
 def eager_attention(
@@ -169,7 +173,7 @@ class SmolLM3Attention(nn.Module):
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
 
         if self.use_rope:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+            query, key = rope(query, key, *position_embeddings, autocast_dtype(query))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -189,7 +193,7 @@ class SmolLM3Attention(nn.Module):
 
 
 class SmolLM3MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202)."""
+    """A gated MLP: SwiGLU (arXiv:2002.05202), or with another activation in place of SiLU."""
 
     def __init__(self, config: SmolLM3Config):
         super().__init__()
@@ -197,10 +201,12 @@ class SmolLM3MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.hidden_act == "silu"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, L, H] -> [B, L, H]."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(swiglu(gate, up) if self.is_swiglu else self.act_fn(gate) * up)
 
 
 class SmolLM3DecoderLayer(GradientCheckpointingLayer):
@@ -216,5 +222,5 @@ class SmolLM3DecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """[B, L, H] -> [B, L, H]; the keywords are those of `SmolLM3Attention.forward`."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, normed = self.post_attention_layernorm(hidden_states, attended)
+        return hidden_states + self.mlp(normed)

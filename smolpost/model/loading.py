@@ -25,22 +25,27 @@ from transformers.utils import logging
 from smolpost.errors import UserError
 from smolpost.model.stored import CONFIG, Tensor, one_line, read_config, renames, stored_tensors
 
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*")  # of a checkpoint
+WEIGHTS = "*.safetensors"
+FILES = ("*.json", WEIGHTS, "*.jinja", "*.txt", "tokenizer*")  # of a checkpoint
 COMPARED = 2**24  # elements of two tensors compared at a time
 
 
-def local_folder(checkpoint: str, revision: str | None = None, *, key: str = "model.checkpoint") -> Path:
+def local_folder(
+    checkpoint: str, revision: str | None = None, *, key: str = "model.checkpoint", weights: bool = True
+) -> Path:
     """The checkpoint's folder; a Hub id is fetched into the Hub's cache first, safetensors and text files only.
 
     Args:
         key: Of the checkpoint in the recipe, for messages.
+        weights: Fetch them, too.
     Raises:
         UserError: There is no such folder, and the Hub cannot give it.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
+    wanted = [pattern for pattern in FILES if weights or pattern != WEIGHTS]
     try:
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=[*FILES]))
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the Hub's own errors are both, no network among them
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -18,6 +18,8 @@ from smolpost.screen import command_line
 KINDS = {"stages": STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
 # Whose entries have names of the user's choice: `+data.NAME=...` adds one, or to one, typed as in a file.
 NAMED = ("data", *KINDS)
+# Fields that had another name: the field's name today, and what its old values are called.
+RENAMED = {"gradient_checkpointing": ("activation_checkpointing", {"true": "full", "false": "none"})}
 LEAVES = {
     str: (StringNode, "text"),
     int: (IntegerNode, "a whole number"),
@@ -134,6 +136,8 @@ class Written:
         hints = {field.name: types_of[field.name] for field in dataclasses.fields(kind)}  # without class attributes
         for name, item in value.items():
             full = _join(key, name)
+            if name in RENAMED and RENAMED[name][0] in hints:
+                raise _renamed(full, item, place)
             if name not in hints:
                 raise self._unknown(full, list(hints), place)
             self._add(full, item, hints[name], place, new)
@@ -203,6 +207,13 @@ class Written:
         free = parent in NAMED or (parent and not choices)
         more = f"; +{key}=VALUE adds one" if free and not place else ""
         return _in_file(place, f"{key} is not a key of the recipe; {near(parent, name, choices)}{keys}{more}")
+
+
+def _renamed(key: str, value: object, place: str) -> UserError:
+    parent, _, name = key.rpartition(".")
+    new, values = RENAMED[name]
+    written = values.get(text(value).lower(), next(iter(values.values())))
+    return _in_file(place, f"{key}={text(value)} is now called {new}; write {_join(parent, new)}={written}")
 
 
 def text(value: object) -> str:

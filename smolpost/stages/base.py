@@ -247,6 +247,18 @@ class Stage:
         """
         raise NotImplementedError
 
+    def sketch(self, recipe: Recipe, out: Path) -> None:
+        """Write config and tokenizer of the model that the stage would make, without its weights and its data.
+
+        Asked of kinds that make a model from nothing: without base and checkpoints.
+
+        Raises:
+            UserError: They are not known before the stage is made.
+        """
+        raise UserError(
+            f"a stage of kind {self.kind} has to be made before its model is known; `smolpost run` makes it"
+        )
+
     def tidy(self, folder: Path) -> None:
         """Remove what only an unfinished stage needs; the manifest is written."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from smolpost.schema import RELEASE_DAY, choice, count, seeded
+from smolpost.schema import RELEASE_DAY, Recipe, choice, count, seeded
 from smolpost.stages.base import Stage, Work, stage_kind
 
 
@@ -35,22 +35,12 @@ class InitStage(Stage):
     def make(self, work: Work):
         import torch
 
-        from smolpost.chat.tokenizer import build_tokenizer
-        from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
+        from smolpost.model import SmolLM3ForCausalLM
 
-        options = {"kind": self.tokenizer, "vocab_size": self.vocab_size, "template": self.template}
-        texts = _texts(work, build_tokenizer([], **options))  # an empty one has the special tokens that templates read
-        tokenizer = build_tokenizer(texts, **options)
+        texts = _texts(work, self._tokenizer([]))  # an empty one has the special tokens that templates read
+        tokenizer = self._tokenizer(texts)
         torch.manual_seed(self.seed)
-        model = SmolLM3ForCausalLM(
-            SmolLM3Config(
-                **dataclasses.asdict(work.recipe.model.architecture),
-                vocab_size=len(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_text|>"),
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+        model = SmolLM3ForCausalLM(_config(work.recipe, tokenizer, len(tokenizer)))
         model.save_pretrained(work.folder)
         tokenizer.save_pretrained(work.folder)
         parameters = sum(p.numel() for p in model.parameters())
@@ -59,6 +49,29 @@ class InitStage(Stage):
             flush=True,
         )
         return {"parameters": parameters, "vocab_size": len(tokenizer), "texts": len(texts)}
+
+    def sketch(self, recipe, out):
+        tokenizer = self._tokenizer([])
+        tokenizer.save_pretrained(out)
+        size = self.vocab_size if self.tokenizer == "bpe" else len(tokenizer)
+        _config(recipe, tokenizer, size).save_pretrained(out)
+
+    def _tokenizer(self, texts: list[str]):
+        from smolpost.chat.tokenizer import build_tokenizer
+
+        return build_tokenizer(texts, kind=self.tokenizer, vocab_size=self.vocab_size, template=self.template)
+
+
+def _config(recipe: Recipe, tokenizer, vocab_size: int):
+    from smolpost.model import SmolLM3Config
+
+    return SmolLM3Config(
+        **dataclasses.asdict(recipe.model.architecture),
+        vocab_size=vocab_size,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_text|>"),
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def _texts(work: Work, tokenizer) -> list[str]:

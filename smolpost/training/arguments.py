@@ -16,6 +16,8 @@ SCHEDULERS = {
     "wsd": "warmup_stable_decay",
 }
 
+FUSED = ("cpu", "cuda")  # devices on which torch's fused AdamW runs; elsewhere its default takes more memory and time
+
 
 def training_arguments(
     stage: Training, seed: int, num_rows: int, out: Path, environment: Environment
@@ -29,7 +31,6 @@ def training_arguments(
         **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        activation_checkpointing=stage.gradient_checkpointing,
     )
 
 
@@ -48,14 +49,14 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "lr_scheduler_kwargs": _schedule(stage, num_rows),
         "warmup_steps": stage.warmup_steps or stage.warmup_ratio,  # a float below 1 is a share of all steps
         "max_grad_norm": stage.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused" if environment.device.type in FUSED else "adamw_torch",
         "weight_decay": stage.weight_decay,
         "adam_beta1": stage.adam_beta1,
         "adam_beta2": stage.adam_beta2,
         "adam_epsilon": stage.adam_epsilon,
         "logging_steps": stage.logging_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it asks a GPU at each step, to leave losses that are NaN out of the log
+        "logging_nan_inf_filter": False,  # it hides a loss that is NaN, and asks a GPU for it at each step
         "save_strategy": "steps",
         "save_steps": stage.save_steps,
         "save_total_limit": stage.save_total_limit,
@@ -65,6 +66,7 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "dataloader_pin_memory": not environment.use_cpu,
         "eval_strategy": "no",
         "ddp_find_unused_parameters": False,
+        "activation_checkpointing": False,  # `activations.apply` has set the model's layers
     }
 
 

@@ -68,11 +68,11 @@ class GlobalBatches(Sampler[list[MicroBatch]]):
         for first in range(0, len(order), self.global_batch_size):
             yield self.deal(order[first : first + self.global_batch_size].tolist())[self.rank]
 
-    def order(self) -> np.ndarray:
-        """[N] the rows as this epoch takes them."""
+    def order(self, epoch: int | None = None) -> np.ndarray:
+        """[N] the rows as an epoch takes them; None: the present one."""
         if self.seed is None:
             return np.arange(len(self.lengths))
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        return np.random.default_rng([self.seed, self.epoch if epoch is None else epoch]).permutation(len(self.lengths))
 
     def deal(self, rows: list[int]) -> list[list[MicroBatch]]:
         """Every rank's forward passes for the rows of one step; all ranks have the same number.

@@ -20,6 +20,9 @@ class LoRA:
     )  # linear layers that get an adapter, by the end of their names
 
 
+# What a layer keeps of its forward pass for its backward pass (`training.activations`), the fastest first.
+POLICIES = ("none", "selective", "full", "offload")
+
 # Of TRL's DPOTrainer, which trains pairs under `engine: trl`.
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -78,7 +81,7 @@ class Training(Rows):
     max_position_embeddings: int | None = count(None)  # new longest context, tokens
     lora: LoRA = field(default_factory=LoRA)
     snapshot_steps: int | None = count(None)  # optimizer steps between weights kept for averages; null: none
-    gradient_checkpointing: bool = tuning(True)
+    activation_checkpointing: str = tuning("auto", choices=("auto", *POLICIES))  # auto: the fastest that fits
     logging_steps: int = tuning(10, "[1, inf)")
     save_steps: int = tuning(500, "[1, inf)")  # optimizer steps between resumable checkpoints
     save_total_limit: int = tuning(2, "[2, inf)")  # resumable checkpoints kept; with 1, a kill while saving loses all

@@ -50,10 +50,15 @@ class TorchState:
         placed = {name: _like(parameter, part) for name, part in parts.items()}
         parameter.copy_(placed.pop(WEIGHT))
         if placed:
-            # Kernels that run the complete step on the device read the number there, others on the CPU.
-            device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
-            placed["step"] = torch.tensor(float(steps), device=device)
-            self.optimizer.state[parameter] = placed
+            self.optimizer.state[parameter] = placed | {"step": _step(self.optimizer, steps, parameter.device)}
+
+
+def _step(optimizer: torch.optim.Optimizer, steps: int, device: torch.device) -> torch.Tensor | int:
+    """The number of steps as the optimizer keeps it beside its moments, which are on the device."""
+    if "fused" not in optimizer.defaults:  # DeepSpeed's own AdamW, which it chooses where the moments are on the CPU
+        return steps
+    # The fused kernel reads the number on the device, the others on the CPU.
+    return torch.tensor(float(steps), device=device if optimizer.defaults["fused"] else "cpu")
 
 
 def _like(parameter: torch.nn.Parameter, part: torch.Tensor) -> torch.Tensor:
@@ -107,7 +112,7 @@ class ZeroState:
             mine = part.view(-1)[place.first : place.first + place.number]
             target.narrow(0, place.start, len(mine)).copy_(mine)
         if len(parts) > 1:
-            moments["step"] = torch.tensor(float(steps))
+            moments["step"] = _step(self.zero.optimizer, steps, partition.device)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.is_sharded):
             parameter.copy_(parts[WEIGHT])
 

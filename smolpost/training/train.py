@@ -1,7 +1,6 @@
 """One training stage for one seed: prepared rows and a start checkpoint in, final weights and metrics out."""
 
 import functools
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,18 +11,28 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
+from smolpost.training import activations
 from smolpost.training.adapters import add_adapters, merged
 from smolpost.training.arguments import total_steps
 from smolpost.training.batch_size import check_global_batch
 from smolpost.training.checkpoints import Snapshots, last_whole, num_bytes
 from smolpost.training.environment import Environment, backend_name, check_ranks
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 from smolpost.training.round_trip import check_written, loss_on, probe
 from smolpost.training.settings import Training
 from smolpost.training.start import check_start
@@ -128,13 +137,11 @@ def train(
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = method.arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
-    model = load_start()
-    if stage.lora.r:
-        model = add_adapters(model, stage.lora, seed)
+    model = trainable(name, stage, load_start, seed)
     stops.give(model, tokenizer)  # a method that samples stops there, too
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
-    trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
+    trainer = metered_trainer(stage, method, model, tokenizer, rows, reference, arguments, seed, environment)
     if environment.rank == 0 and (idle := trainer.idle_share()):
         print(
             f"stages.{name}.global_batch_size={stage.global_batch_size} does not divide over {environment.world_size} "
@@ -158,6 +165,36 @@ def train(
     return report | {"stop_tokens": stops.report, "seconds": seconds} | _report(trainer, resume, environment)
 
 
+def trainable(name: str, stage: Training, load_start: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """The start checkpoint with what the stage changes in it: adapters, and what its layers keep for backward."""
+    model = load_start()
+    if stage.lora.r:
+        model = add_adapters(model, stage.lora, seed)
+    activations.apply(
+        name, model, "full" if stage.activation_checkpointing == "auto" else stage.activation_checkpointing
+    )
+    return model
+
+
+def metered_trainer(
+    stage: Training,
+    method: Method,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    reference: Any,
+    arguments: TrainingArguments,
+    seed: int,
+    environment: Environment,
+) -> Run:
+    """`Method.trainer`, whose log lines on rank 0 say how much of the device's speed the rows' work uses."""
+    needed = row_flops(model, rows) if environment.rank == 0 else None
+    rate = None if needed is None else matmul_tflops(environment)  # before the device has the model
+    trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, seed, environment)
+    trainer.meter.row_flops, trainer.meter.matmul_tflops = needed, rate
+    return trainer
+
+
 def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
     """What the trainer's state says of the whole training."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -170,6 +207,7 @@ def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
         "num_processes": environment.world_size,
         "device": "cpu" if environment.use_cpu else torch.cuda.get_device_name(),
         "precision": "bf16" if environment.bf16 else "fp32",
+        "speed": trainer.meter.summary() | ({"matmul_tflops": rate} if (rate := trainer.meter.matmul_tflops) else {}),
         "log": trainer.state.log_history,
     }
 
@@ -178,15 +216,24 @@ def load(
     start: Path, stage: Training, attn_implementation: str, renamed: dict[str, str] | None = None
 ) -> PreTrainedModel:
     """The start checkpoint in fp32 with the stage's context settings; `renamed` as for `load_model`."""
+    # fp32 master weights at every compute precision: bf16 weights would not change at APO's learning rate.
+    return load_model(
+        start,
+        config=start_config(start, stage),
+        renamed=renamed,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+    )
+
+
+def start_config(start: Path, stage: Training) -> PreTrainedConfig:
+    """The start checkpoint's config with the stage's context settings."""
     config = read_config(start / CONFIG)
     if stage.rope_theta is not None:
         config.rope_parameters = {**config.rope_parameters, "rope_theta": stage.rope_theta}
     if stage.max_position_embeddings is not None:
         config.max_position_embeddings = stage.max_position_embeddings
-    # fp32 master weights at every compute precision: bf16 weights would not change at APO's learning rate.
-    return load_model(
-        start, config=config, renamed=renamed, dtype=torch.float32, attn_implementation=attn_implementation
-    )
+    return config
 
 
 def check_space(
@@ -194,8 +241,8 @@ def check_space(
 ) -> None:
     """Refuse a training whose checkpoints, snapshots and final weights do not fit on the disk.
 
-    One checkpoint more than save_total_limit lies there while the oldest makes room. What an earlier try has left in
-    `out` is part of what is needed.
+    Beside the checkpoints that stay lies one more, while the oldest makes room or because a signal asks for it, and
+    later the final weights. What an earlier try has left in `out` is part of what is needed.
 
     Raises:
         UserError: With both sizes and the remedies.
@@ -203,10 +250,11 @@ def check_space(
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]  # ds_numel: sharded by ZeRO-3
     trained = sum(size for size, p in zip(sizes, model.parameters(), strict=True) if p.requires_grad)
     steps = total_steps(stage, num_rows)
-    saves = math.ceil(steps / stage.save_steps)  # the last step's too
-    snapshots = steps // stage.snapshot_steps if stage.snapshot_steps else 0
-    weights = (2 if environment.bf16 else 4) * sum(sizes)
-    needed = num_bytes(trained) * min(saves, stage.save_total_limit + 1) + weights * (1 + snapshots)
+    # The last step leaves neither.
+    kept = min((steps - 1) // stage.save_steps, stage.save_total_limit)
+    snapshots = (steps - 1) // stage.snapshot_steps if stage.snapshot_steps else 0
+    weights, checkpoint = (2 if environment.bf16 else 4) * sum(sizes), num_bytes(trained)
+    needed = checkpoint * kept + weights * snapshots + max(checkpoint, weights)
     lies_there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(out).free
     if free + lies_there < needed:

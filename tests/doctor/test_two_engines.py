@@ -55,7 +55,7 @@ def test_both_engines_take_the_same_steps_of_apo(healthy):
 SETTINGS = {
     "sft-lora": ("sft", "stages.sft.lora.r=4", "stages.sft.lora.dropout=0.5"),
     "sft-wrapped": ("sft", "stages.sft.packing=wrapped", "stages.sft.engine=trl"),
-    "sft-micro": ("sft", "stages.sft.micro_batch_size=4", "stages.sft.gradient_checkpointing=true"),
+    "sft-micro": ("sft", "stages.sft.micro_batch_size=4", "stages.sft.activation_checkpointing=full"),
     "apo-lora": ("apo", "stages.apo.lora.r=4"),
     "dpo": ("apo", "stages.apo.loss=sigmoid", "stages.apo.ld_alpha=0.5", "stages.apo.beta=0.2"),
     "robust": ("apo", "stages.apo.loss=robust", "+stages.apo.loss_settings.label_smoothing=0.2"),

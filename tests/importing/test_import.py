@@ -139,7 +139,7 @@ def test_trl_sft_states_trls_defaults(here):
     values(
         request.recipe.stages["sft"], learning_rate=2e-5, train_roles=["all"], packing="bfd", overlong="split",
         max_seq_len=2048, num_epochs=3.0, lr_scheduler="linear", warmup_ratio=0.05, max_grad_norm=1.0,
-        global_batch_size=16, micro_batch_size=2, gradient_checkpointing=True, **SCHEDULE,
+        global_batch_size=16, micro_batch_size=2, activation_checkpointing="full", **SCHEDULE,
     )  # fmt: skip
     text = Path("trl_sft.yaml").read_text()
     assert "weight_decay: 0.0   # TRL's default\n" in text
@@ -203,7 +203,7 @@ def test_axolotl_full(here):
     values(
         stage, template="chatml", train_roles=["assistant"], packing="bfd", overlong="drop", max_seq_len=8192,
         learning_rate=2e-5, num_epochs=3.0, lr_scheduler="cosine", min_lr_ratio=0.1, warmup_steps=100,
-        max_grad_norm=1.0, global_batch_size=64, micro_batch_size=2, precision="auto", gradient_checkpointing=True,
+        max_grad_norm=1.0, global_batch_size=64, micro_batch_size=2, precision="auto", activation_checkpointing="full",
         **SCHEDULE,
     )  # fmt: skip
     assert request.recipe.accelerate["deepspeed_config"]["zero_stage"] == 2  # ZeRO-1 has no config of its own
@@ -221,7 +221,9 @@ def test_axolotl_lora_on_several_kinds_of_datasets(here):
     assert (turns.columns, turns.roles) == ("sharegpt", {"bot": "assistant"})
     assert (own.columns, own.rename) == ("alpaca", {"question": "instruction", "reply": "output"})
     assert mixture.hygiene.exact
-    values(stage, template="chatml", packing="none", overlong="drop", warmup_ratio=0.03, gradient_checkpointing=False)
+    values(
+        stage, template="chatml", packing="none", overlong="drop", warmup_ratio=0.03, activation_checkpointing="none"
+    )
     assert (stage.lora.r, stage.lora.alpha, stage.lora.target_modules) == (16, 32.0, ["q_proj", "v_proj"])
     assert "datasets[2].type: sharegpt -> Axolotl refuses it" in said("axolotl_lora", Group.BROKEN)
     assert "sequence_length: 4096" in said("axolotl_lora", Group.UNKNOWN)

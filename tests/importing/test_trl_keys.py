@@ -64,11 +64,12 @@ def test_defaults_are_trls(method):
         "learning_rate": "learning_rate", "weight_decay": "weight_decay", "adam_beta1": "adam_beta1",
         "adam_beta2": "adam_beta2", "adam_epsilon": "adam_epsilon", "max_grad_norm": "max_grad_norm",
         "num_epochs": "num_train_epochs", "lr_scheduler": "lr_scheduler_type", "warmup_ratio": "warmup_steps",
-        "max_seq_len": "max_length", "gradient_checkpointing": "gradient_checkpointing",
+        "max_seq_len": "max_length",
         "global_batch_size": "per_device_train_batch_size",
     }  # fmt: skip
     assert {name: ours[name] for name in same} == {name: theirs[key] for name, key in same.items()}
     assert ours["seeds"] == [theirs["seed"]]
+    assert (ours["activation_checkpointing"], theirs["gradient_checkpointing"]) == ("full", True)
     assert theirs["gradient_accumulation_steps"] == 1
     if method == "sft":
         assert (ours["packing"], theirs["packing"], theirs["packing_strategy"]) == ("none", False, "bfd")

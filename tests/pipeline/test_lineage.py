@@ -50,7 +50,7 @@ def test_what_cannot_change_a_result_changes_no_key(words):
     harmless = [
         "stages.sft.micro_batch_size=2", "stages.sft.logging_steps=1", "stages.sft.save_steps=7", "accelerate=ddp",
         "accelerate.num_processes=1",
-        "stages.sft.report_to=[]", "stages.sft.gradient_checkpointing=true", "stages.apo.pack_tokens=99",
+        "stages.sft.report_to=[]", "stages.sft.activation_checkpointing=full", "stages.apo.pack_tokens=99",
         "evaluation.tasks.answer.max_rows=3", "evaluation.batch_tokens=99",
     ]  # fmt: skip
     assert keys(words) == keys([*words, *harmless])

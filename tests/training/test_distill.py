@@ -160,7 +160,7 @@ def kept(folder, step: int) -> list[dict]:
 
 @pytest.mark.filterwarnings("error:`gradient_checkpointing_:FutureWarning")
 def test_what_was_sampled_is_kept(tokenizer, student, teacher, rows, tmp_path):
-    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, gradient_checkpointing=True)
+    stage = stage_of(max_steps=3, logging_steps=2, kept_samples=3, activation_checkpointing="full")
     trainer = trained(stage, rows, tokenizer, copy.deepcopy(student), teacher, tmp_path)
     assert sorted(file.name for file in (tmp_path / FOLDER).iterdir()) == [
         "step-000001.jsonl", "step-000002.jsonl"

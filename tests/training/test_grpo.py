@@ -50,7 +50,7 @@ def rows(tokenizer):
 def stage_of(**changes) -> PolicyTraining:
     shared = {
         "init_from": "x", "data": "y", "max_seq_len": 100, "learning_rate": 1e-3, "max_grad_norm": 1.0, "max_steps": 4,
-        "global_batch_size": 2, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1,
+        "global_batch_size": 2, "report_to": [], "activation_checkpointing": "none", "logging_steps": 1,
         "num_generations": 4, "max_new_tokens": 6, "micro_batch_size": 4,
         "rewards": {"starts": 1.0, "soft_overlong": 0.5}, "reward_settings": {"soft_overlong": {"buffer": 6}},
     }  # fmt: skip

@@ -54,6 +54,21 @@ def test_fsdp2_matches_one_process(started, single, tmp_path, stage):
     assert_same(two, single, stage)
 
 
+@pytest.mark.parametrize("policy", ["selective", SLOW("full")])
+@pytest.mark.parametrize("config", ["ddp", SLOW("zero3"), SLOW("fsdp2")])
+@pytest.mark.parametrize("words", [(), SLOW(("stages.sft.lora.r=2",))], ids=["all weights", "adapters"])
+def test_recomputing_on_two_ranks_changes_nothing(started, single, tmp_path, config, policy, words):
+    two, policy = started.copy(tmp_path), f"stages.sft.activation_checkpointing={policy}"
+    shim = {"program": (str(ROOT / "tests/training/fsdp_on_cpu.py"),), "ACCELERATE_TORCH_DEVICE": "cpu"}
+    expected = single
+    if words:
+        expected = started.copy(tmp_path / "single")
+        assert expected.launch("sft", "single", 1, *words).returncode == 0
+    done = two.launch("sft", config, 2, policy, *words, **shim if config == "fsdp2" else {})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(two, expected, "sft", *words, words=words)
+
+
 @pytest.mark.parametrize(
     "config, words",
     [

@@ -109,7 +109,7 @@ def test_nothing_is_sent_to_trls_makers(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", [SFTStage(**settings(engine="trl")), APOStage(**settings(engine="trl"))])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trls_own_defaults_do_not_apply(tmp_path, stage, bf16):
-    """It would compute in bf16, recompute activations, cut rows at 1024 tokens and switch dropout off."""
+    """It would compute in bf16, recompute activations by itself, cut rows at 1024 tokens and switch dropout off."""
     found = stage.method().arguments(stage, 1, 10, tmp_path, dataclasses.replace(CPU, bf16=bf16))
     assert (found.bf16, found.use_cpu, found.max_length, found.remove_unused_columns) == (bf16, True, None, False)
     assert found.activation_checkpointing is found.gradient_checkpointing is False

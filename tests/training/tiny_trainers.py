@@ -89,7 +89,14 @@ def stock(model, attention="sdpa"):
 
 def settings(**changes):
     shared = dict(init_from="x", data="y", max_seq_len=400, learning_rate=1e-3, global_batch_size=2, max_grad_norm=1.0)
-    return {**shared, "num_workers": 1, "report_to": [], "gradient_checkpointing": False, "logging_steps": 1, **changes}
+    return {
+        **shared,
+        "num_workers": 1,
+        "report_to": [],
+        "activation_checkpointing": "none",
+        "logging_steps": 1,
+        **changes,
+    }
 
 
 def in_trls_words(stage, folder, **more):

@@ -92,7 +92,6 @@ def arguments_of(
         **shared_settings(stage, seed, num_rows, out, environment),
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=stage.global_batch_size * replies // (micro_batch_size * environment.world_size),
-        activation_checkpointing=stage.gradient_checkpointing,
         **settings,
     )
 
