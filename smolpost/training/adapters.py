@@ -81,6 +81,18 @@ def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
     return get_peft_model(model, lora_config(lora))
 
 
+def frozen_in_bf16(model: PeftModel) -> None:
+    """Keep the frozen matrices of linear layers in bf16, as autocast reads them, at half the memory.
+
+    The head, embeddings, norms and adapters stay as they are. The numbers under bf16 autocast do, too: it rounds these
+    matrices in every pass otherwise, as it keeps copies only of weights that train.
+    """
+    head = model.get_base_model().get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def merged(base: PreTrainedModel, trained: PeftModel, state: dict[str, torch.Tensor], who: str) -> PreTrainedModel:
     """The start checkpoint with the trained adapters added to its weights, in its precision.
 

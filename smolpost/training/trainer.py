@@ -27,6 +27,7 @@ from smolpost.objectives.transfer import to_device
 from smolpost.progress import Progress
 from smolpost.signals import Stopped
 from smolpost.training import checkpoints
+from smolpost.training.adapters import frozen_in_bf16
 from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.checkpoint_writer import Writer
 from smolpost.training.environment import backend_name
@@ -162,6 +163,9 @@ class StageTrainer(Run, Trainer, abc.ABC):
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
         super().__init__(batches=batches, model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        # FSDP2 and ZeRO shard weights of one dtype, so they keep fp32.
+        if isinstance(model, PeftModel) and arguments.bf16 and backend_name(self.accelerator) == "single":
+            frozen_in_bf16(model)
         self.collate = collate
         self.sums: dict[str, torch.Tensor] = {}  # metric -> [weighted sum, weight] of this rank since the last log
 

@@ -7,9 +7,11 @@ from transformers import GPT2Config, LlamaConfig
 
 from smolpost.errors import UserError
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.training.adapters import add_adapters, check_targets, linear_layers, lora_config, merged
+from smolpost.training.adapters import add_adapters, check_targets, frozen_in_bf16, linear_layers, lora_config, merged
+from smolpost.training.environment import Environment
 from smolpost.training.settings import LoRA
 from tests.model.conftest import TINY
+from tests.training import tiny_trainers
 
 LAYERS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 KEY = "stages.sft.lora.target_modules"
@@ -90,3 +92,48 @@ def test_adapters_that_got_lost_on_the_way_are_noticed():
     state = {name: tensor for name, tensor in trained.state_dict().items() if "layers.2" not in name}
     with pytest.raises(UserError, match=r"adapters lacks tensor .*layers\.2\.self_attn\.q_proj\.lora_A"):
         merged(SmolLM3ForCausalLM(SmolLM3Config(**TINY)), trained, state, "adapters")
+
+
+def test_frozen_matrices_in_bf16_give_the_same_step_in_half_the_memory():
+    torch.manual_seed(0)
+    model = SmolLM3ForCausalLM(SmolLM3Config(**TINY))
+    model = add_adapters(model, LoRA(r=4, target_modules=["q_proj", "down_proj"]), seed=0)
+    ids = torch.randint(3, 60, (1, 40))
+
+    def step():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
+
+    def nbytes(kind):
+        return sum(p.nbytes for name, p in model.named_parameters() if ("_proj" in name and "lora" not in name) == kind)
+
+    loss, gradients = step()
+    matrices, others = nbytes(True), nbytes(False)
+    frozen_in_bf16(model)
+    assert (nbytes(True), nbytes(False)) == (matrices // 2, others)
+    found, same = step()
+    torch.testing.assert_close(found, loss, atol=1e-6, rtol=0)
+    for x, y in zip(same, gradients, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_our_engine_keeps_frozen_matrices_in_bf16_where_it_computes_in_bf16(bf16, monkeypatch, tmp_path):
+    environment = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=True, bf16=bf16)
+    monkeypatch.setattr(tiny_trainers, "CPU", environment)
+    tokenizer = tiny_trainers.char_tokenizer()
+    lora = LoRA(r=4, target_modules=["all-linear"])
+    model = add_adapters(tiny_trainers.build(tokenizer), lora, seed=0)
+    trainer, *_ = tiny_trainers.sft_trainer(tokenizer, tmp_path, model, max_steps=3)
+    trainer.train()
+    ids = torch.randint(5, 60, (1, 30))
+    written = merged(tiny_trainers.build(tokenizer), model, model.state_dict(), "lora")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        trained, written = (m(input_ids=ids, use_cache=False).logits.float() for m in (trainer.model, written))
+    torch.testing.assert_close(written, trained, atol=0.02 if bf16 else 1e-5, rtol=0)
+    weights = dict(model.named_parameters())
+    half = {name for name, weight in weights.items() if weight.dtype == torch.bfloat16}
+    assert half == {name for name in weights if bf16 and ".base_layer." in name}
