@@ -1,5 +1,7 @@
 """What only a GPU can show: its kernels give what the CPU gives, to the precision of bf16."""
 
+import copy
+import dataclasses
 import functools
 
 import pytest
@@ -13,6 +15,8 @@ from smolpost.model.attention_kernels import CPUFlash, segment_attention, varlen
 from smolpost.model.attention_segments import find_segments
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
+from smolpost.training.host_memory import HostCopies
+from tests.training import tiny_trainers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAYOUTS = [{"document_lengths": [300, 5, 129, 78]}, {"pair_lengths": [(200, 40, 70), (0, 30, 20), (90, 1, 61)]}]
@@ -131,3 +135,30 @@ def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, fa
         assert replies() == by_graphs
     monkeypatch.setattr(generation, "fits", lambda *_: False)
     assert replies() == by_graphs
+
+
+def test_copies_to_the_host_are_of_the_moment_at_which_they_were_asked_for():
+    """The device overwrites the tensors before anything waits for it."""
+    tensors = [torch.full((n, 1000), float(n), device="cuda") for n in (3000, 1, 20000, 500)]
+    copy = HostCopies(sum(tensor.numel() for tensor in tensors))
+    copies = [copy(tensor) for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    torch.cuda.synchronize()
+    assert all(copied.is_pinned() and torch.equal(copied, torch.full_like(copied, len(copied))) for copied in copies)
+
+
+def test_a_resumed_training_ends_as_the_uninterrupted(tmp_path, monkeypatch):
+    """With the fused optimizer, from a checkpoint written beside later steps. Some kernels add in any order."""
+    monkeypatch.setattr(tiny_trainers, "CPU", dataclasses.replace(tiny_trainers.CPU, use_cpu=False))
+    tokenizer = tiny_trainers.char_tokenizer()
+    model = tiny_trainers.build(tokenizer)
+    words = {"max_steps": 8, "save_steps": 3, "max_seq_len": 420}
+    whole, rows, stage = tiny_trainers.sft_trainer(tokenizer, tmp_path, copy.deepcopy(model), **words)
+    whole.train()
+    again = tiny_trainers.trainer_of(stage, rows, tokenizer, tmp_path, copy.deepcopy(model))
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert whole.writer.copies and whole.optimizer.optimizer.defaults["fused"]
+    for name, tensor in whole.model.state_dict().items():
+        assert tensor.is_cuda
+        torch.testing.assert_close(again.model.state_dict()[name], tensor, atol=1e-5, rtol=0)
