@@ -1,5 +1,7 @@
 """What only a GPU can show: its kernels give what the CPU gives, to the precision of bf16."""
 
+import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -16,6 +18,7 @@ from smolpost.model.varlen_kernels import VarlenKernel, choose, report
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
 from smolpost.training.environment import Environment
+from smolpost.training.host_memory import HostCopies
 from tests.training import tiny_trainers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,7 +52,7 @@ def test_attention_equals_the_cpus(layout, heads, window):
 
     exact = results(CPUFlash.apply, "cpu", torch.float32)
     for function, dtype, tolerance in [
-        (functools.partial(varlen_attention, kernel), torch.bfloat16, 0.02),
+        (partial(varlen_attention, kernel), torch.bfloat16, 0.02),
         (segment_attention, torch.bfloat16, 0.02),
         (segment_attention, torch.float32, 2e-3),
     ]:
@@ -219,3 +222,30 @@ def test_an_optimizer_step_never_waits(name, tmp_path, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.state.global_step == 4
+
+
+def test_copies_to_the_host_are_of_the_moment_at_which_they_were_asked_for():
+    """The device overwrites the tensors before anything waits for it."""
+    tensors = [torch.full((n, 1000), float(n), device="cuda") for n in (3000, 1, 20000, 500)]
+    copy = HostCopies(sum(tensor.numel() for tensor in tensors))
+    copies = [copy(tensor) for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    torch.cuda.synchronize()
+    assert all(copied.is_pinned() and torch.equal(copied, torch.full_like(copied, len(copied))) for copied in copies)
+
+
+def test_a_resumed_training_ends_as_the_uninterrupted(tmp_path, monkeypatch):
+    """With the fused optimizer, from a checkpoint written beside later steps. Some kernels add in any order."""
+    monkeypatch.setattr(tiny_trainers, "CPU", dataclasses.replace(tiny_trainers.CPU, use_cpu=False))
+    tokenizer = tiny_trainers.char_tokenizer()
+    model = tiny_trainers.build(tokenizer)
+    words = {"max_steps": 8, "save_steps": 3, "max_seq_len": 420}
+    whole, rows, stage = tiny_trainers.sft_trainer(tokenizer, tmp_path, copy.deepcopy(model), **words)
+    whole.train()
+    again = tiny_trainers.trainer_of(stage, rows, tokenizer, tmp_path, copy.deepcopy(model))
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert whole.writer.copies and whole.optimizer.optimizer.defaults["fused"]
+    for name, tensor in whole.model.state_dict().items():
+        assert tensor.is_cuda
+        torch.testing.assert_close(again.model.state_dict()[name], tensor, atol=1e-5, rtol=0)
