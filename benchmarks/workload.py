@@ -140,7 +140,7 @@ def train(
     if not checkpoints:
         arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
-    model = trainable("bench", stage, load_start, seed=0)
+    model = trainable("bench", stage, load_start, 0, here)
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)
     trainer.add_callback(clock)
     trainer.train()

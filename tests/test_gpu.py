@@ -17,8 +17,12 @@ from smolpost.model.attention_segments import find_segments
 from smolpost.model.varlen_kernels import VarlenKernel, choose, report
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
+from smolpost.training import activations
 from smolpost.training.environment import Environment
 from smolpost.training.host_memory import HostCopies
+from smolpost.training.memory import Setup, memory, shape_of
+from smolpost.training.scoring import Scored, score_tokens
+from smolpost.training.settings import LoRA
 from tests.training import tiny_trainers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -249,3 +253,49 @@ def test_a_resumed_training_ends_as_the_uninterrupted(tmp_path, monkeypatch):
     for name, tensor in whole.model.state_dict().items():
         assert tensor.is_cuda
         torch.testing.assert_close(again.model.state_dict()[name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "offload"])
+def test_peak_memory_is_the_formulas(policy):
+    """Of a step with one forward pass."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = SmolLM3Config(**sizes, num_key_value_heads=2, vocab_size=4096, pad_token_id=0)
+    config._attn_implementation = "packed"
+    tokens = 16384
+    with torch.device("cuda"):
+        model = SmolLM3ForCausalLM(config).train()
+    activations.apply("s", model, policy)
+    score_tokens(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.arange(tokens, device="cuda")[None] % 4000
+    scored = Scored(torch.arange(tokens, device="cuda"), ids[0], torch.full((tokens,), 1e-4, device="cuda"))
+    for _ in range(2):  # AdamW's moments come with the first step
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            total = model(input_ids=ids, document_lengths=[tokens], scored=scored).total
+        (-total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = memory(shape_of(config.to_dict(), on_gpu=True), Setup(tokens, 1, True, LoRA()))
+    assert torch.cuda.max_memory_allocated() == pytest.approx(found.peak[policy], rel=0.1)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full", "offload"])
+def test_a_policys_gradients_are_those_of_keeping_everything(policy):
+    config = SmolLM3Config(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, pad_token_id=0,
+    )  # fmt: skip
+    config._attn_implementation = "packed"
+    ids, gradients = torch.arange(1024, device="cuda")[None] % 500, []
+    for chosen in ("none", policy):
+        torch.manual_seed(0)
+        model = SmolLM3ForCausalLM(config).cuda().train()
+        activations.apply("s", model, chosen)
+        for _ in range(2):  # offloading starts each pass with an empty list
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.model(input_ids=ids, document_lengths=[624, 400]).last_hidden_state
+            hidden.float().square().sum().backward()
+        gradients.append([p.grad for p in model.model.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        close(found, expected, 1e-2)

@@ -262,4 +262,4 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
     if shown.get("engine") == "smolpost":
         shown["trl"] = None  # read by the other engine alone
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
-    return lines
+    return lines + stage.config.notes(recipe)

@@ -210,6 +210,10 @@ class Stage:
             Wrong: With the key below `key`, the value and what would do.
         """
 
+    def notes(self, recipe: Recipe) -> list[str]:
+        """Lines for the plan, beside the stage's settings."""
+        return []
+
     def check_plan(self, entry: str, recipe: Recipe) -> None:
         """Refuse what does not fit the other stages or the launch; all names exist, and nothing depends on itself.
 

@@ -7,11 +7,38 @@ from typing import Any, ClassVar
 
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.errors import UserError, Wrong
+from smolpost.files import read_json
+from smolpost.schema import Architecture, Recipe
 from smolpost.stages.base import CHECKPOINT, Stage, Work
 from smolpost.training.batch_size import check_global_batch
+from smolpost.training.memory import memory, setup_of, shape_of, shown
 from smolpost.training.settings import or_our_engine
 
+SMOLLM3_3B, SMOLLM3_VOCABULARY = "HuggingFaceTB/SmolLM3-3B", 128256  # whose other sizes are Architecture's defaults
 RENDERING = ("layout", "today", "train_roles", "train_reasoning", "last_turn_only")
+
+
+def _start_config(recipe: Recipe) -> dict[str, Any]:
+    """The config.json of the model that the pipeline starts from, without asking the Hub; {} where it is not known."""
+    model = recipe.model
+    if model.checkpoint is None:
+        words = [stage.vocab_size for stage in recipe.stages.values() if hasattr(stage, "vocab_size")]
+        return dataclasses.asdict(model.architecture) | {"model_type": "smollm3", "vocab_size": max(words, default=0)}
+    file = Path(model.checkpoint) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(model.checkpoint, file.name, revision=model.revision)
+        except HFValidationError:  # a folder that is not there yet
+            return {}
+        if not isinstance(cached, str):
+            known = {"model_type": "smollm3", "vocab_size": SMOLLM3_VOCABULARY}
+            return dataclasses.asdict(Architecture()) | known if model.checkpoint.startswith(SMOLLM3_3B) else {}
+        file = Path(cached)
+    config = read_json(file)
+    return config.get("text_config", config)
 
 
 class TrainStage(Stage):
@@ -79,6 +106,17 @@ class TrainStage(Stage):
             f"stages.{entry}.template={self.template}, but {self.init_from} was trained with {spoken}; "
             f"set the same one, or stages.{entry}.allow_template_change=true where the change is meant"
         )
+
+    def notes(self, recipe):
+        launch = recipe.accelerate
+        kind, ranks = launch.get("distributed_type"), launch.get("num_processes", 1)
+        zero = launch.get("deepspeed_config", {}).get("zero_stage", 2)
+        backend = {"DEEPSPEED": f"zero{zero}", "FSDP": "fsdp2"}.get(kind, "ddp" if ranks > 1 else "single")
+        setup = setup_of(self, bf16=self.precision != "fp32", backend=backend, ranks=ranks)
+        if setup is None:
+            return []
+        shape = shape_of(_start_config(recipe), on_gpu=True)
+        return shown(memory(shape, setup), setup) if shape else ["memory: not known, as the model's sizes are not"]
 
     # ------------------------------------------------------------ keys
 

@@ -8,20 +8,77 @@
 """
 
 import functools
+import os
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smolpost.errors import UserError
 from smolpost.objectives.head import decoder_of
+from smolpost.training.environment import Environment
+from smolpost.training.memory import CPU_SHARE, SHARE, gigabytes, memory, setup_of, shape_of
+from smolpost.training.settings import Training
 
 PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm"))
 ATTENTION = ("_scaled_dot_product_", "_varlen_attn", "_flash_attn", "flash_attn")  # in the names of such operators
+
+
+def policy_of(name: str, stage: Training, model: PreTrainedModel, environment: Environment) -> str:
+    """The stage's policy; for `auto` the fastest one that fits, which is printed. All ranks call, and agree.
+
+    Args:
+        name: The stage.
+        model: As loaded, before anything wraps it; with peft's adapters or without.
+    """
+    if stage.activation_checkpointing != "auto":
+        return stage.activation_checkpointing
+    policy, why = _fastest(stage, model, environment)
+    if environment.world_size > 1:  # ranks that recompute gather weights again, so the others have to
+        broadcast_object_list(agreed := [policy])
+        [policy] = agreed
+    if environment.rank == 0:
+        print(f"stages.{name}.activation_checkpointing=auto takes {policy}: {why}", flush=True)
+    return policy
+
+
+def _fastest(stage: Training, model: PreTrainedModel, environment: Environment) -> tuple[str, str]:
+    """A policy and the reason for it."""
+    device = environment.device
+    setup = setup_of(
+        stage, bf16=environment.bf16, backend=_backend(environment), ranks=environment.world_size, device=device.type
+    )
+    shape = shape_of(model.config.get_text_config().to_dict(), on_gpu=device.type == "cuda")
+    if not checkpointed_layers(model):
+        return "none", f"the layers of {type(model).__name__} cannot recompute"
+    if setup is None:
+        return "full", "how much memory TRL's trainers take is not known beforehand"
+    if shape is None or device.type not in ("cuda", "cpu"):
+        return "full", f"how much memory {type(model).__name__} takes on {device.type} is not known beforehand"
+    found = memory(shape, setup)
+    if device.type == "cpu":
+        free = psutil.virtual_memory().available / environment.local_world_size + found.weights  # they are loaded
+        policy = "none" if found.peak["none"] <= CPU_SHARE * free else "full"
+        return policy, f"none needs {gigabytes(found.peak['none'])} GB of the {gigabytes(free)} GB that a rank has"
+    total = torch.cuda.mem_get_info(device)[1]
+    policy = found.fastest(SHARE * total)
+    needs = ", ".join(f"{name} {gigabytes(peak)}" for name, peak in found.peak.items())
+    return policy, f"the fastest within {SHARE:.0%} of the {gigabytes(total)} GB of this GPU ({needs} GB)"
+
+
+def _backend(environment: Environment) -> str:
+    """As `environment.backend_name`, before there is an accelerator to ask."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp2"
+    return "ddp" if environment.world_size > 1 else "single"
 
 
 def checkpointed_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:

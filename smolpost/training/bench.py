@@ -64,7 +64,7 @@ def bench(
         arguments = method.arguments(stage, 0, len(found), out, environment)
         check_ranks(environment, arguments.world_size)
         arguments.set_save("no")
-        model = trainable(name, stage, load_start, seed=0)
+        model = trainable(name, stage, load_start, 0, environment)
         arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
         trainer = metered_trainer(stage, method, model, tokenizer, found, reference, arguments, 0, environment)
         trainer.train()

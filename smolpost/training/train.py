@@ -137,7 +137,7 @@ def train(
     # Before the model: under ZeRO-3 the arguments make from_pretrained build sharded parameters (zero.Init).
     arguments = method.arguments(stage, seed, len(rows), out, environment)
     check_ranks(environment, arguments.world_size)
-    model = trainable(name, stage, load_start, seed)
+    model = trainable(name, stage, load_start, seed, environment)
     stops.give(model, tokenizer)  # a method that samples stops there, too
     check_space(name, stage, model, len(rows), out, environment)
     arguments.distributed_state.wait_for_everyone()  # for the other ranks' part of the reference
@@ -165,14 +165,14 @@ def train(
     return report | {"stop_tokens": stops.report, "seconds": seconds} | _report(trainer, resume, environment)
 
 
-def trainable(name: str, stage: Training, load_start: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+def trainable(
+    name: str, stage: Training, load_start: Callable[[], PreTrainedModel], seed: int, environment: Environment
+) -> PreTrainedModel:
     """The start checkpoint with what the stage changes in it: adapters, and what its layers keep for backward."""
     model = load_start()
     if stage.lora.r:
         model = add_adapters(model, stage.lora, seed)
-    activations.apply(
-        name, model, "full" if stage.activation_checkpointing == "auto" else stage.activation_checkpointing
-    )
+    activations.apply(name, model, activations.policy_of(name, stage, model, environment))
     return model
 
 
