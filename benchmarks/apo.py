@@ -12,10 +12,11 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, matmul_tflops, model_flops, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, environment, scratch, sides_of, train
 
 from smolpost.stages.preference import APOStage
-from smolpost.training import reference
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 
 WARMUP = 1
 
@@ -35,12 +36,11 @@ def measure(side: Side, case: dict) -> dict:
         trainer, pairs, spent = train(stage, case, side, Path(folder), clock := Clock(WARMUP))
         first, last = WARMUP * case["batch"], (WARMUP + case["steps"]) * case["batch"]
         taken = pairs.select(trainer.batches.order()[first:last])
-        lengths = [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in taken]
-        attended = sum((p * p + c * c + r * r) // 2 + p * (c + r) for p, c, r in lengths)
-        scored = int(reference.scored_tokens(taken.flatten_indices()).sum())
-        flops = model_flops(trainer.model, sum(map(sum, lengths)), scored, attended)
+        flops = float(row_flops(trainer.model, taken.flatten_indices()).sum())
         own = {"reference_seconds": spent[0], "second_seed_seconds": spent[1]} if is_ours else {}
-        return clock.measured(pairs=len(taken), model_flops=flops, matmul_tflops=matmul_tflops(case), **own)
+        return clock.measured(
+            pairs=len(taken), model_flops=flops, matmul_tflops=matmul_tflops(environment(case)), **own
+        )
 
 
 TAU, GSM8K = "tau airline, vocabulary 8192", "gsm8k, vocabulary 128256"

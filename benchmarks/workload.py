@@ -188,35 +188,6 @@ class Clock(TrainerCallback):
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "loss_last": self.losses[-1], **more, **peak}
 
 
-def model_flops(model, tokens: int, head_tokens: int, attended: int) -> float:
-    """Floating-point operations a step needs: forward and backward, each matrix counted where it must be applied.
-
-    Args:
-        tokens: Run through the layers.
-        head_tokens: Scored by the head.
-        attended: Query-key pairs, causal ones alone.
-    """
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    return 6.0 * (layers * tokens + head * head_tokens + 2 * attended * config.hidden_size * config.num_hidden_layers)
-
-
-def matmul_tflops(case: dict) -> float:
-    """What the device does when it does nothing but multiply matrices, in the training precision."""
-    on_gpu = case["device"] == "cuda"
-    size, device = (8192, "cuda") if on_gpu else (1536, "cpu")
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        torch.mm(a, b)
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
-
-
 def scratch() -> tempfile.TemporaryDirectory:
     os.environ.setdefault("TQDM_DISABLE", "1")
     return tempfile.TemporaryDirectory(prefix="smolpost-bench-")

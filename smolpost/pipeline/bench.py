@@ -137,6 +137,8 @@ def _put_start(
 ) -> None:
     """Write config and tokenizer of what the stage starts from: those of the nearest model that is there.
 
+    An empty file stands for the weights, as the key of a reference asks for one.
+
     Raises:
         UserError: It comes from the Hub, which cannot give it.
     """
@@ -157,11 +159,13 @@ def _put_start(
             break
         if planned[name].base is None:
             config.sketch(request.recipe, out)
-            return
+            break
         name = planned[name].base
-    folder = local_folder(*place, weights=False)
-    read_config(folder / CONFIG).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    if not out.is_dir():
+        folder = local_folder(*place, weights=False)
+        read_config(folder / CONFIG).save_pretrained(out)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    (out / "model.safetensors").touch()
 
 
 def _put_rows(stage: Planned, located: Located | None, steps: int, folder: Path) -> None:
