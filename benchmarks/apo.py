@@ -12,11 +12,9 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, environment, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, needed, scratch, sides_of, train
 
 from smolpost.stages.preference import APOStage
-from smolpost.training.flops import row_flops
-from smolpost.training.matmul_rate import matmul_tflops
 
 WARMUP = 1
 
@@ -36,11 +34,8 @@ def measure(side: Side, case: dict) -> dict:
         trainer, pairs, spent = train(stage, case, side, Path(folder), clock := Clock(WARMUP))
         first, last = WARMUP * case["batch"], (WARMUP + case["steps"]) * case["batch"]
         taken = pairs.select(trainer.batches.order()[first:last])
-        flops = float(row_flops(trainer.model, taken.flatten_indices()).sum())
         own = {"reference_seconds": spent[0], "second_seed_seconds": spent[1]} if is_ours else {}
-        return clock.measured(
-            pairs=len(taken), model_flops=flops, matmul_tflops=matmul_tflops(environment(case)), **own
-        )
+        return clock.measured(pairs=len(taken), **needed(trainer, taken, case), **own)
 
 
 TAU, GSM8K = "tau airline, vocabulary 8192", "gsm8k, vocabulary 128256"

@@ -85,9 +85,10 @@ def cases(data: Path, device: str, quick: bool) -> dict[str, Case]:
     scale = 16 if quick else 1
     packs = shared | {"file": str(data / "gsm8k" / "smoltalk2_sft.jsonl"), "rows": 200 if quick else None}
     short, long = packs | {"length": 16384 // scale, "steps": 8}, packs | {"length": 65536 // scale, "steps": 3}
-    pairs = shared | {"file": str(data / "gsm8k" / "smoltalk2_preference.jsonl"), "rows": 160, "batch": 32 // scale}
-    dialogs = shared | {"file": str(data / "tau_airline" / "preference.jsonl"), "rows": 12, "batch": 4 // scale or 1}
+    pairs = shared | {"file": str(data / "gsm8k" / "smoltalk2_preference.jsonl"), "rows": 160, "batch": 32}
+    dialogs = shared | {"file": str(data / "tau_airline" / "preference.jsonl"), "rows": 12, "batch": 4}
     if quick:
+        pairs, dialogs = pairs | {"rows": 24, "batch": 4}, dialogs | {"rows": 4, "batch": 1}
         short, long, pairs, dialogs = (case | {"steps": 2} for case in (short, long, pairs, dialogs))
     trl, mine = Side("trl"), ours(activation_checkpointing="auto")
     return {
@@ -161,7 +162,7 @@ def median(runs: list[dict]) -> dict:
     return {key: statistics.median(found[key] for found in runs) for key in runs[0]}
 
 
-def print_case(name: str, case: Case, sides: dict[str, dict]) -> None:
+def print_case(name: str, case: Case, sides: dict[str, dict], *, with_targets: bool) -> None:
     rows = [
         {
             "side": side,
@@ -175,7 +176,8 @@ def print_case(name: str, case: Case, sides: dict[str, dict]) -> None:
         for side, found in sides.items()
     ]
     show(name, rows)
-    show(f"{name}: targets", [target.verdict(sides) for target in case.targets])
+    if with_targets:
+        show(f"{name}: targets", [target.verdict(sides) for target in case.targets])
 
 
 def options() -> argparse.Namespace:
@@ -220,7 +222,7 @@ def main() -> None:
     results = []
     for name, case in chosen.items():
         sides = {side: median(found) for (of, side), found in runs.items() if of == name}
-        print_case(name, case, sides)
+        print_case(name, case, sides, with_targets=not arguments.quick)
         verdicts = [target.verdict(sides) for target in case.targets]
         every = {side: found for (of, side), found in runs.items() if of == name}
         results.append({"case": name, "settings": case.case, "sides": sides, "runs": every, "targets": verdicts})

@@ -12,12 +12,10 @@ import functools
 from pathlib import Path
 
 from side_by_side import alternate, compared, keep, options, run_side
-from workload import SMALL, SMOLLM3_3B, Clock, Side, environment, scratch, sides_of, train
+from workload import SMALL, SMOLLM3_3B, Clock, Side, needed, scratch, sides_of, train
 
 from smolpost.chat.fates import Fate
 from smolpost.stages.sft import SFTStage
-from smolpost.training.flops import row_flops
-from smolpost.training.matmul_rate import matmul_tflops
 
 ROWS = 1000
 WARMUP = 1
@@ -35,9 +33,7 @@ def measure(side: Side, case: dict) -> dict:
         taken = packs.select(trainer.batches.order()[WARMUP : WARMUP + case["steps"]])
         tokens = sum(len(pack["input_ids"]) for pack in taken)
         scored = sum(pack["fates"].count(Fate.TRAINED) for pack in taken)
-        flops = float(row_flops(trainer.model, taken.flatten_indices()).sum())
-        rate = matmul_tflops(environment(case))
-        return clock.measured(tokens=tokens, model_flops=flops, trained_share=scored / tokens, matmul_tflops=rate)
+        return clock.measured(tokens=tokens, trained_share=scored / tokens, **needed(trainer, taken, case))
 
 
 TARGETS = {

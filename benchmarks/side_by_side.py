@@ -25,7 +25,9 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "trl", "datasets")
 
 
-def options(summary: str, *, folders: dict[str, str] | None = None, **switches: str) -> argparse.Namespace:
+def options(
+    summary: str, *, folders: dict[str, str] | None = None, needs_data: bool = True, **switches: str
+) -> argparse.Namespace:
     """What was asked on the command line; `switches` are flags of the benchmark's own with their help, `folders` its
     options that take a folder."""
     parser = argparse.ArgumentParser(description=summary)
@@ -48,7 +50,7 @@ def options(summary: str, *, folders: dict[str, str] | None = None, **switches: 
         if not torch.cuda.is_available():
             print("no CUDA device here: skipped")
             sys.exit(0)
-    if not found.data.is_dir():
+    if needs_data and not found.data.is_dir():
         print(f"--data {found.data} is not a folder; the rows of gsm8k and tau_airline are needed", file=sys.stderr)
         sys.exit(2)
     return found

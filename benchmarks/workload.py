@@ -20,9 +20,11 @@ from smolpost.chat.tokenizer import build_tokenizer
 from smolpost.data.prepare import prepare
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 from smolpost.schema import PACKED_ATTENTION, RELEASE_DAY, Mixture, Source
-from smolpost.training import activations
 from smolpost.training.environment import Environment, detect
+from smolpost.training.flops import row_flops
+from smolpost.training.matmul_rate import matmul_tflops
 from smolpost.training.settings import Training
+from smolpost.training.train import trainable
 from smolpost.training.trainer import Run
 
 SMALL = {
@@ -135,8 +137,7 @@ def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock")
     arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
     arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
-    model = load_start()
-    activations.apply("bench", model, stage.activation_checkpointing)
+    model = trainable("bench", stage, load_start, seed=0)
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)
     trainer.add_callback(clock)
     trainer.train()
@@ -186,6 +187,12 @@ class Clock(TrainerCallback):
     def measured(self, **more) -> dict:
         peak = {"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "loss_last": self.losses[-1], **more, **peak}
+
+
+def needed(trainer: Run, rows: Dataset, case: dict) -> dict[str, float]:
+    """Floating-point operations that training on the rows needs, and the device's rate in matrix products."""
+    flops = row_flops(trainer.model, rows.flatten_indices()).sum()
+    return {"model_flops": float(flops), "matmul_tflops": matmul_tflops(environment(case))}
 
 
 def scratch() -> tempfile.TemporaryDirectory:

@@ -1,11 +1,17 @@
 """What only a GPU can show: its kernels give what the CPU gives, to the precision of bf16."""
 
+from functools import partial
+
 import pytest
 import torch
+from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
-from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
-from smolpost.model.attention_kernels import CPUFlash, segment_attention, varlen_attention, varlen_fits
+from smolpost.inference import generation
+from smolpost.inference.decoding import fits
+from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM, fused
+from smolpost.model.attention_kernels import CPUFlash, attend, kernel_name, segment_attention, varlen_attention
 from smolpost.model.attention_segments import find_segments
+from smolpost.model.varlen_kernels import VarlenKernel, choose, report
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
 
@@ -29,27 +35,26 @@ def test_attention_equals_the_cpus(layout, heads, window):
     segments = find_segments(512, **layout)
     torch.manual_seed(0)
     row = [torch.randn(1, n, 512, 64).bfloat16() for n in (heads[0], heads[1], heads[1])]
-    assert varlen_fits(row[0].cuda())
+    kernel = choose(row[0].cuda(), row[2].cuda(), window, 0.0)
+    assert isinstance(kernel, VarlenKernel)
 
-    def results(attend, device, dtype):
+    def results(function, device, dtype):
         inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in row]
-        output = attend(*inputs, segments, None, window)
+        output = function(*inputs, segments, None, window)
         output.float().square().sum().backward()
         return output.detach(), *(x.grad for x in inputs)
 
     exact = results(CPUFlash.apply, "cpu", torch.float32)
-    for attend, dtype, tolerance in [
-        (varlen_attention, torch.bfloat16, 0.02),
+    for function, dtype, tolerance in [
+        (partial(varlen_attention, kernel), torch.bfloat16, 0.02),
         (segment_attention, torch.bfloat16, 0.02),
         (segment_attention, torch.float32, 2e-3),
     ]:
-        for found, expected in zip(results(attend, "cuda", dtype), exact, strict=True):
+        for found, expected in zip(results(function, "cuda", dtype), exact, strict=True):
             close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
-@pytest.mark.parametrize("window", [None, 50])
-def test_a_models_gradients_equal_the_cpus(layout, window):
+def small_model(window=None):
     torch.manual_seed(0)
     config = SmolLM3Config(
         vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -57,8 +62,63 @@ def test_a_models_gradients_equal_the_cpus(layout, window):
         use_sliding_window=window is not None, sliding_window=window,
     )  # fmt: skip
     config._attn_implementation = "packed"
-    on_cpu = SmolLM3ForCausalLM(config)
-    on_gpu = SmolLM3ForCausalLM(config).cuda()
+    return SmolLM3ForCausalLM(config)
+
+
+def document_step(model, lengths):
+    """Logits and gradients of one row of documents on the GPU."""
+    ids = torch.randint(3, 500, (1, sum(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    model.zero_grad()
+    logits = model(
+        input_ids=ids.cuda(), position_ids=positions.cuda(), use_cache=False, document_lengths=lengths
+    ).logits
+    logits.float().square().mean().backward()
+    return logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 2e-5), (True, 0.05)])
+def test_compiled_functions_equal_eager_ones(monkeypatch, bf16, tolerance):
+    model, results = small_model().cuda(), []
+    assert not torch.backends.cuda.matmul.allow_tf32
+    for switch in ("0", "1"):
+        monkeypatch.setenv("SMOLPOST_COMPILE", switch)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            results.append(document_step(model, [300, 5, 129, 78]))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_compiles_each_function_once(monkeypatch, bf16):
+    """On a GPU without being asked, for ten packings."""
+    monkeypatch.delenv("SMOLPOST_COMPILE", raising=False)
+    assert fused._compiler_works("cuda")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model().cuda()
+    for n in (256, *range(300, 400, 10)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            document_step(model, [n // 3, n - n // 3])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+def test_the_kernel_is_named_and_its_absence_reported():
+    segments = find_segments(512, document_lengths=[300, 212])
+    row = [torch.randn(1, n, 512, 64, device="cuda") for n in (4, 2, 2)]
+    attend(*(x.bfloat16() for x in row), segments, None, None, 0.0)
+    assert kernel_name() in ("flash-attention-3", "torch-varlen", "flash-attention-2")
+    report.cache_clear()
+    with pytest.warns(UserWarning, match="document by document, which is slower: .* set precision=bf16"):
+        attend(*row, segments, None, None, 0.0)
+    assert kernel_name() == "sdpa"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_models_gradients_equal_the_cpus(layout, window):
+    on_cpu, on_gpu = small_model(window), small_model(window).cuda()
     on_gpu.load_state_dict(on_cpu.state_dict())
     ids = torch.randint(3, 500, (1, 512))
     lengths = layout.get("document_lengths")
@@ -92,3 +152,37 @@ def test_token_scores_equal_the_cpus(weighted):
         results.append((scores.logps.detach(), scores.entropy, h.grad, w.grad))
     for expected, found in zip(*results, strict=True):
         close(found, expected, 0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", [SmolLM3ForCausalLM, StockSmolLM3])
+def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, family, temperature):
+    """In fp32, so that rounding decides between no two tokens; 400 tokens take two windows."""
+    torch.manual_seed(0)
+    config = SmolLM3Config(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    config._attn_implementation = "packed" if family is SmolLM3ForCausalLM else "sdpa"
+    model = family(config).cuda()
+    prompts = [[3 + (7 * i + j) % 400 for j in range(n)] for i, n in enumerate([40, 3, 17, 40, 1, 90, 8, 8])]
+    replies = partial(
+        generation.generate, model, prompts, max_new_tokens=400, temperature=temperature, top_p=0.9, seed=3,
+        eos_token_ids=[2], pad_token_id=0, batch_size=3,
+    )  # fmt: skip
+    assert fits(model, 3, 490)
+    captured = []
+
+    def counted(capture):
+        return lambda step: captured.append(step.args) or capture(step)
+
+    with monkeypatch.context() as patch:
+        graphs = generation.cuda_graphs
+        patch.setattr(generation, "cuda_graphs", lambda: counted(graphs()))
+        by_graphs = replies()
+    assert captured and "without CUDA graphs" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "cuda_graphs", lambda: None)
+        assert replies() == by_graphs
+    monkeypatch.setattr(generation, "fits", lambda *_: False)
+    assert replies() == by_graphs

@@ -22,11 +22,11 @@ from smolpost.model.stored import one_line
 
 WINDOW = 256
 # Longer rows need many graphs, and most of their time goes to attention, which no graph makes faster.
-MAX_TOKENS = 8192
+MAX_TOKENS = 16384
 # Replays between looks at whether all rows are finished; the host waits for the device at each.
 STEPS_PER_LOOK = 16
-# A capture costs as much as a few steps without a graph, so it has to be used for more of them.
-FEWEST_REPLAYS = 16
+# A capture costs about as much as three steps without a graph, so it has to be used for more of them.
+FEWEST_REPLAYS = 8
 # Attention functions that take a boolean mask [B, 1, L, S] as it is.
 ATTENTION = ("sdpa", "packed")
 
@@ -236,13 +236,19 @@ def fits(model: PreTrainedModel, num_rows: int, num_tokens: int) -> bool:
         return False
     if not supports(model):
         return False
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_token = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = torch.cuda.mem_get_info(model.device)[0] + unused
-    return num_rows * _round_up(num_tokens) * per_token * model.dtype.itemsize <= free / 2
+    return cache_bytes(model, num_rows, num_tokens) <= free / 2
+
+
+def cache_bytes(model: PreTrainedModel, num_rows: int, num_tokens: int) -> int:
+    """Bytes of a Decoder's keys and values."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_token = 2 * config.num_hidden_layers * key_heads * head_size * model.dtype.itemsize
+    return num_rows * _round_up(num_tokens) * per_token
 
 
 def supports(model: PreTrainedModel) -> bool:

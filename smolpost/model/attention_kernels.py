@@ -6,24 +6,32 @@ FlashAttention takes it as an argument.
 L tokens per row, N query heads, K key heads (N a multiple of K), D head size.
 """
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from smolpost.model.attention_segments import Segment, cut, tiles
+from smolpost.model.varlen_kernels import VarlenKernel, choose, report
 
 # Below this many numbers in a segment's queries a kernel call costs more than its arithmetic; above, less than the
 # copies that sharing it takes.
 SHORT = 8192
 # Queries that share a mask at the edge of a window: more of them waste arithmetic on hidden keys, fewer waste calls.
 BAND = 128
+
+_in_use: str | None = None
+
+
+def kernel_name() -> str | None:
+    """The kernel of this process's last packed attention, a word for logs; None before the first.
+
+    `flash-attention-3`, `torch-varlen`, `flash-attention-2`, `cpu-flash`, or `sdpa`, which runs document by document.
+    """
+    return _in_use
 
 
 def attend(
@@ -36,17 +44,23 @@ def attend(
     dropout: float,
 ) -> torch.Tensor:
     """Query [1, N, L, D], key and value [1, K, L, D] -> [1, L, N, D], by the fastest kernel there is."""
+    global _in_use
     if window is not None and all(len(own) + len(prefix) <= window for own, prefix in segments):
         window = None
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # As autocast does for SDPA: RoPE leaves queries and keys in fp32, values come in the lower precision.
+        # As autocast does for SDPA: other models' RoPE leaves queries and keys in fp32.
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    flash = not dropout and value.shape[3] == query.shape[3]
-    if flash and device == "cpu":
+    if device == "cpu" and not dropout and value.shape[3] == query.shape[3]:
+        _in_use = "cpu-flash"
         return CPUFlash.apply(query, key, value, segments, scale, window)
-    if flash and device == "cuda" and varlen_fits(query):
-        return varlen_attention(query, key, value, segments, scale, window)
+    if device == "cuda":
+        kernel = choose(query, value, window, dropout)
+        if isinstance(kernel, VarlenKernel):
+            _in_use = kernel.name
+            return varlen_attention(kernel, query, key, value, segments, scale, window)
+        report(kernel)
+    _in_use = "sdpa"
     return segment_attention(query, key, value, segments, scale, window, dropout)
 
 
@@ -147,41 +161,6 @@ class CPUFlash(torch.autograd.Function):
 # CUDA: one call of FlashAttention for the row.
 
 
-@cache
-def varlen_kernel() -> Callable | None:
-    """FlashAttention on sequences of unequal length: torch's where it takes windows, else flash-attn's, or None.
-
-    It takes `scale` and `window_size`: the numbers of keys before and after a query's own, of which -1 is all.
-    """
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" in known:
-        # Before torch 2.13 fewer key heads than query heads need no permission.
-        return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        warnings.warn(
-            f"packed attention runs document by document, which is slower: varlen_attn of torch {torch.__version__} "
-            "takes no window_size; install torch>=2.11 or flash-attn",
-            stacklevel=2,
-        )
-        return None
-    return lambda *args, scale, window_size: flash_attn_varlen_func(
-        *args, softmax_scale=scale, causal=True, window_size=window_size
-    )
-
-
-def varlen_fits(query: torch.Tensor) -> bool:
-    """Whether there is a FlashAttention for these queries [1, N, L, D] on their GPU."""
-    return (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[3] % 8 == 0
-        and query.shape[3] <= 192  # the backward of larger heads does not run on every GPU
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and varlen_kernel() is not None
-    )
-
-
 @lru_cache(maxsize=8)
 def varlen_index(segments: tuple[Segment, ...], device: torch.device) -> tuple[torch.Tensor | None, ...]:
     """Indices for FlashAttention, made once for all layers.
@@ -205,6 +184,7 @@ def varlen_index(segments: tuple[Segment, ...], device: torch.device) -> tuple[t
 
 
 def varlen_attention(
+    kernel: VarlenKernel,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -220,7 +200,7 @@ def varlen_attention(
     # FlashAttention (2.1 on, and torch's copy) aligns the causal diagonal to the bottom right: where the keys begin
     # with a prefix, query i sees all of it and its own segment's keys 0 to i.
     before = -1 if window is None else window - 1
-    return varlen_kernel()(query, key, value, *index, scale=scale, window_size=(before, 0))[None]
+    return kernel.run(query, key, value, *index, scale=scale, window_size=(before, 0))[None]
 
 
 # Anywhere: SDPA, segment by segment.

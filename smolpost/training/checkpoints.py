@@ -9,29 +9,22 @@ import errno
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import xxhash
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from smolpost.errors import UserError
-from smolpost.files import put, write_json
-from smolpost.merging.shards import Pool, plan_shards
+from smolpost.files import put
 from smolpost.merging.trajectory import SNAPSHOTS
 from smolpost.training.state import MOMENTS, PARTS, state_of, trained_parameters
 
 WHOLE = "whole"  # the mark
-SHARD_BYTES = 5 * 10**8  # of one file; a larger tensor gets its own file
-WRITERS = 3  # files written (and held in CPU memory) at the same time, while one more is gathered
 
 
 @dataclass(frozen=True)
@@ -70,102 +63,6 @@ class Snapshots(TrainerCallback):
         self.save(part)
         if state.is_world_process_zero:
             put(part, folder)  # replaces that of a run that stopped after this step and continued before it
-
-
-# ---------------------------------------------------------------- write
-
-
-def write(trainer: Trainer, backend: str) -> None:
-    """Save a checkpoint of the trainer's step into its output folder and delete the oldest ones; all ranks call.
-
-    Raises:
-        UserError: The backend's state cannot be saved.
-        OSError: The disk is full, among others; the checkpoint has no mark then.
-    """
-    arguments = trainer.args
-    folder = Path(arguments.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    written = gather_object([_write_share(trainer, folder)])  # also a barrier
-    if not trainer.is_world_process_zero():
-        return
-    trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-    listed = {name: entry for files in written for name, entry in files.items()}
-    listed[TRAINER_STATE_NAME] = _entry(folder / TRAINER_STATE_NAME)
-    mark = {"backend": backend, "num_ranks": arguments.world_size, "files": listed}
-    write_json(folder / WHOLE, mark)
-    for old in whole(folder.parent)[: -arguments.save_total_limit]:
-        shutil.rmtree(old)
-
-
-def _write_share(trainer: Trainer, folder: Path) -> dict[str, list]:
-    """What this rank adds to a checkpoint; the files' entries in the mark."""
-    rank, entries = trainer.args.process_index, {}
-    with Pool(WRITERS) as pool:
-        for number, tensors in enumerate(_shares(trainer)):
-            busy = [entry for entry in entries.values() if not entry.done()]
-            if len(busy) == WRITERS:
-                wait(busy, return_when=FIRST_COMPLETED)
-            name = f"state-{rank:05d}-{number:05d}.safetensors"
-            entries[name] = pool.submit(_write_tensors, folder / name, tensors)
-    random = _random_file(rank)
-    safetensors.torch.save_file(_random_state(trainer.args.device), folder / random)
-    return {name: entry.result() for name, entry in entries.items()} | {random: _entry(folder / random)}
-
-
-def _shares(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors of one file after another that this rank writes: "PART/PARAMETER", on the CPU.
-
-    Every rank reads every parameter, as sharded ones are gathered by all, and keeps those with which it is the one
-    that has least.
-    """
-    state = state_of(trainer)
-    rank, taken = trainer.args.process_index, [0] * trainer.args.world_size
-    share: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, parameter in trained_parameters(trainer):
-        parts = state.read(parameter)
-        new = sum(part.nbytes for part in parts.values())
-        owner = taken.index(min(taken))
-        taken[owner] += new
-        if owner != rank:
-            continue
-        if share and size + new > SHARD_BYTES:
-            yield share
-            share, size = {}, 0
-        share |= {f"{part}/{name}": tensor.float().cpu().contiguous() for part, tensor in parts.items()}
-        size += new
-    if share:
-        yield share
-
-
-def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> list:
-    """Write fp32 tensors without a copy of them; the file's entry in the mark, of what it should hold.
-
-    Nothing waits for the disk: what a power cut keeps from it, the hash shows.
-    """
-    [plan] = plan_shards({name: tensor.shape for name, tensor in tensors.items()}, torch.float32, limit=sys.maxsize)
-    state = xxhash.xxh3_64()
-    with open(file, "wb") as out:
-        for block in (plan.header, *(tensors[name].view(-1).numpy() for name in plan.tensors)):
-            state.update(block)
-            out.write(block)
-    return [plan.size, state.hexdigest()]
-
-
-def _entry(file: Path) -> list:
-    return [file.stat().st_size, _hash_of(file)]
-
-
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.safetensors"
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of torch's generators, which dropout and sampled replies draw from; nothing else in a step draws numbers."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = torch.get_device_module(device).get_rng_state(device)
-    return states
 
 
 # ---------------------------------------------------------------- read
@@ -221,9 +118,14 @@ def _tensor(file: Path, key: str) -> torch.Tensor:
         return opened.get_tensor(key)
 
 
+def random_file(rank: int) -> str:
+    """Name of the file with a rank's random state."""
+    return f"random-{rank:05d}.safetensors"
+
+
 def restore_random_state(folder: Path, rank: int, device: torch.device) -> None:
     """Go on with the numbers that would have been drawn; a rank that was not there keeps its own."""
-    file = folder / _random_file(rank)
+    file = folder / random_file(rank)
     if not file.exists():
         return
     states = safetensors.torch.load_file(file)
@@ -266,7 +168,7 @@ def _examine(checkpoint: Path) -> tuple[Mark | None, str | None]:
                 return None, f"{name} is missing"
             if found != size:
                 return None, f"{name} has {found:,} bytes, not {size:,}"
-            if _hash_of(file) != expected:
+            if hash_of(file) != expected:
                 return None, f"the content of {name} is not what was written"
     except (ValueError, TypeError, AttributeError):
         return None, f"{WHOLE} is not a list of files with their hashes"
@@ -277,7 +179,8 @@ def _examine(checkpoint: Path) -> tuple[Mark | None, str | None]:
     return mark, None
 
 
-def _hash_of(file: Path) -> str:
+def hash_of(file: Path) -> str:
+    """XXH3 of its content, in hex."""
     state = xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while block := opened.read(2**22):

@@ -20,6 +20,8 @@ class EndOnce(TrainerCallback):
 class StopAtStep(TrainerCallback):
     """Ends training after the step in which a signal came, with a checkpoint.
 
+    No other checkpoint is of the last step: the stage's final weights follow at once.
+
     Attributes:
         asked: What came to this rank.
         agreed: A signal has come to some rank: all ranks know it at the same step.
@@ -35,3 +37,5 @@ class StopAtStep(TrainerCallback):
         self.agreed |= args.world_size == 1 and self.asked.signum is not None  # a single rank agrees with itself
         if self.agreed:
             control.should_log = control.should_save = control.should_training_stop = True
+        elif state.global_step >= state.max_steps:
+            control.should_save = False

@@ -1,7 +1,6 @@
 """One training stage for one seed: prepared rows and a start checkpoint in, final weights and metrics out."""
 
 import functools
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -242,8 +241,8 @@ def check_space(
 ) -> None:
     """Refuse a training whose checkpoints, snapshots and final weights do not fit on the disk.
 
-    One checkpoint more than save_total_limit lies there while the oldest makes room. What an earlier try has left in
-    `out` is part of what is needed.
+    Beside the checkpoints that stay lies one more, while the oldest makes room or because a signal asks for it, and
+    later the final weights. What an earlier try has left in `out` is part of what is needed.
 
     Raises:
         UserError: With both sizes and the remedies.
@@ -251,10 +250,11 @@ def check_space(
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]  # ds_numel: sharded by ZeRO-3
     trained = sum(size for size, p in zip(sizes, model.parameters(), strict=True) if p.requires_grad)
     steps = total_steps(stage, num_rows)
-    saves = math.ceil(steps / stage.save_steps)  # the last step's too
-    snapshots = steps // stage.snapshot_steps if stage.snapshot_steps else 0
-    weights = (2 if environment.bf16 else 4) * sum(sizes)
-    needed = num_bytes(trained) * min(saves, stage.save_total_limit + 1) + weights * (1 + snapshots)
+    # The last step leaves neither.
+    kept = min((steps - 1) // stage.save_steps, stage.save_total_limit)
+    snapshots = (steps - 1) // stage.snapshot_steps if stage.snapshot_steps else 0
+    weights, checkpoint = (2 if environment.bf16 else 4) * sum(sizes), num_bytes(trained)
+    needed = checkpoint * kept + weights * snapshots + max(checkpoint, weights)
     lies_there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(out).free
     if free + lies_there < needed:

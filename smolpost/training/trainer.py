@@ -27,6 +27,7 @@ from smolpost.progress import Progress
 from smolpost.signals import Stopped
 from smolpost.training import checkpoints
 from smolpost.training.batches import GlobalBatches, MicroBatch
+from smolpost.training.checkpoint_writer import Writer
 from smolpost.training.environment import backend_name
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
@@ -51,15 +52,17 @@ class Run:
     SAMPLES: ClassVar[bool] = False
 
     def __init__(self, *, batches: GlobalBatches, **settings: Any):
-        self.steps = Steps()
+        self.steps, self.writer = Steps(), Writer()
         super().__init__(
-            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps], **settings
+            callbacks=[NewOrder(batches), Restored(self), EndOnce(), stop := StopAtStep(), self.steps, self.writer],
+            **settings,
         )
         self.remove_callback(PrinterCallback)  # `Steps` prints the log, above its bar
         self.stop = stop
         self.batches = batches
         self.meter = Meter(batches, self.args.world_size, self.args.device)
         self.restored: str | None = None  # the checkpoint whose state is in model, optimizer and scheduler
+        self.saved_step = 0  # of the last checkpoint
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Train to the end; after a signal, finish the step and save a checkpoint.
@@ -67,14 +70,19 @@ class Run:
         Raises:
             Stopped: By the signal.
         """
-        with contextlib.closing(self.stop.asked), self.steps.shown:
+        with contextlib.closing(self.stop.asked), self.steps.shown, self.writer:
             with contextlib.suppress(NothingLeft):
                 super().train(resume_from_checkpoint=resume_from_checkpoint)
-            if self.stop.agreed:
-                # The launcher ends all ranks when the first one exits, so all wait until the checkpoint is marked.
-                self.accelerator.wait_for_everyone()
-            if self.stop.agreed or self.stop.asked.signum:  # the signal may have come after the last step
-                raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
+            asked = torch.tensor(float(self.stop.asked.signum is not None), device=self.args.device)
+            if not self.accelerator.reduce(asked, "sum"):
+                self.writer.wait()
+                return
+            if self.saved_step < self.state.global_step:  # the signal came too late for the last step to save
+                self._save_checkpoint(self.model_wrapped, None)
+            self.writer.wait()
+            # The launcher ends all ranks when the first one exits, so all wait until the checkpoint is marked.
+            self.accelerator.wait_for_everyone()
+            raise Stopped(self.stop.asked.signum or signal.SIGTERM, f" at step {self.state.global_step}")
 
     def idle_share(self) -> float:
         """Share of the forward passes that only keep ranks in step, in [0, 1)."""
@@ -84,14 +92,15 @@ class Run:
 
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
-        checkpoints.write(self, backend_name(self.accelerator))
+        self.writer.save(self, backend_name(self.accelerator))
+        self.saved_step = self.state.global_step
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         state_of(self)  # refuses, before training, a state that could not be saved
         if resume_from_checkpoint is not None:
             checkpoints.restore(self, Path(resume_from_checkpoint))
-            self.restored = resume_from_checkpoint
+            self.restored, self.saved_step = resume_from_checkpoint, self.state.global_step
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:

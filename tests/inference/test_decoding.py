@@ -16,7 +16,7 @@ from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
 import smolpost.inference.decoding as decoding
 import smolpost.inference.generation as generation
-from smolpost.inference.decoding import Decoder, supports
+from smolpost.inference.decoding import Decoder, cache_bytes, supports
 from smolpost.inference.generation import generate
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -119,7 +119,7 @@ def test_rows_that_all_stop_early_end_the_batch(model, monkeypatch):
     assert [len(reply) for reply in replies] == [1, 1]
 
 
-def test_a_batch_does_not_see_the_one_before(model):
+def test_a_batch_does_not_see_the_one_before_and_the_cache_has_the_size_reckoned(model):
     def decoder():
         return Decoder(
             model, 2, 60, temperature=1, top_p=0.9, eos_token_ids=[EOS], pad_token_id=PAD, capture=lambda step: step
@@ -130,6 +130,7 @@ def test_a_batch_does_not_see_the_one_before(model):
     one = decoder()
     with torch.no_grad():
         together = [one.reply(*batch, 30, seed) for seed, batch in enumerate(batches)]
+        assert cache_bytes(model, 2, 60) == sum(x.keys.nbytes + x.values.nbytes for x in one.cache.layers)
         assert together == [decoder().reply(*batch, 30, seed) for seed, batch in enumerate(batches)]
 
 

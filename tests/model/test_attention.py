@@ -1,7 +1,5 @@
 """Packed attention equals the same documents and preference pairs run one by one, on every backend."""
 
-import sys
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,6 +21,7 @@ from tests.model.packed_rows import (
     build,
     document_positions,
     inputs,
+    on_cuda,
     pair_positions,
     pair_step,
     reference_varlen_attn,
@@ -122,8 +121,7 @@ def test_backends_agree(pairs, key_heads, short):
     with mock.patch.object(kernels, "SHORT", short):
         cpu = run(kernels.CPUFlash.apply, row, segments, 0.5)
     assert_equal(cpu, run(kernels.segment_attention, row, segments, 0.5))
-    with mock.patch.object(kernels, "varlen_attn", reference_varlen_attn):
-        assert_equal(run(kernels.varlen_attention, row, segments, 0.5), cpu)
+    assert_equal(run(on_cuda(reference_varlen_attn), row, segments, 0.5), cpu)
 
 
 def test_documents_take_their_keys_as_they_are_on_cuda():
@@ -132,57 +130,10 @@ def test_documents_take_their_keys_as_they_are_on_cuda():
         return reference_varlen_attn(q, k, v, *args, **kwargs)
 
     row, segments = inputs(9), find_segments(9, [4, 5])
-    with mock.patch.object(kernels, "varlen_attn", checked):
-        kernels.varlen_attention(*row, segments, 0.5)
+    on_cuda(checked)(*row, segments, 0.5)
     # Layers share the indices.
     cpu = torch.device("cpu")
     assert kernels.varlen_index(segments, cpu) is kernels.varlen_index(find_segments(9, [4, 5]), cpu)
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype", "capability", "fits"),
-    [
-        (128, torch.bfloat16, (9, 0), True),
-        (64, torch.float16, (8, 0), True),
-        (128, torch.float32, (9, 0), False),
-        (100, torch.bfloat16, (9, 0), False),
-        (256, torch.bfloat16, (9, 0), False),
-        (128, torch.bfloat16, (7, 5), False),
-    ],
-)
-def test_what_flash_attention_is_asked_for(monkeypatch, size, dtype, capability, fits):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(kernels, "varlen_kernel", lambda: reference_varlen_attn)
-    assert kernels.varlen_fits(torch.empty(1, 2, 3, size, dtype=dtype)) == fits
-
-
-def test_flash_attn_stands_in_where_torch_takes_no_window(monkeypatch):
-    def flash_attn_varlen_func(*args, softmax_scale, causal, window_size):
-        assert causal
-        return reference_varlen_attn(*args, scale=softmax_scale, window_size=window_size)
-
-    row = inputs(sum(map(sum, PAIRS)))
-    segments = find_segments(row[0].shape[2], pair_lengths=PAIRS)
-    monkeypatch.setattr(kernels, "varlen_attn", lambda q, k, v, is_causal=False: None)  # as in torch 2.10
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    monkeypatch.setattr(kernels, "varlen_kernel", kernels.varlen_kernel.__wrapped__)
-    for window in (None, 4):
-        found = run(kernels.varlen_attention, row, segments, 0.5, window)
-        assert_equal(found, run(kernels.segment_attention, row, segments, 0.5, window))
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.warns(UserWarning, match="document by document, which is slower: .* install torch>=2.11 or flash-attn"):
-        assert kernels.varlen_kernel() is None
-
-
-def test_fewer_key_heads_need_no_permission_before_torch_2_13(monkeypatch):
-    def varlen_attn(*args, scale, window_size):
-        return reference_varlen_attn(*args, scale=scale, window_size=window_size)
-
-    row, segments = inputs(9), find_segments(9, [4, 5])
-    monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(kernels, "varlen_kernel", kernels.varlen_kernel.__wrapped__)
-    found = run(kernels.varlen_attention, row, segments, 0.5)
-    assert_equal(found, run(kernels.segment_attention, row, segments, 0.5))
 
 
 def test_dropout_and_unequal_head_sizes_take_public_sdpa():

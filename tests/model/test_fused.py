@@ -89,6 +89,7 @@ def test_compiled_equals_eager_under_autocast(monkeypatch):
 
 def test_no_packing_is_compiled_twice(monkeypatch):
     """Each of the four functions is one graph, after ten rows of other lengths; one is as long as the hidden size."""
+    assert fused._compiler_works("cpu")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = build("packed")

@@ -6,23 +6,24 @@ import signal
 import torch
 import torch.distributed as dist
 
-from smolpost.training import trainer
+from smolpost.training.checkpoint_writer import Writer
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
     import fsdp_on_cpu  # noqa: F401, makes accelerate run FSDP on a CPU
 
-write = trainer.checkpoints.write
+save = Writer.save
 
 
-def write_and_die(stage_trainer, backend):
-    write(stage_trainer, backend)
+def save_and_die(writer, stage_trainer, backend):
+    save(writer, stage_trainer, backend)
     if stage_trainer.state.global_step == int(os.environ["CUT_AFTER"]):
+        writer.wait()
         if dist.is_initialized():
             dist.barrier()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-trainer.checkpoints.write = write_and_die
+Writer.save = save_and_die
 
 if __name__ == "__main__":
     from smolpost.train import main
