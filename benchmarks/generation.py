@@ -2,13 +2,14 @@
 
 python benchmarks/generation.py [--quick] [--device cuda]
 
-Every side samples replies of the same length from the same random weights. "smolpost" is what an evaluation on a GPU
-runs: a fixed cache, and CUDA graphs that each call captures again. "generate" is the library as installed, and what an
-evaluation on a CPU runs. "generate, static" has its static cache, which it compiles on a GPU. The first call warms a
-side up and is shown apart; the median of the next ones is the result. On a CPU "smolpost" has no graphs: the run only
-shows that the sides work.
+Every side samples with the same seed from the same random weights, without a stop token. "smolpost" is what an
+evaluation on a GPU runs: a fixed cache, and CUDA graphs that each call captures again. "generate" is the library as
+installed, and what an evaluation on a CPU runs. "generate, static" has its static cache, which a GPU compiles. The
+first call warms a side up and is shown apart; the median of the next ones is the result. On a CPU "smolpost" has no
+graphs: such a run only shows that all sides give the same replies.
 """
 
+import functools
 import statistics
 import time
 
@@ -16,7 +17,7 @@ import torch
 from side_by_side import alternate, keep, options, run_side, show
 from workload import SMOLLM3_3B
 
-from smolpost.inference import generation
+from smolpost.inference.decoding import Decoder, cuda_graphs
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
 TINY = {  # the miniature's
@@ -27,7 +28,7 @@ TINY = {  # the miniature's
     "num_key_value_heads": 4,
 }
 CALLS = 3
-TEMPERATURE, TOP_P = 0.6, 0.95
+TEMPERATURE, TOP_P, SEED = 0.6, 0.95, 0
 
 
 def model_for(case: dict) -> SmolLM3ForCausalLM:
@@ -38,48 +39,50 @@ def model_for(case: dict) -> SmolLM3ForCausalLM:
         return SmolLM3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def smolpost(model: SmolLM3ForCausalLM, prompts: list[list[int]], case: dict) -> None:
-    generation.fits = lambda *_: True
-    if case["device"] == "cpu":
-        generation.cuda_graphs = lambda: None
-    generation.generate(
-        model, prompts, max_new_tokens=case["reply"], temperature=TEMPERATURE, top_p=TOP_P, seed=0, eos_token_ids=[],
-        pad_token_id=0, batch_size=len(prompts),
+def smolpost(model: SmolLM3ForCausalLM, prompts: torch.Tensor, case: dict) -> list[list[int]]:
+    decoder = Decoder(
+        model, case["rows"], case["prompt"] + case["reply"], temperature=TEMPERATURE, top_p=TOP_P, eos_token_ids=[],
+        pad_token_id=0, capture=cuda_graphs() if case["device"] == "cuda" else None,
     )  # fmt: skip
+    with torch.no_grad():
+        return decoder.reply(prompts, torch.ones_like(prompts), case["reply"], SEED)
 
 
-def library(model: SmolLM3ForCausalLM, prompts: list[list[int]], case: dict, **options) -> None:
+def library(model: SmolLM3ForCausalLM, prompts: torch.Tensor, case: dict, **options) -> list[list[int]]:
+    torch.manual_seed(SEED)
     model.generation_config.eos_token_id = None
-    input_ids = torch.tensor(prompts, device=case["device"])
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
-    mask = torch.ones_like(input_ids)
-    model.generate(input_ids, attention_mask=mask, max_new_tokens=case["reply"], **sampling, **options)
+    mask = torch.ones_like(prompts)
+    output = model.generate(prompts, attention_mask=mask, max_new_tokens=case["reply"], **sampling, **options)
+    return output[:, case["prompt"] :].tolist()
 
 
-def library_static(model: SmolLM3ForCausalLM, prompts: list[list[int]], case: dict) -> None:
-    library(model, prompts, case, cache_implementation="static")
+SIDES = {
+    "smolpost": smolpost,
+    "generate": library,
+    "generate, static": functools.partial(library, cache_implementation="static"),
+}
 
 
-SIDES = {"smolpost": smolpost, "generate": library, "generate, static": library_static}
-
-
-def measure(reply, case: dict) -> dict:
+def measure(side: str, case: dict) -> dict:
     model, seconds = model_for(case), []
     draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, case["vocab"], (case["rows"], case["prompt"]), generator=draw).tolist()
+    prompts = torch.randint(3, case["vocab"], (case["rows"], case["prompt"]), generator=draw).to(case["device"])
     for _ in range(1 + CALLS):
         began = time.perf_counter()
-        reply(model, prompts, case)
-        if case["device"] == "cuda":
-            torch.cuda.synchronize()
+        replies = SIDES[side](model, prompts, case)
         seconds.append(time.perf_counter() - began)
     peak = {"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if case["device"] == "cuda" else {}
-    return {"seconds": statistics.median(seconds[1:]), "first_seconds": seconds[0], **peak}
+    tokens, checksum = sum(map(len, replies)), sum(map(sum, replies))
+    return {
+        "seconds": statistics.median(seconds[1:]), "first_seconds": seconds[0], "tokens": tokens,
+        "checksum": checksum, **peak,
+    }  # fmt: skip
 
 
 def main() -> None:
     arguments = options(__doc__.splitlines()[0], needs_data=False)
-    if run_side({name: lambda case, reply=reply: measure(reply, case) for name, reply in SIDES.items()}, arguments):
+    if run_side({name: functools.partial(measure, name) for name in SIDES}, arguments):
         return
     shared = {"device": arguments.device}
     tiny = shared | {"model": TINY, "vocab": 256, "prompt": 64}
@@ -95,7 +98,7 @@ def main() -> None:
     table, results = [], []
     for name, case in cases.items():
         sides = alternate(list(SIDES), case, arguments)
-        speed = {side: case["rows"] * case["reply"] / found["seconds"] for side, found in sides.items()}
+        speed = {side: found["tokens"] / found["seconds"] for side, found in sides.items()}
         results.append({"case": name, "settings": case, "sides": sides, "tokens_per_second": speed})
         table += [
             {

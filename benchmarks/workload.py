@@ -119,8 +119,10 @@ class Trained(NamedTuple):
     reference_seconds: list[float]
 
 
-def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock") -> Trained:
-    """Train a stage on the case's rows as `smolpost run` does, by the engine that it names, without checkpoints."""
+def train(
+    stage: Training, case: dict, side: Side, folder: Path, clock: "Clock", *, checkpoints: bool = False
+) -> Trained:
+    """Train a stage on the case's rows as `smolpost run` does, by the engine that it names."""
     method, here = stage.method(), environment(case)
     tokenizer = tokenizer_for(case["file"], case["rows"])
     rows, _ = prepared(stage, case["file"], case["rows"], tokenizer, folder)
@@ -135,7 +137,8 @@ def train(stage: Training, case: dict, side: Side, folder: Path, clock: "Clock")
         reference, _ = method.reference(stage, rows, start, load_start, folder / "references", here)
         spent.append(time.perf_counter() - began)
     arguments = method.arguments(stage, 0, len(rows), folder / "out", here)
-    arguments.set_save("no")
+    if not checkpoints:
+        arguments.set_save("no")
     arguments.use_liger_kernel = side.liger
     model = trainable("bench", stage, load_start, seed=0)
     trainer = method.trainer(stage, model, tokenizer, rows, reference, arguments, 0, here)

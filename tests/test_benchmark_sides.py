@@ -1,4 +1,4 @@
-"""The sides of the training benchmarks do the same work: same rows, same losses, whichever engine trains."""
+"""The sides of a benchmark do the same work: same rows and losses, or same replies, whoever does it."""
 
 import importlib
 import json
@@ -49,3 +49,12 @@ def test_both_engines_train_on_the_same_pairs(sides):
         assert side["loss_last"] == pytest.approx(found[0]["loss_last"], rel=1e-5)
     assert found[0]["second_seed_seconds"] < found[0]["reference_seconds"]  # it is read, not scored again
     assert "second_seed_seconds" not in found[1]
+
+
+def test_every_side_samples_the_same_replies(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("generation")
+    case = {"model": TINY, "vocab": 256, "device": "cpu", "rows": 3, "prompt": 8, "reply": 40}
+    found = [benchmark.measure(side, case) for side in benchmark.SIDES]
+    assert {side["tokens"] for side in found} == {120}
+    assert len({side["checksum"] for side in found}) == 1

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
 from smolpost.inference import generation
@@ -14,6 +15,8 @@ from smolpost.model.attention_segments import find_segments
 from smolpost.model.varlen_kernels import VarlenKernel, choose, report
 from smolpost.objectives.head import Head
 from smolpost.objectives.logprobs import token_scores
+from smolpost.training.environment import Environment
+from tests.training import tiny_trainers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAYOUTS = [{"document_lengths": [300, 5, 129, 78]}, {"pair_lengths": [(200, 40, 70), (0, 30, 20), (90, 1, 61)]}]
@@ -186,3 +189,33 @@ def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, fa
         assert replies() == by_graphs
     monkeypatch.setattr(generation, "fits", lambda *_: False)
     assert replies() == by_graphs
+
+
+class WaitingIsAnError(TrainerCallback):
+    """From the second step on, which no longer sets anything up."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["sft", "apo"])
+def test_an_optimizer_step_never_waits(name, tmp_path, monkeypatch):
+    gpu = Environment(rank=0, world_size=1, local_world_size=1, use_cpu=False, bf16=True)
+    monkeypatch.setattr(tiny_trainers, "CPU", gpu)
+    tokenizer, few = tiny_trainers.char_tokenizer(), {"max_steps": 4, "logging_steps": 100}
+    model = tiny_trainers.build(tokenizer)
+    if name == "sft":
+        run, *_ = tiny_trainers.sft_trainer(tokenizer, tmp_path, model, **few)
+    else:
+        few |= {"pack_tokens": 150, "sft_weight": 0.5, "ld_alpha": 0.5}
+        run, *_ = tiny_trainers.pair_trainer(tokenizer, tmp_path, model, tiny_trainers.build(tokenizer), **few)
+    run.add_callback(WaitingIsAnError())
+    try:
+        run.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.state.global_step == 4

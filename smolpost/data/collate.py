@@ -53,6 +53,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
             chosen, ...; shared tokens belong to both sides.
         sides: Same shape, 0 to 2P - 1: the side to which each of them belongs.
         side_lengths: [2P] int64 scored tokens of each side.
+        of_chosen: [at most as many] int64 where in side_tokens those of chosen sides are.
         pair_weights: [P] float32 weight of each pair's loss.
     """
     ids, position_ids, positions, targets, side_tokens, side_lengths, pair_lengths = ([] for _ in range(7))
@@ -79,6 +80,7 @@ def collate_pairs(pairs: list[dict]) -> dict:
         start += len(sequence)
         num_scored += len(scored)
     side_lengths = torch.tensor(side_lengths)
+    sides = torch.arange(len(side_lengths)).repeat_interleave(side_lengths)
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(position_ids)[None],
@@ -86,8 +88,9 @@ def collate_pairs(pairs: list[dict]) -> dict:
         "positions": torch.cat(positions),
         "targets": torch.cat(targets),
         "side_tokens": torch.cat(side_tokens),
-        "sides": torch.arange(len(side_lengths)).repeat_interleave(side_lengths),
+        "sides": sides,
         "side_lengths": side_lengths,
+        "of_chosen": (sides % 2 == 0).nonzero()[:, 0],
         "pair_weights": torch.cat([_as_weights(pair.get("weights"), 1) for pair in pairs]),
     }
 

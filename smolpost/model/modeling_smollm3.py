@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from smolpost.model.attention import NAME as PACKED
 from smolpost.model.configuration_smollm3 import SmolLM3Config
 from smolpost.model.layers_smollm3 import SmolLM3Attention, SmolLM3DecoderLayer, SmolLM3RMSNorm, SmolLM3RotaryEmbedding
 
@@ -102,14 +103,21 @@ class SmolLM3Model(SmolLM3PreTrainedModel):
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
+        # The attention is told where documents begin, so nothing looks for that in the positions: on a GPU the host
+        # would have to wait for them.
+        is_laid_out = (
+            self.config._attn_implementation == PACKED and attention_mask is None and past_key_values is None
+        ) and any(kwargs.get(name) is not None for name in ("document_lengths", "pair_lengths"))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length)[None]
-        elif past_key_values is None:
+        elif past_key_values is None and not is_laid_out:
             attention_mask = self._padding_mask(hidden_states, attention_mask, position_ids, kwargs)
         # A cache made below is still empty, so masks need not know of it; told of it, the library would no longer
         # separate documents.
-        masks = self._attention_masks(hidden_states, attention_mask, position_ids, past_key_values)
+        masks = self._attention_masks(
+            hidden_states, attention_mask, None if is_laid_out else position_ids, past_key_values
+        )
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -171,7 +179,7 @@ class SmolLM3Model(SmolLM3PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, Any]:
         """Return the mask of each layer type in use, in the form the attention function wants."""

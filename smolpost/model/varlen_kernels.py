@@ -105,8 +105,8 @@ def choose(query: torch.Tensor, value: torch.Tensor, window: int | None, dropout
     # The backward of heads larger than 192 does not run on every GPU.
     if size % 8 or size > 192 or value.shape[3] != size:
         return (
-            "FlashAttention takes heads of one size for queries and values, a multiple of 8 up to 192, and this model's "
-            f"have {size} and {value.shape[3]}; no setting changes that"
+            "FlashAttention takes heads of one size for queries and values, a multiple of 8 up to 192, and this "
+            f"model's have {size} and {value.shape[3]}; no setting changes that"
         )
     return _fastest(capability, window is not None) or (
         f"varlen_attn of torch {torch.__version__} takes no sliding window, and this model has one of {window}; "

@@ -8,6 +8,7 @@ T tokens, V words of the vocabulary, H hidden, t tokens and c words of a tile. T
 innermost, all three matrix products read and write them as they lie.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def token_scores(
 
     Args:
         hidden: [T, H]; for T = 0 all results are empty or 0, and connected to the graph.
-        targets: [T] int64, 0 to V - 1.
+        targets: [T] int64, 0 to V - 1. Best on the CPU, wherever hidden is: given on a GPU, the host has to wait for
+            them, and for nothing else here.
         head: Its weight may be tied, frozen, sharded (FSDP2's DTensor) or partitioned (DeepSpeed's ZeRO-3).
         weights: [T], what the loss multiplies each logp with; without gradient.
         metrics: Whether to compute entropy and is_top1.
@@ -99,12 +101,21 @@ def check_arguments(hidden: Tensor, targets: Tensor, weight: Tensor, weights: Te
 
 
 class Sums:
-    """A token slice's sums over each slice of words, [number of word slices, t], and what is at its targets, [t]."""
+    """A token slice's sums over each slice of words, [number of word slices, t], and what is at its targets, [t].
+
+    Attributes:
+        masses, moments: Sums of e = exp(x) and of x e, where x are logits less the shift.
+        peaks, tops: Largest logit, and the first word of the slice that has it.
+        shifts: The shift of each slice where it is found on the way: the largest logit up to there.
+        logit, slope: Logit, and the softcap's slope, of the target.
+    """
 
     def __init__(self, tiling: Tiling, t: int, like: Tensor):
         shape = (len(tiling.words), t)
         self.masses = tiling.buffer(*shape, like=like)
-        self.peaks = tiling.buffer(*shape, like=like) if tiling.metrics else None
+        self.peaks = tiling.buffer(*shape, like=like) if tiling.metrics or tiling.unread else None
+        self.tops = tiling.buffer(*shape, like=like, dtype=torch.int64) if tiling.metrics and tiling.unread else None
+        self.shifts = tiling.buffer(*shape, like=like) if tiling.unread else None
         self.moments = tiling.buffer(*shape, like=like) if tiling.makes_entropy else None
         self.logit = tiling.buffer(t, like=like)
         self.slope = tiling.buffer(t, like=like) if tiling.softcap and tiling.kept else None
@@ -117,13 +128,14 @@ class Statistics:
         logps, entropy, is_top1: As in TokenScores.
         mass: [T] sum of exp(logit - shift).
         shift: [T] 0, or the largest logit once `shifted`.
-        shifted: Whether some token's mass left SAFE_MASS; from its slice on, all tokens are shifted.
+        shifted: Whether some token's mass left SAFE_MASS; from its slice on, all tokens are shifted. True from the
+            beginning where nobody may look at the mass.
     """
 
     def __init__(self, tiling: Tiling, hidden: Tensor):
-        self.tiling, self.shifted = tiling, False
+        self.tiling, self.shifted = tiling, tiling.unread
         self.logps, self.mass = (tiling.buffer(len(hidden), like=hidden) for _ in range(2))
-        self.shift = torch.zeros_like(self.mass)
+        self.shift = torch.full_like(self.mass, -math.inf if tiling.unread else 0)
         self.entropy = torch.empty_like(self.mass) if tiling.metrics else None
         self.is_top1 = torch.empty_like(self.mass, dtype=torch.bool) if tiling.metrics else None
         # A kept tile can hold its logits, then their exponentials, where nothing needs both and the dtype is wide.
@@ -143,7 +155,7 @@ class Statistics:
         span = self.tiling.tokens[i]
         logits = kept if self.logit_buffer is None else self.tiling.tiles(self.logit_buffer, len(states))
         while True:
-            if self.shifted:
+            if self.shifted and not self.tiling.unread:
                 self.shift[span] = self.peak(states, heads, logits)
             sums = self.sweep(i, states, heads, logits, kept)
             mass = sums.masses.sum(0)
@@ -167,22 +179,26 @@ class Statistics:
     def sweep(self, i: int, states: Tensor, heads: list, logits: list[Tensor], kept: list[Tensor] | None) -> Sums:
         """Make each tile of a token slice and sum it up while it is hot."""
         tiling, span = self.tiling, self.tiling.tokens[i]
-        sums = Sums(tiling, len(states), states)
+        sums, shift = Sums(tiling, len(states), states), self.shift[span]
         exps = logits if kept is None or tiling.mixed else kept
         if self.exp_buffer is not None:
             exps = tiling.tiles(self.exp_buffer, len(states))
         for j, ((words, bias), x, e) in enumerate(zip(heads, logits, exps, strict=True)):
             slope = tiling.logits(x, states, words, bias)
-            if self.shifted:
-                x.sub_(self.shift[span])
             here = tiling.targets_in(i, j)
             if here.start < here.stop:
                 there = slice(here.start - span.start, here.stop - span.start)
                 torch.index_select(x.view(-1), 0, tiling.place[here], out=sums.logit[there])
                 if sums.slope is not None:
                     torch.index_select(slope.view(-1), 0, tiling.place[here], out=sums.slope[there])
-            if tiling.metrics:
+            if sums.tops is not None:
+                torch.max(x, 0, out=(sums.peaks[j], sums.tops[j]))
+            elif sums.peaks is not None:
                 torch.amax(x, 0, out=sums.peaks[j])
+            if sums.shifts is not None:
+                shift = torch.maximum(shift, sums.peaks[j], out=sums.shifts[j])
+            if self.shifted:
+                x.sub_(shift)
             torch.exp(x, out=e)
             torch.sum(e, 0, out=sums.masses[j])
             if tiling.makes_entropy:
@@ -191,28 +207,51 @@ class Statistics:
                 e.mul_(slope)
             if kept is not None and tiling.mixed:
                 kept[j].copy_(e)
+        if sums.shifts is not None:
+            self.shift[span] = shift
+            self.to_one_shift(sums, kept)
         return sums
+
+    def to_one_shift(self, sums: Sums, kept: list[Tensor] | None) -> None:
+        """Turn what was summed under each slice's own shift into what the last, largest shift gives."""
+        change = sums.shifts - sums.shifts[-1]
+        factors = change.exp()
+        sums.masses.mul_(factors)
+        if sums.moments is not None:
+            sums.moments.mul_(factors).addcmul_(change, sums.masses)
+        if kept is not None:
+            for tile, factor in zip(kept, factors, strict=True):
+                tile.mul_(factor)
 
     def conclude(self, i: int, states: Tensor, heads: list, sums: Sums) -> None:
         """Turn a token slice's sums into its scores."""
         tiling, span = self.tiling, self.tiling.tokens[i]
         order, column, home = tiling.order[span], tiling.column[span], tiling.home[span]
         log_mass = self.mass[span].log()
-        logps = (sums.logit - log_mass[column]).clamp_max_(0)
+        logps = (sums.logit - self.shift[span][column] - log_mass[column]).clamp_max_(0)
         self.logps[order] = logps
         if tiling.makes_entropy:
             self.entropy[span] = (log_mass - sums.moments.sum(0) / self.mass[span]).clamp_min_(0)
         if tiling.metrics:
             peak, first = sums.peaks.max(0)
             is_top1 = (sums.logit == peak[column]) & (first[column] == home)
-            # An equal before it in its own tile leaves a word at most half of the probability.
-            doubtful = (is_top1 & (logps < -0.69)).nonzero().flatten()
-            for j in home[doubtful].unique().tolist():
-                tied = doubtful[home[doubtful] == j]
-                x = tiling.buffer(len(heads[j][0]), len(tied), like=states)
-                tiling.logits(x, states[column[tied]], *heads[j])
-                is_top1[tied] = x.argmax(0) == tiling.row[span][tied]
+            if sums.tops is not None:
+                is_top1 &= sums.tops[home, column] == tiling.row[span]
+            else:
+                self.break_ties(i, states, heads, is_top1, logps)
             self.is_top1[order] = is_top1
+
+    def break_ties(self, i: int, states: Tensor, heads: list, is_top1: Tensor, logps: Tensor) -> None:
+        """Clear is_top1 [t], in `order`, where an equal comes before the target in the target's own tile."""
+        tiling, span = self.tiling, self.tiling.tokens[i]
+        column, home = tiling.column[span], tiling.home[span]
+        # Such an equal leaves a word at most half of the probability.
+        doubtful = (is_top1 & (logps < -0.69)).nonzero().flatten()
+        for j in home[doubtful].unique().tolist():
+            tied = doubtful[home[doubtful] == j]
+            x = tiling.buffer(len(heads[j][0]), len(tied), like=states)
+            tiling.logits(x, states[column[tied]], *heads[j])
+            is_top1[tied] = x.argmax(0) == tiling.row[span][tied]
 
 
 class Gradients:
@@ -335,7 +374,7 @@ class WeightedSum(torch.autograd.Function):
                 surplus = tiling.scale * (states.t() * gradients.states_sum).sum(0) / mass
                 statistics.entropy[span] = (-statistics.logps[span] - surplus).clamp_min_(0)
             gradients.end()
-        ctx.gradients = gradients.results()
+        ctx.gradients, ctx.unread = gradients.results(), tiling.unread
         scores = statistics.logps, statistics.entropy, statistics.is_top1
         ctx.mark_non_differentiable(*(x for x in scores if x is not None))
         return torch.dot(weights, statistics.logps), *scores
@@ -348,7 +387,7 @@ class WeightedSum(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             # On a CPU looking at the scalar costs nothing, and scaling by 1 a pass over [V, H].
-            if gradient is not None and (gradient.device.type != "cpu" or upstream != 1):
+            if gradient is not None and (ctx.unread or upstream != 1):
                 gradient.mul_(upstream)
         return *gradients, None, None
 

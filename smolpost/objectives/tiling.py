@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smolpost.objectives.head import Head
+from smolpost.objectives.transfer import to_device
 
 # Measured on CPUs with 2 MiB of L2 cache per core; the GPU's are reckoned from its bandwidth, not measured.
 TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of a tile that is to stay in cache (per core), or to fill a GPU
@@ -16,6 +17,7 @@ KEPT_TOKENS = {"cpu": 256, "cuda": 4096}  # the same where the tokens' tiles are
 KEPT_BYTES = {"cpu": 2**27, "cuda": 2**30}  # of the tiles kept
 
 BF16_INTO_FP32 = ("cuda",)  # devices whose matrix products read bf16 and write fp32
+READ_WITHOUT_WAITING = ("cpu",)  # devices whose numbers Python can look at without stopping them
 
 
 class Tiling:
@@ -28,6 +30,7 @@ class Tiling:
         operand_dtype: Of what the matrix products read.
         kept: Whether a token's tiles are kept until the whole vocabulary is seen, then made its gradient.
         entropy_from_gradient: Whether the entropy falls out of the gradient, or needs sums of its own.
+        unread: Whether Python decides nothing by the numbers, as it would have to wait for them.
         order: [T] tokens in the order of the tiles their targets lie in; the next four are in this order.
         home, row, column, place: [T] index of the target's word slice; where in its tile it lies; where in it, flat.
     """
@@ -50,6 +53,7 @@ class Tiling:
         # would not. As fp16, tiles would overflow.
         self.mixed = device in BF16_INTO_FP32 and self.rounding == torch.bfloat16
         self.operand_dtype = self.rounding if self.mixed else self.dtype
+        self.unread = device not in READ_WITHOUT_WAITING
         linear = head.bias is None and not head.softcap
         self.entropy_from_gradient = kept and metrics and linear and hidden.requires_grad and not self.mixed
 
@@ -75,20 +79,22 @@ class Tiling:
         width = self.tokens[0].stop if self.tokens else 1
         self.words = even_slices(len(weight), elements // width)
         self.elements = width * self.words[0].stop
-        self.locate(targets, width, self.words[0].stop)
+        self.locate(targets, width, self.words[0].stop, hidden.device)
 
     @property
     def makes_entropy(self) -> bool:
         return self.metrics and not self.entropy_from_gradient
 
-    def locate(self, targets: Tensor, width: int, height: int) -> None:
+    def locate(self, targets: Tensor, width: int, height: int, device: torch.device) -> None:
         """Sort the targets by tile, once, so that no tile has to search for its own."""
         token = torch.arange(len(targets), device=targets.device)
         first = token // width * width
         tile = first // width * len(self.words) + targets // height
-        self.order = tile.argsort()
-        self.home, self.row, self.column = (x[self.order] for x in (targets // height, targets % height, token - first))
-        self.place = self.row * (len(targets) - first).clamp_max(width)[self.order] + self.column
+        order = tile.argsort()
+        home, row, column = (x[order] for x in (targets // height, targets % height, token - first))
+        place = row * (len(targets) - first).clamp_max(width)[order] + column
+        found = to_device(torch.stack((order, home, row, column, place)), device)
+        self.order, self.home, self.row, self.column, self.place = found
         self.ends = [0, *torch.bincount(tile, minlength=len(self.tokens) * len(self.words)).cumsum(0).tolist()]
 
     def targets_in(self, i: int, j: int) -> slice:

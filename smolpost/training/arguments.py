@@ -56,7 +56,7 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
         "adam_epsilon": stage.adam_epsilon,
         "logging_steps": stage.logging_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would hide the loss and wait for the device
+        "logging_nan_inf_filter": False,  # it hides a loss that is NaN, and asks a GPU for it at each step
         "save_strategy": "steps",
         "save_steps": stage.save_steps,
         "save_total_limit": stage.save_total_limit,

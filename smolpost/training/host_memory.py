@@ -1,5 +1,6 @@
 """Memory of this machine that the process can still take, and copies of tensors in it."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import psutil
 import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
+# Of both versions of control groups: controller, its folder, and the files' and the entry's names.
+VERSIONS = (
+    ("", ".", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 BLOCK = 2**27  # elements of a block of copies: half a GiB
 
 
@@ -16,23 +22,22 @@ def free_memory() -> int:
 
 
 def _left_in_groups(own: Path) -> Iterator[int]:
-    """Bytes below the limit of each group, from the process's own to the root; caches of files count as free."""
-    try:
-        [path] = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::/")]
-    except (OSError, ValueError):
-        return  # another system, or the first version of cgroups
-    group = CGROUPS / path.lstrip("/")
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(CGROUPS):
-            return
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            used = int((folder / "memory.current").read_text())
-            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:
-            continue  # the root has no limit, and a container may not see the path
-        if limit != "max":
-            yield int(limit) - used + int(facts["inactive_file"])
+    """Bytes below the limit of each group, from the process's own to the root; unused caches of files count as free.
+
+    Args:
+        own: The file with the paths of the process's groups.
+    """
+    paths = [line.split(":", 2)[1:] for line in own.read_text().splitlines()] if own.exists() else []
+    for controller, place, limit, used, cache in VERSIONS:
+        root = CGROUPS / place
+        for path in (path for controllers, path in paths if controller in controllers.split(",")):
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
+                # The root has no limit, and a container sees its own group as the root.
+                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                    facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    most = int((folder / limit).read_text())
+                    yield most - int((folder / used).read_text()) + int(facts[cache])
 
 
 class HostCopies:

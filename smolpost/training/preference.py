@@ -35,6 +35,8 @@ class PairTrainer(StageTrainer):
         stage: Loss, beta and the like.
     """
 
+    ON_CPU = ("targets",)
+
     def __init__(self, *args, stage: PairTraining):
         super().__init__(*args)
         self.stage, self.loss = stage, configured(stage.loss, stage.loss_settings)
@@ -58,8 +60,8 @@ class PairTrainer(StageTrainer):
         weights = batch["pair_weights"]
         loss = (weights * losses).sum() / num_pairs
         if stage.sft_weight:
-            is_chosen = sides % 2 == 0
-            chosen = weights[sides[is_chosen] // 2] * scores.logps[tokens[is_chosen]]
+            of_chosen = batch["of_chosen"]
+            chosen = weights[sides[of_chosen] // 2] * scores.logps[tokens[of_chosen]]
             loss = loss - stage.sft_weight * chosen.sum() / num_chosen_tokens
         self._observe(batch, scores, ratios.detach(), counts)
         return loss * counts
@@ -68,7 +70,6 @@ class PairTrainer(StageTrainer):
         """TRL's metrics, under its names."""
         tokens, sides, side_lengths = batch["side_tokens"], batch["sides"], batch["side_lengths"]
         logps = summed_logps(scores.logps.detach()[tokens], sides, len(side_lengths), ld_alpha=self.stage.ld_alpha)
-        is_chosen = sides % 2 == 0
         of_pairs = {"logps/chosen": logps[::2], "logps/rejected": logps[1::2]}
         rewards = self.stage.beta * ratios
         of_pairs |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1]}
@@ -76,7 +77,7 @@ class PairTrainer(StageTrainer):
         of_pairs["rewards/accuracies"] = of_pairs["rewards/margins"] > 0
         of_tokens = {
             "entropy": scores.entropy[tokens],
-            "mean_token_accuracy": scores.is_top1[tokens[is_chosen]],
+            "mean_token_accuracy": scores.is_top1[tokens[batch["of_chosen"]]],
         }
         for name, values in (of_pairs | of_tokens).items():
             self.observe(name, values.sum() * counts, len(values) * counts)

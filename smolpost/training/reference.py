@@ -101,7 +101,7 @@ def score_pairs(model: PreTrainedModel, pairs: list[dict], environment: Environm
             input_ids=tensors["input_ids"],
             position_ids=tensors["position_ids"],
             pair_lengths=batch["pair_lengths"],
-            scored=Scored(tensors["positions"], tensors["targets"], metrics=False),
+            scored=Scored(tensors["positions"], batch["targets"], metrics=False),
         )
     counts = [sum(int(pair[f"{part}_mask"].sum()) for part in PARTS) for pair in pairs]
     return np.split(scores.logps.float().cpu().numpy(), np.cumsum(counts)[:-1])

@@ -2,7 +2,7 @@
 
 import functools
 import types
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -11,12 +11,15 @@ from smolpost.objectives.head import decoder_of, head_of
 from smolpost.objectives.logprobs import TokenScores, token_scores
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True)
+class Scored:
     """Which tokens to score.
+
+    DDP and FSDP move all tensors of a tuple to the device, but leave a dataclass as it is.
 
     Attributes:
         positions: [S] where in the row each of them is predicted from.
-        targets: [S] their ids.
+        targets: [S] their ids; on the CPU, or a GPU has to be waited for.
         weights: [S] coefficient of each log-probability in the loss, where it is known beforehand.
         metrics: Whether entropy and accuracy are wanted, too.
     """

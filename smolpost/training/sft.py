@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from smolpost.data.collate import IGNORE_INDEX, collate_packs
 from smolpost.data.dataset_folder import list_lengths
+from smolpost.objectives.transfer import to_device
 from smolpost.training.arguments import training_arguments
 from smolpost.training.batches import GlobalBatches, by_count
 from smolpost.training.environment import Environment
@@ -22,6 +23,8 @@ TINY = torch.finfo(torch.float64).tiny  # in place of 0: a global batch without 
 class PackTrainer(StageTrainer):
     """Trains on packs of documents."""
 
+    ON_CPU = ("labels", "token_weights")
+
     def count(self, batch):
         return [float(batch["token_weights"][batch["labels"][0] != IGNORE_INDEX].sum())]
 
@@ -30,9 +33,10 @@ class PackTrainer(StageTrainer):
         positions = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
         # The coefficients are known before the forward pass, so the head computes its gradients in the same pass.
         coefficients = (weights[positions + 1] * counts / totals[0].clamp(min=TINY)).float()
+        device = batch["input_ids"].device
         scores = model(
             **{key: batch[key] for key in ("input_ids", "position_ids", "document_lengths")},
-            scored=Scored(positions, labels[positions + 1], coefficients),
+            scored=Scored(to_device(positions, device), labels[positions + 1], to_device(coefficients, device)),
         )
         num_tokens = len(positions) * counts
         self.observe("entropy", scores.entropy.sum() * counts, num_tokens)

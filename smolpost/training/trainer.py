@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from smolpost.objectives.transfer import to_device
 from smolpost.progress import Progress
 from smolpost.signals import Stopped
 from smolpost.training import checkpoints
@@ -136,14 +137,19 @@ class Run:
 class StageTrainer(Run, Trainer, abc.ABC):
     """Our engine: planned batches, losses normalised over the global batch, exact metrics.
 
-    A subclass says what it counts in a forward pass (`count`) and how a pass becomes a loss (`pass_loss`).
+    A subclass says what it counts in a forward pass (`count`) and how a pass becomes a loss (`pass_loss`). On one GPU
+    a step asks it for nothing: what Python must know of a batch is read on the CPU, before or beside the copy.
 
     Args:
         model: A causal LM, or one with peft's adapters; its forward learns the keyword `scored`.
         rows: Prepared rows, by index.
         collate: Rows -> tensors of a forward pass.
         batches: This rank's forward passes.
+    Attributes:
+        ON_CPU: What of a batch stays there.
     """
+
+    ON_CPU: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -168,9 +174,9 @@ class StageTrainer(Run, Trainer, abc.ABC):
         """This pass's share of the global batch's loss.
 
         Args:
-            batch: From `collate`, on the device.
+            batch: From `collate`, on the device but for what is ON_CPU.
             counts: False where the pass must add nothing, in gradients and metrics.
-            totals: `count` summed over all passes of all ranks; further numbers follow.
+            totals: `count` summed over all passes of all ranks, float64 on the CPU; further numbers follow.
         """
 
     def get_train_dataloader(self) -> DataLoader:
@@ -186,9 +192,10 @@ class StageTrainer(Run, Trainer, abc.ABC):
         numbers = [
             [number * counts for number in (*self.count(batch), batch["input_ids"].numel())] for batch, counts in inputs
         ]
-        totals = torch.tensor(numbers, dtype=torch.float64, device=self.args.device).sum(0)
+        totals = torch.tensor(numbers, dtype=torch.float64).sum(0)
         totals = torch.nn.functional.pad(totals, (0, 1), value=self.stop.asked.signum is not None)
-        totals = self.accelerator.reduce(totals, "sum")
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device), "sum").cpu()
         self.state.num_input_tokens_seen += int(totals[-2])
         self.stop.agreed = bool(totals[-1])
         loss = torch.zeros((), device=self.args.device)
@@ -199,6 +206,14 @@ class StageTrainer(Run, Trainer, abc.ABC):
             with contextlib.nullcontext() if waits else self.accelerator.no_sync(model):
                 loss += super().training_step(model, one_pass, totals)
         return loss
+
+    def _prepare_input(self, data):
+        """Move a batch, or a part of it, to the device."""
+        if isinstance(data, dict):
+            return {key: x if key in self.ON_CPU else self._prepare_input(x) for key, x in data.items()}
+        if isinstance(data, torch.Tensor):
+            return to_device(data, self.args.device)
+        return super()._prepare_input(data)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         batch, counts = inputs

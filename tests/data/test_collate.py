@@ -44,6 +44,7 @@ def test_pairs_by_hand():
         "side_tokens": [0, 1, 0, 2, 3, 4, 5],
         "sides": [0, 0, 1, 1, 2, 3, 3],
         "side_lengths": [2, 2, 1, 2],
+        "of_chosen": [0, 1, 4],
     }
 
 

@@ -200,12 +200,13 @@ def test_copies_are_in_few_blocks(monkeypatch):
 def test_a_containers_limit_bounds_the_free_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
     assert free_memory() > 10**8
-    (inner := tmp_path / "job" / "step").mkdir(parents=True)
-    for folder, limit in ((inner, "max"), (inner.parent, "9000")):
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text("5000\n")
-        (folder / "memory.stat").write_text("anon 1\ninactive_file 700\n")
-    (tmp_path / "own").write_text("0::/job/step\n")
-    assert list(host_memory._left_in_groups(tmp_path / "own")) == [9000 - 5000 + 700]
-    (tmp_path / "own").write_text("5:memory:/job\n")
-    assert not list(host_memory._left_in_groups(tmp_path / "own"))
+    for place, limits in (("job/step", "max"), ("job", "9000"), ("memory/old", "8000"), ("memory", "7000")):
+        (folder := tmp_path / place).mkdir(parents=True, exist_ok=True)
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit, used, cache = files if "memory" in place else ("memory.max", "memory.current", "inactive_file")
+        (folder / limit).write_text(f"{limits}\n")
+        (folder / used).write_text("5000\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{cache} 700\n")
+    (tmp_path / "own").write_text("5:cpuset:/a\n4:memory,cpu:/old/unseen\n0::/job/step\n")
+    assert list(host_memory._left_in_groups(tmp_path / "own")) == [4700, 3700, 2700]
+    assert not list(host_memory._left_in_groups(tmp_path / "absent"))
