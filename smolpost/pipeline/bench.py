@@ -88,7 +88,7 @@ def report(stage: Planned, found: dict, steps: int, known: dict) -> list[str]:
         lines["peak memory"] = f"{found['peak_gb']:.3g} GB"
     lines["idle passes"] = f"{found['idle_share']:.0%}"
     if rate := found["reference_pairs_per_second"]:
-        lines["reference"] = f"{rate:,.3g} pairs/s, once, before training"
+        lines["reference"] = f"{rate:,.3g} pairs/s per device, once, before training"
     number = known["number"]
     if number is None and stage.config.max_steps is None:
         hours = 1e9 / found["tokens_per_second"] / 3600
