@@ -88,7 +88,7 @@ def report(stage: Planned, found: dict, steps: int, known: dict) -> list[str]:
         lines["peak memory"] = f"{found['peak_gb']:.3g} GB"
     lines["idle passes"] = f"{found['idle_share']:.0%}"
     if rate := found["reference_pairs_per_second"]:
-        lines["reference"] = f"{rate:,.3g} pairs/s, once, before training"
+        lines["reference"] = f"{rate:,.3g} pairs/s per device, once, before training"
     number = known["number"]
     if number is None and stage.config.max_steps is None:
         hours = 1e9 / found["tokens_per_second"] / 3600
@@ -137,6 +137,8 @@ def _put_start(
 ) -> None:
     """Write config and tokenizer of what the stage starts from: those of the nearest model that is there.
 
+    An empty file stands for the weights, as the key of a reference asks for one.
+
     Raises:
         UserError: It comes from the Hub, which cannot give it.
     """
@@ -157,11 +159,13 @@ def _put_start(
             break
         if planned[name].base is None:
             config.sketch(request.recipe, out)
-            return
+            break
         name = planned[name].base
-    folder = local_folder(*place, weights=False)
-    read_config(folder / CONFIG).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    if not out.is_dir():
+        folder = local_folder(*place, weights=False)
+        read_config(folder / CONFIG).save_pretrained(out)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    (out / "model.safetensors").touch()
 
 
 def _put_rows(stage: Planned, located: Located | None, steps: int, folder: Path) -> None:

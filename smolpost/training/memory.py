@@ -113,6 +113,11 @@ class Setup:
     device: str = "cuda"
 
     @property
+    def frozen_in_bf16(self) -> bool:
+        """Whether the matrices that LoRA freezes are held in bf16: `adapters.frozen_in_bf16`."""
+        return self.bf16 and bool(self.lora.r) and self.backend == "single"
+
+    @property
     def width(self) -> int:
         """w: bytes of a number that is computed."""
         return 2 if self.bf16 else 4
@@ -163,7 +168,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     head = head_gradient + min(TILES[setup.device], tokens * shape.vocabulary * w)
     head += tokens * shape.hidden * (4 + 2 * w) + (w * shape.embedding if setup.bf16 else 0)
     # Autocast copies fp32 weights; it keeps the copies of those that train until the forward pass ends.
-    is_cast = setup.bf16 and setup.backend in ("single", "ddp")
+    is_cast = setup.bf16 and setup.backend in ("single", "ddp") and not setup.frozen_in_bf16
     copies = 2.0 * shape.layers * shape.layer_parameters * is_cast
     before = gradients if setup.passes > 1 else 0.0  # gradients that an earlier pass of the step has left
     peak = {}
@@ -179,7 +184,7 @@ def memory(shape: Shape, setup: Setup) -> Memory:
 def states(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     """Bytes of weights, gradients and AdamW's two moments on each device.
 
-    Weights and gradients are fp32. DDP holds gradients a second time, in its buckets. Under DeepSpeed the model has the
+    Weights and gradients are fp32, but for frozen matrices that are held in bf16. DDP holds gradients a second time, in its buckets. Under DeepSpeed the model has the
     computation's precision, and the fp32 weights lie sharded beside AdamW's moments.
     """
     total = shape.parameters
@@ -194,7 +199,8 @@ def states(shape: Shape, setup: Setup) -> tuple[float, float, float]:
         return weights, gradients, 12 * trained / ranks
     if setup.backend == "fsdp2":
         return 4 * total / ranks, 4 * trained / ranks, 8 * trained / ranks
-    return 4.0 * total, 4.0 * trained * (2 if setup.backend == "ddp" else 1), 8.0 * trained
+    halved = 2.0 * shape.layers * (shape.layer_parameters - 2 * shape.hidden) * setup.frozen_in_bf16
+    return 4.0 * total - halved, 4.0 * trained * (2 if setup.backend == "ddp" else 1), 8.0 * trained
 
 
 def kept_per_token(shape: Shape, setup: Setup, policy: str) -> float:
