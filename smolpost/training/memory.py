@@ -13,7 +13,8 @@ A layer keeps for its backward pass, per token:
 
 Beside all layers' part there are the final norm's input and result, the cosines and sines, and:
 - the head: the gradient [V, H] of its weight in fp32, the weight in bf16, and its tiles;
-- autocast's copies of the weights in bf16: until the forward pass ends, and with `none` until the backward pass;
+- autocast's copies of the weights in bf16, with `none`: until the backward pass. Otherwise a layer's copies go with
+  it, as the trainer switches autocast's cache off;
 - the working set of a layer's backward pass: what it recomputes, the gradients of its activations and of a weight.
 """
 
@@ -167,16 +168,15 @@ def memory(shape: Shape, setup: Setup) -> Memory:
     head_gradient = 4.0 * shape.embedding * trains_head
     head = head_gradient + min(TILES[setup.device], tokens * shape.vocabulary * w)
     head += tokens * shape.hidden * (4 + 2 * w) + (w * shape.embedding if setup.bf16 else 0)
-    # Autocast copies fp32 weights; it keeps the copies of those that train until the forward pass ends.
+    # Autocast copies fp32 weights, and a layer that does not recompute keeps the copies for its backward pass.
     is_cast = setup.bf16 and setup.backend in ("single", "ddp") and not setup.frozen_in_bf16
-    copies = 2.0 * shape.layers * shape.layer_parameters * is_cast
+    copies = dict.fromkeys(POLICIES, 0.0) | {"none": 2.0 * shape.layers * shape.layer_parameters * is_cast}
     before = gradients if setup.passes > 1 else 0.0  # gradients that an earlier pass of the step has left
     peak = {}
     for policy in POLICIES:
-        kept_copies = copies if policy == "none" else 0.0
         working = _working_set(shape, setup, 0.0 if policy == "none" else layer["none"])
-        forward = activations[policy] + (copies if trains_head else kept_copies) + head
-        backward = activations[policy] + kept_copies + head_gradient + working
+        forward = activations[policy] + copies[policy] + head
+        backward = activations[policy] + copies[policy] + head_gradient + working
         peak[policy] = weights + optimizer + max(before + max(forward, backward), gradients + working)
     return Memory(weights, gradients, optimizer, activations, peak)
 
@@ -184,8 +184,9 @@ def memory(shape: Shape, setup: Setup) -> Memory:
 def states(shape: Shape, setup: Setup) -> tuple[float, float, float]:
     """Bytes of weights, gradients and AdamW's two moments on each device.
 
-    Weights and gradients are fp32, but for frozen matrices that are held in bf16. DDP holds gradients a second time, in its buckets. Under DeepSpeed the model has the
-    computation's precision, and the fp32 weights lie sharded beside AdamW's moments.
+    Weights and gradients are fp32, but for frozen matrices that are held in bf16. DDP holds gradients a second time, in
+    its buckets. Under DeepSpeed the model has the computation's precision, and the fp32 weights lie sharded beside
+    AdamW's moments.
     """
     total = shape.parameters
     trained = total

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -163,6 +163,8 @@ class StageTrainer(Run, Trainer, abc.ABC):
     ):
         score_tokens(model.get_base_model() if isinstance(model, PeftModel) else model)
         super().__init__(batches=batches, model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        # A forward pass reads each weight once, so autocast's cache would only keep a bf16 copy of all of them.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # FSDP2 and ZeRO shard weights of one dtype, so they keep fp32.
         if isinstance(model, PeftModel) and arguments.bf16 and backend_name(self.accelerator) == "single":
             frozen_in_bf16(model)

@@ -25,6 +25,7 @@ from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.reference_cache import ReferenceCache
 from smolpost.training.train import check_space
 from tests.prepared import prepared
+from tests.training import tiny_trainers
 from tests.training.tiny_trainers import (
     CPU,
     NO_THINK,
@@ -271,3 +272,16 @@ def test_a_weight_of_two_counts_as_the_same_rows_twice(tokenizer, tmp_path, kind
     once = weighted_step(tokenizer, tmp_path / "once", kind, a + b, {}, **changes)
     assert weighted == pytest.approx(twice, rel=1e-5)
     assert abs(weighted[0] - once[0]) > 1e-4
+
+
+def test_autocast_keeps_no_copies_of_the_weights(monkeypatch, tmp_path):
+    """Its cache would hold all weights in bf16 until the forward pass ends, and each is read once."""
+    monkeypatch.setattr(tiny_trainers, "CPU", dataclasses.replace(tiny_trainers.CPU, bf16=True))
+    tokenizer = tiny_trainers.char_tokenizer()
+    model, seen = tiny_trainers.build(tokenizer), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    run, *_ = tiny_trainers.sft_trainer(tokenizer, tmp_path, model, max_steps=1)
+    run.train()
+    assert seen and set(seen) == {(True, False)}
