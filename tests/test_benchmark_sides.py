@@ -58,3 +58,35 @@ def test_every_side_samples_the_same_replies(monkeypatch):
     found = [benchmark.measure(side, case) for side in benchmark.SIDES]
     assert {side["tokens"] for side in found} == {120}
     assert len({side["checksum"] for side in found}) == 1
+
+
+def test_targets_of_one_gpu_are_judged_by_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    sides = {"a": {"rate": 30.0, "peak_gpu_gb": 50.1}, "b": {"rate": 25.0}, "c": {"failed": "CUDA out of memory"}}
+    verdicts = [
+        gpu.Target("a", "rate", 30).verdict(sides),
+        gpu.Target("a", "rate", 1.3, than="b").verdict(sides),
+        gpu.Target("a", "peak_gpu_gb", 50.0).verdict(sides),
+        gpu.Target("a", "rate", 2, than="c").verdict(sides),
+    ]
+    assert [v["verdict"] for v in verdicts] == ["met", "missed", "missed", "not measured"]
+    assert verdicts[1]["found"] == pytest.approx(1.2) and verdicts[1]["target"] == "1.3 x b"
+    assert gpu.median([{"rate": 1.0}, {"rate": 3.0}, {"rate": 9.0}]) == {"rate": 3.0}
+
+
+def test_every_side_on_one_gpu_trains_the_same_rows(sides, monkeypatch, tmp_path):
+    """LoRA, too, which trains adapters alone: its matrices need fewer operations, and the loss falls otherwise."""
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "SMALL", TINY)
+    (folder := tmp_path / "gsm8k").mkdir()
+    (tmp_path / "rows.jsonl").rename(folder / "smoltalk2_sft.jsonl")
+    case = gpu.cases(tmp_path, "cpu", quick=True)["SFT, packs of 16,384"]
+    case = case._replace(case=case.case | {"length": 256})
+    found = {name: gpu.run(case, side) for name, side in case.sides.items() if not side.liger}
+    assert len({numbers["tokens"] for numbers in found.values()}) == 1
+    adapters = found.pop(gpu.LORA)
+    for numbers in found.values():
+        assert numbers["loss_last"] == pytest.approx(found["smolpost"]["loss_last"], rel=1e-5)
+    assert adapters["model_flops"] != found["smolpost"]["model_flops"]
+    assert adapters["loss_last"] != pytest.approx(found["smolpost"]["loss_last"], rel=1e-5)
