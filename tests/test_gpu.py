@@ -276,7 +276,7 @@ def test_peak_memory_is_the_formulas(policy):
         (-total).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = memory(shape_of(config.to_dict(), on_gpu=True), Setup(tokens, 1, True, LoRA()))
+    found = memory(shape_of(config.to_dict(), compiled=True), Setup(tokens, 1, True, LoRA()))
     assert torch.cuda.max_memory_allocated() == pytest.approx(found.peak[policy], rel=0.1)
 
 

@@ -46,17 +46,23 @@ def _compiler_works(device: str) -> bool:
     return True
 
 
+def compiles(device: str) -> bool:
+    """Whether training on this type of device runs the functions compiled."""
+    switch = os.environ.get("SMOLPOST_COMPILE", "")
+    if switch == "0" or (device != "cuda" and switch != "1") or device == "meta":
+        return False
+    return _compiler_works(device)
+
+
 def _is_compiled(tensor: torch.Tensor) -> bool:
-    """Whether functions of this tensor run compiled: in training and in passes under autocast, on CUDA devices.
+    """Whether functions of this tensor run compiled: in training and in passes under autocast.
 
     Plain generation is left out: its many shapes of few tokens would be compiled for little.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    device, switch = tensor.device.type, os.environ.get("SMOLPOST_COMPILE", "")
-    if switch == "0" or (device != "cuda" and switch != "1") or device == "meta":
-        return False
-    return (torch.is_grad_enabled() or torch.is_autocast_enabled(device)) and _compiler_works(device)
+    device = tensor.device.type
+    return (torch.is_grad_enabled() or torch.is_autocast_enabled(device)) and compiles(device)
 
 
 def _fused(function: Callable) -> Callable:

@@ -115,7 +115,7 @@ class TrainStage(Stage):
         setup = setup_of(self, bf16=self.precision != "fp32", backend=backend, ranks=ranks)
         if setup is None:
             return []
-        shape = shape_of(_start_config(recipe), on_gpu=True)
+        shape = shape_of(_start_config(recipe), compiled=True)
         return shown(memory(shape, setup), setup) if shape else ["memory: not known, as the model's sizes are not"]
 
     # ------------------------------------------------------------ keys

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smolpost.errors import UserError
+from smolpost.model.fused import compiles
 from smolpost.objectives.head import decoder_of
 from smolpost.training.environment import Environment
 from smolpost.training.memory import CPU_SHARE, SHARE, gigabytes, memory, setup_of, shape_of
@@ -54,7 +55,7 @@ def _fastest(stage: Training, model: PreTrainedModel, environment: Environment) 
     setup = setup_of(
         stage, bf16=environment.bf16, backend=_backend(environment), ranks=environment.world_size, device=device.type
     )
-    shape = shape_of(model.config.get_text_config().to_dict(), on_gpu=device.type == "cuda")
+    shape = shape_of(model.config.get_text_config().to_dict(), compiled=compiles(device.type))
     if not checkpointed_layers(model):
         return "none", f"the layers of {type(model).__name__} cannot recompute"
     if setup is None:

@@ -75,8 +75,12 @@ class Shape:
         return self.layers * self.layer_parameters + self.embedding * (1 if self.tied else 2) + self.hidden
 
 
-def shape_of(config: dict[str, Any], on_gpu: bool) -> Shape | None:
-    """The sizes that a config.json states; None where it is of another kind."""
+def shape_of(config: dict[str, Any], compiled: bool) -> Shape | None:
+    """The sizes that a config.json states; None where it is of another kind.
+
+    Args:
+        compiled: Whether `model.fused` compiles its functions, as it does on a GPU.
+    """
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     sizes = hidden, config.get("intermediate_size"), config.get("num_hidden_layers"), heads
     if any(config.get(name) for name in UNKNOWN) or not all(sizes) or not config.get("vocab_size"):
@@ -87,7 +91,7 @@ def shape_of(config: dict[str, Any], on_gpu: bool) -> Shape | None:
         head_size=config.get("head_dim") or hidden // heads,
         vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", True)),
-        fused=on_gpu and config.get("model_type") == "smollm3",
+        fused=compiled and config.get("model_type") == "smollm3",
     )
 
 

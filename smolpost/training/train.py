@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
+from smolpost.model.attention_kernels import kernel_name
 from smolpost.model.loading import load_model
 from smolpost.model.stored import CONFIG, read_config
 from smolpost.training import activations
@@ -207,6 +208,7 @@ def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
         "num_processes": environment.world_size,
         "device": "cpu" if environment.use_cpu else torch.cuda.get_device_name(),
         "precision": "bf16" if environment.bf16 else "fp32",
+        "attention_kernel": kernel_name(),  # of packed attention; None where the model has another
         "speed": trainer.meter.summary() | ({"matmul_tflops": rate} if (rate := trainer.meter.matmul_tflops) else {}),
         "log": trainer.state.log_history,
     }

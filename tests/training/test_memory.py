@@ -28,13 +28,13 @@ FULL = LoRA()
 
 
 def gigabytes(setup, config=SMOLLM3_3B):
-    found = memory(shape_of(config, on_gpu=True), setup)
+    found = memory(shape_of(config, compiled=True), setup)
     return {policy: round(peak / 1e9, 1) for policy, peak in found.peak.items()}, found
 
 
 def test_smollm3_3b_by_hand():
     """One H200 took 60.5 GB for 16,384 tokens with an AdamW that needs 8 GB more than the fused one."""
-    shape = shape_of(SMOLLM3_3B, on_gpu=True)
+    shape = shape_of(SMOLLM3_3B, compiled=True)
     assert shape.parameters == 3_075_098_624
     peak, found = gigabytes(Setup(16384, passes=1, bf16=True, lora=FULL))
     assert (found.weights, found.gradients, found.optimizer) == tuple(n * shape.parameters for n in (4, 4, 8))
@@ -61,7 +61,7 @@ def test_parameters_are_the_models():
     for tied in (True, False):
         config = SmolLM3Config(**SIZES, tie_word_embeddings=tied, pad_token_id=0)
         model = SmolLM3ForCausalLM(config)
-        shape = shape_of(config.to_dict(), on_gpu=False)
+        shape = shape_of(config.to_dict(), compiled=False)
         assert shape.parameters == sum(p.numel() for p in model.parameters())
         adapted = add_adapters(model, LoRA(r=4), seed=0)
         found = memory(shape, Setup(8, 1, False, LoRA(r=4), device="cpu"))
@@ -96,7 +96,7 @@ def test_activations_are_what_a_forward_pass_keeps(policy, bf16, lora):
     apply("s", model.train(), policy)
     found = [live_bytes(causal.model, n, bf16) for n in (256, 512)]
     expected = [
-        memory(shape_of(config.to_dict(), on_gpu=False), Setup(n, 1, bf16, lora, device="cpu")).activations[policy]
+        memory(shape_of(config.to_dict(), compiled=False), Setup(n, 1, bf16, lora, device="cpu")).activations[policy]
         for n in (256, 512)
     ]
     assert found[1] - found[0] == pytest.approx(expected[1] - expected[0], rel=0.1)
@@ -137,10 +137,10 @@ def test_auto_on_a_cpu_says_why(monkeypatch, capsys):
 
 
 def test_models_of_another_kind_have_no_estimate():
-    assert shape_of({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "vocab_size": 9}, on_gpu=True) is None
-    assert shape_of(SMOLLM3_3B | {"num_local_experts": 8}, on_gpu=True) is None
-    assert shape_of({}, on_gpu=True) is None
-    qwen = shape_of(Qwen3Config(**SIZES, head_dim=32).to_dict(), on_gpu=True)
+    assert shape_of({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "vocab_size": 9}, compiled=True) is None
+    assert shape_of(SMOLLM3_3B | {"num_local_experts": 8}, compiled=True) is None
+    assert shape_of({}, compiled=True) is None
+    qwen = shape_of(Qwen3Config(**SIZES, head_dim=32).to_dict(), compiled=True)
     assert (qwen.head_size, qwen.fused) == (32, False)
 
 
