@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Qwen3Config
 
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
@@ -16,7 +17,9 @@ from smolpost.training import activations
 from smolpost.training.activations import apply, policy_of
 from smolpost.training.adapters import add_adapters
 from smolpost.training.memory import Setup, memory, setup_of, shape_of, shown
+from smolpost.training.scoring import Scored, score_tokens
 from smolpost.training.settings import POLICIES, LoRA
+from smolpost.training.state import MOMENTS
 from tests.training.tiny_trainers import CPU, settings
 
 SIZES = {
@@ -152,3 +155,35 @@ def test_a_plans_lines():
     assert peak.endswith("GB; activation_checkpointing=auto takes full on 80 GB, none on 141 GB")
     small = Setup(256, 1, True, FULL)
     assert len(shown(gigabytes(small, SIZES)[1], small)) == 1
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_the_peak_of_a_step_is_the_formulas(policy):
+    """Counted by torch's own tracker of tensors, over a complete optimizer step on the CPU in bf16."""
+    tokens = 1024
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = SmolLM3Config(**sizes, num_key_value_heads=2, vocab_size=4096, pad_token_id=0, tie_word_embeddings=True)
+    config._attn_implementation = "packed"
+    model = SmolLM3ForCausalLM(config).train()
+    apply("s", model, policy)
+    score_tokens(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for p in model.parameters():  # as after a first step
+        optimizer.state[p] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    ids = torch.arange(tokens)[None]
+    scored = Scored(torch.arange(tokens), ids[0], torch.full((tokens,), 1e-4))
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as the trainer has it
+            total = model(input_ids=ids, document_lengths=[tokens], scored=scored).total
+        (-total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    found = memory(shape_of(config.to_dict(), compiled=False), Setup(tokens, 1, True, FULL, device="cpu"))
+    assert found.peak[policy] == pytest.approx(peak, rel=0.1)
