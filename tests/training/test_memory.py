@@ -169,11 +169,7 @@ def test_the_peak_of_a_step_is_the_formulas(policy):
     score_tokens(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for p in model.parameters():  # as after a first step
-        optimizer.state[p] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
+        optimizer.state[p] = {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in MOMENTS}
     ids = torch.arange(tokens)[None]
     scored = Scored(torch.arange(tokens), ids[0], torch.full((tokens,), 1e-4))
     tracker = MemTracker()
