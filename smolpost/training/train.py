@@ -209,7 +209,9 @@ def _report(trainer: Run, resume: str | None, environment: Environment) -> dict:
         "device": "cpu" if environment.use_cpu else torch.cuda.get_device_name(),
         "precision": "bf16" if environment.bf16 else "fp32",
         "attention_kernel": kernel_name(),  # of packed attention; None where the model has another
-        "speed": trainer.meter.summary() | ({"matmul_tflops": rate} if (rate := trainer.meter.matmul_tflops) else {}),
+        "speed": trainer.meter.summary()
+        | {"idle_share": trainer.idle_share()}
+        | ({"matmul_tflops": rate} if (rate := trainer.meter.matmul_tflops) else {}),
         "log": trainer.state.log_history,
     }
 

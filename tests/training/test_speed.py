@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolpost.chat.fates import Fate
 from smolpost.data.collate import PARTS
-from smolpost.training import matmul_rate, speed
+from smolpost.training import matmul_rate, speed, train
 from smolpost.training.adapters import add_adapters
 from smolpost.training.batches import GlobalBatches
 from smolpost.training.flops import attended_pairs, row_flops, weight_flops
@@ -152,6 +152,7 @@ def test_log_lines_carry_the_speed(tokenizer, tmp_path, engine):
     taken = order[: 4 * stage.global_batch_size]
     assert trainer.state.num_input_tokens_seen == sum(len(rows[int(row)]["input_ids"]) for row in taken)
     assert meter.tokens == trainer.state.num_input_tokens_seen - first["num_tokens"]
+    assert train._report(trainer, None, CPU)["speed"] == meter.summary() | {"idle_share": 0, "matmul_tflops": 0.1}
 
 
 # ---------------------------------------------------------------- the matmul rate
