@@ -35,16 +35,17 @@ def on_rank(work: Callable[[int], None]) -> None:
     """Rank 0 says for all that they were stopped, and what is wrong."""
     rank = int(os.environ.get("RANK", 0))
     try:
-        work(rank)
-    except Stopped as stop:
+        try:
+            work(rank)
+        except UserError:
+            if rank:
+                # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said
+                # anything. A fault of this rank alone is said after all.
+                time.sleep(GRACE)
+            raise
+    except Stopped as stop:  # also while this rank waits to be ended
         if rank:
             sys.exit(exit_code(stop.signum))
-        raise
-    except UserError:
-        if rank:
-            # The launcher ends this rank with rank 0; were this one first, rank 0 would end before it has said
-            # anything. A fault of this rank alone is said after all.
-            time.sleep(GRACE)
         raise
 
 
