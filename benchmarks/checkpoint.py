@@ -3,7 +3,7 @@
 python benchmarks/checkpoint.py [--quick] [--device cuda]
 
 "beside" is what a stage does: training goes on once a copy is in memory. "waiting" writes without a copy, as a stage
-does where there is no memory for one; "none" saves nothing.
+does if memory is too small for one. "none" saves nothing.
 """
 
 import math

@@ -156,7 +156,7 @@ def run(case: Case, side: Side) -> dict:
 
 
 def median(runs: list[dict]) -> dict:
-    """Of every number; a side that failed once has no numbers."""
+    """The median of each number over the runs. If one run failed, the side has no numbers, only the reason."""
     if failed := [found for found in runs if "failed" in found]:
         return failed[0]
     return {key: statistics.median(found[key] for found in runs) for key in runs[0]}

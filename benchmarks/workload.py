@@ -80,7 +80,7 @@ class Side(NamedTuple):
         attention: Of the model. packed is what a pipeline sets; TRL's documentation asks for flash attention on a GPU.
         precompute: TRL scores its reference before training, as our engine does, and not beside it.
         liger: With Liger's kernels, TRL's documented option on a GPU.
-        settings: Of the stage, in place of the benchmark's own.
+        settings: Fields of the stage that replace what the benchmark sets.
     """
 
     engine: str

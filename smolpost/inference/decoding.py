@@ -135,7 +135,7 @@ class Decoder:
     def _draw(self) -> None:
         """The random numbers of the next token.
 
-        They are no part of a graph: a failed capture leaves the generators that it knew of unusable.
+        They are drawn outside the graph. A capture that fails may leave every generator used inside it unusable.
         """
         if self.noise is not None:
             self.noise.exponential_(1, generator=self.generator)

@@ -90,7 +90,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torc
         hidden: [B, L, H].
         weight: [H].
         eps: Added to the mean square.
-        dtype: Of the result; None: what hidden and weight promote to.
+        dtype: The result's dtype; None takes the dtype that hidden and weight promote to.
     Returns:
         [B, L, H].
     """
