@@ -295,7 +295,9 @@ class Steps(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             counted = {key: int(v) if key == "num_tokens" else v for key, v in logs.items()}  # TRL counts in floats
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in counted.items() if k != "total_flos"}
+            # Not 1.2e+04 tokens per second, but 11996.
+            words = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in counted.items() if isinstance(v, float)}
+            shown = {k: v for k, v in (counted | words).items() if k != "total_flos"}
             tqdm.write(str(shown))
 
 
