@@ -4,15 +4,15 @@ import asyncio
 from collections import deque
 
 START = 32  # requests under way before the server has answered one
-STEPS = 16  # rounds of replies from half the limit back to all of it, twice over
+STEPS = 16  # rounds of replies from nothing to the limit, once the server was overloaded
 
 
 class Limiter:
     """A semaphore whose width follows the server: additive increase, multiplicative decrease.
 
-    It begins at 32 and doubles with each round of replies, as TCP's slow start does, until the limit or the first sign
-    of overload. A sign of overload halves the width, once for all the requests that were under way together. Then each
-    round of replies adds a sixteenth of the limit.
+    It begins at 32 and doubles with each round of replies, as TCP's slow start does, up to the limit or the first sign
+    of overload. A sign of overload halves the width, once for all requests that were under way together. From then on
+    a round of replies adds a sixteenth of the limit.
 
     Args:
         limit: Requests under way at most.
@@ -60,8 +60,7 @@ class Limiter:
 
     def answered(self) -> None:
         """A request got its reply. To be called before `release`."""
-        # A width that is not used says nothing about what the server takes.
-        if self.under_way >= self.width:
+        if self._waiting:  # else nothing is gained, and an unused width says nothing about what the server takes
             step = max(1.0, self.limit / STEPS) / self._width if self._cuts else 1.0
             self._width = min(float(self.limit), self._width + step)
 

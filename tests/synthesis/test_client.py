@@ -1,6 +1,7 @@
 """ChatEngine against a server that misbehaves, over real HTTP on loopback."""
 
 import asyncio
+import itertools
 import json
 import os
 import pickle
@@ -321,24 +322,40 @@ def test_a_server_that_is_gone_ends_the_run_and_no_prompt(tmp_path, quick):
 def test_the_width_doubles_then_halves_once_then_grows_in_steps():
     async def rounds():
         limiter, widths = Limiter(256), []
+        crowd = [asyncio.ensure_future(limiter.acquire()) for _ in range(5000)]
 
-        async def one_round(overloaded=False):
-            whens = [await limiter.acquire() for _ in range(limiter.width)]
-            for when in whens:
-                limiter.overloaded(when) if overloaded else limiter.answered()
+        async def one_round(tell):
+            await asyncio.sleep(0)
+            for when in [turn.result() for turn in crowd if turn.done()]:
+                tell(when)
                 limiter.release()
+            crowd[:] = [turn for turn in crowd if not turn.done()]
             widths.append(limiter.width)
 
         for _ in range(4):
-            await one_round()
-        await one_round(overloaded=True)
-        for _ in range(9):
-            await one_round()
-        assert limiter.under_way == 0
+            await one_round(lambda when: limiter.answered())
+        await one_round(limiter.overloaded)
+        for _ in range(10):
+            await one_round(lambda when: limiter.answered())
         return widths
 
-    # A reply can only widen what is in use: the first of each round does, the others find free places.
-    assert asyncio.run(rounds())[0] == 33
+    widths = asyncio.run(rounds())
+    assert widths[:4] == [64, 128, 256, 256]
+    assert widths[4] == 128
+    steps = [after - before for before, after in itertools.pairwise(widths[4:])]
+    assert all(10 <= step <= 16 for step in steps[:8]) and widths[-1] == 256
+
+
+def test_a_width_that_nobody_needs_does_not_grow():
+    async def alone():
+        limiter = Limiter(256)
+        for _ in range(100):
+            await limiter.acquire()
+            limiter.answered()
+            limiter.release()
+        return limiter.width, Limiter(4).width
+
+    assert asyncio.run(alone()) == (32, 4)
 
 
 def test_a_place_is_never_lost_or_given_twice():
