@@ -188,8 +188,8 @@ def _check(report: Mapping[str, Any], key: str, max_failed: float, num_prompts: 
     prompts, failed = report["prompts"], report["failed"]
     if prompts != num_prompts:
         raise UserError(
-            f"{key}: the job gave {prompts:,} outcomes for {num_prompts:,} prompts; it has to give exactly one for each; "
-            "mend the job"
+            f"{key}: the job gave {prompts:,} outcomes for {num_prompts:,} prompts; it has to give exactly one for "
+            "each; mend the job"
         )
     if failed > max_failed * prompts:
         error, number = next(iter(report["errors"].items()))

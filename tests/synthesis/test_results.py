@@ -108,8 +108,8 @@ def test_columns_do_not_depend_on_the_rows(tmp_path):
 
 def test_counts_add_up(tmp_path):
     outcomes = [
-        accepted("1"), accepted("2", source="code"), filtered("3"), filtered("4", "cut", "code"), filtered("5", "wrong"),
-        failed("6"), failed("7", "HTTP 400: too long", "code"), failed("8"),
+        accepted("1"), accepted("2", source="code"), filtered("3"), filtered("4", "cut", "code"),
+        filtered("5", "wrong"), failed("6"), failed("7", "HTTP 400: too long", "code"), failed("8"),
     ]  # fmt: skip
     report = written(tmp_path, outcomes, max_failed=0.5)
     assert report == json.loads((tmp_path / results.REPORT).read_text())
