@@ -50,11 +50,12 @@ class ChatEngine:
     def __init__(self, teacher: Teacher, *, key: str):
         self.teacher, self.key = teacher, key
         self.url = checked_url(teacher.url, key)
+        self._limiter = Limiter(teacher.concurrency)
 
     async def __aenter__(self) -> "ChatEngine":
         self._model = self.teacher.model
         self._connection = await Connection(self.url, self.teacher.api_key_env, key=self.key).__aenter__()
-        self._limiter, self._outage = Limiter(self.teacher.concurrency), _Outage(self._connection.shown)
+        self._outage = _Outage(self._connection.shown)
         self._end: UserError | None = None
         self._ended = asyncio.Event()
         self._failed_in_a_row = 0

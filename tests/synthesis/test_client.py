@@ -340,7 +340,7 @@ def test_the_width_doubles_then_halves_once_then_grows_in_steps():
         return widths
 
     widths = asyncio.run(rounds())
-    assert widths[:4] == [64, 128, 256, 256]
+    assert widths[:4] == [128, 256, 256, 256]
     assert widths[4] == 128
     steps = [after - before for before, after in itertools.pairwise(widths[4:])]
     assert all(10 <= step <= 16 for step in steps[:8]) and widths[-1] == 256
@@ -355,7 +355,7 @@ def test_a_width_that_nobody_needs_does_not_grow():
             limiter.release()
         return limiter.width, Limiter(4).width
 
-    assert asyncio.run(alone()) == (32, 4)
+    assert asyncio.run(alone()) == (64, 4)
 
 
 def test_a_place_is_never_lost_or_given_twice():
