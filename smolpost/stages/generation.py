@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from smolpost.synthesis.records import Job, Outcome, TeacherEngine
     from smolpost.synthesis.run import RunCounts
 
-RUN = "run.json"  # in a folder of replies: what decides them, and what the teacher says of itself
+# In a folder of replies: what decides them and what the teacher says of itself; how many there are.
+RUN, STATUS = "run.json", "status.json"
 # What a teacher's config says of its sampling.
 SAMPLING = (
     "thinking", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "max_new_tokens",
@@ -130,8 +131,15 @@ class GenerationStage(Stage, Generation):
         teachers = {}
         for role in self.ROLES:
             sampling = fields.pop(role)
-            identity = read_json(work.replies[role].folder / RUN).get("identity", {})
-            teachers[role] = identity | {"sampling": {name: sampling[name] for name in SAMPLING}}
+            said = read_json(work.replies[role].folder / RUN)["teacher"]
+            teachers[role] = {
+                "model": said["model"],
+                "revision": said["revision"],
+                "server": said["server"],
+                "server_version": said["version"],
+                "template_hash": said["template"],
+                "sampling": {name: sampling[name] for name in SAMPLING},
+            }
         return {
             "name": work.stage.name,
             "kind": fields.pop("kind"),
@@ -149,7 +157,8 @@ class GenerationStage(Stage, Generation):
         self._check_servers(work.stage.entry)
         for role, found in work.replies.items():
             _note_older(found.folder, f"{work.stage.name}-{role}")
-        return {role: self._ask(role, job, work, task) for role in self.ROLES}
+        number = sum(1 for _ in job.prompts())
+        return {role: self._ask_and_show(role, job, work, task, number) for role in self.ROLES}
 
     def _check_servers(self, entry: str) -> None:
         """
@@ -164,22 +173,36 @@ class GenerationStage(Stage, Generation):
                     f"address of its API, such as {key}=http://localhost:8000/v1"
                 )
 
-    def _ask(self, role: str, job: "Job", work: Work, task: int | None, watch=None) -> "RunCounts":
-        from smolpost.synthesis.run import generate
+    def _ask_and_show(self, role: str, job: "Job", work: Work, task: int | None, number: int) -> "RunCounts":
+        """The run of one role, with what it does in the terminal and in status.json.
 
-        teacher, replies = self.teachers()[role], work.replies[role]
-        print(f"{role}: {named(teacher)}; replies: {replies.folder}", flush=True)
-        return generate(
-            replies.folder,
-            job.prompts(),
-            partial(job.converse, role),
-            self.engine(role, work),
-            self,
-            fingerprint=replies.parts,
-            concurrency=teacher.batch_size if teacher.stage else teacher.concurrency,
-            task=task,
-            watch=watch,
-        )
+        Args:
+            number: Of prompts.
+        """
+        from smolpost.synthesis.run import generate
+        from smolpost.synthesis.status import Prices, RunStatus
+
+        teacher, (folder, parts) = self.teachers()[role], work.replies[role]
+        print(f"{role}: {named(teacher)}; replies: {folder}", flush=True)
+        engine = self.engine(role, work)
+        with RunStatus(
+            f"{work.stage.name}: {role}",
+            folder / STATUS if task is None else folder / f"status-{task}.json",
+            number,
+            prices=Prices(teacher.input_price, teacher.output_price),
+            load=None if teacher.stage else lambda: (engine.under_way, engine.width),
+        ) as watch:
+            return generate(
+                folder,
+                job.prompts(),
+                partial(job.converse, role),
+                engine,
+                self,
+                fingerprint=parts,
+                concurrency=teacher.batch_size if teacher.stage else teacher.concurrency,
+                task=task,
+                watch=watch,
+            )
 
     def engine(self, role: str, work: Work) -> "TeacherEngine":
         """The teacher, ready to be asked."""
@@ -204,7 +227,7 @@ def named(teacher: Teacher) -> str:
 
 def _found(folder: Path) -> str:
     """How many replies lie in a folder, in words."""
-    status = read_json(folder / "status.json")
+    status = read_json(folder / STATUS)
     if not folder.is_dir():
         return f"no replies yet, they will lie in {folder}"
     if not status:

@@ -14,6 +14,8 @@ class FakeEngine:
         asked: All requests so far.
     """
 
+    under_way, width = 0, 1
+
     def __init__(self, reply: Callable[[Request], Reply | Exception], model: str = "fake"):
         self.reply, self.model = reply, model
         self.asked: list[Request] = []
@@ -25,7 +27,7 @@ class FakeEngine:
         pass
 
     async def identity(self) -> dict:
-        return {"model": self.model, "server": "fake", "server_version": "1"}
+        return {"model": self.model, "revision": None, "server": "fake", "version": "1", "template": None}
 
     async def ask(self, request: Request) -> Reply:
         self.asked.append(request)
