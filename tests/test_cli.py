@@ -27,7 +27,13 @@ class Project:
         self.runs = folder / "runs"
         for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
             self.write(name, [row] * 8)
-        self.words = ["pipeline=gsm8k", f"data_root={folder}", f"run_dir={self.runs}", "stages.init.vocab_size=300"]
+        self.words = [
+            "pipeline=gsm8k",
+            "data=gsm8k_folder",
+            f"data_root={folder}",
+            f"run_dir={self.runs}",
+            "stages.init.vocab_size=300",
+        ]
 
     def file(self, name: str) -> Path:
         return self.folder / f"smoltalk2_{name}.jsonl"
