@@ -53,6 +53,7 @@ class Reply(NamedTuple):
         attempts: Number of tries, the successful one included.
         seconds: From the first try to the reply.
         raw: The message as the server gave it.
+        seed: Of the request that it answers.
     """
 
     content: str
@@ -65,6 +66,7 @@ class Reply(NamedTuple):
     attempts: int = 1
     seconds: float = 0.0
     raw: dict[str, Any] | None = None
+    seed: int | None = None
 
 
 class Sample(NamedTuple):
