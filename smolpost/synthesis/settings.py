@@ -19,6 +19,7 @@ class Teacher:
     api_key_env: str | None = tuning(None)  # environment variable that holds the key; keys are never in a recipe
     template: str = "smollm3"  # chat template of a stage's checkpoint; a server has its own
     thinking: bool | None = None  # true or false for all prompts; null: the mode of each row
+    thinking_by: str = choice("server", "words")  # words: /think or /no_think after the question, as Qwen3 reads them
     temperature: float = number("[0, inf)", 0.6)
     top_p: float = number("(0, 1]", 0.95)
     top_k: int | None = count(None)
@@ -57,7 +58,6 @@ class Filters:
 class Generation:
     """What all stages have that ask a teacher. Their replies lie beside the stages and outlive changes of filters."""
 
-    prompts: str = MISSING  # mixture name; each row is a prompt
     filters: Filters = field(default_factory=Filters)
     today: str = RELEASE_DAY  # date rendered into prompts for a stage's checkpoint
     seed: int = seeded(0)  # from which each request takes its own
@@ -65,6 +65,13 @@ class Generation:
     tasks: int = tuning(1, "[1, inf)")  # parts that several hosts can work on at once; fixed once a run has begun
     max_failed: float = tuning(0.0, "[0, 1]")  # share of the prompts that may stay without a reply
     retry_failed: bool = tuning(False)  # ask again for exactly the prompts that failed
+
+
+@dataclass
+class FromRows(Generation):
+    """What the stages have whose prompts are rows."""
+
+    prompts: str = MISSING  # mixture name; each row is a prompt
 
 
 @dataclass
