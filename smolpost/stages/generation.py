@@ -83,8 +83,6 @@ class GenerationStage(Stage, Generation):
             self._check_teacher(f"{key}.{role}", teacher)
 
     def _check_teacher(self, key: str, teacher: Teacher) -> None:
-        from smolpost.synthesis.profiles import unsupported
-
         if not (teacher.stage or teacher.model):
             raise Wrong(
                 key,
@@ -99,7 +97,10 @@ class GenerationStage(Stage, Generation):
                         f"={getattr(teacher, name)} belongs to a server, and stage={teacher.stage} answers in this "
                         "process; set one of them to null",
                     )
-        elif faults := unsupported(teacher, key):
+            return
+        from smolpost.synthesis.profiles import unsupported
+
+        if faults := unsupported(teacher, key):
             raise faults[0]
 
     # ------------------------------------------------------------ plan

@@ -39,6 +39,11 @@ FILTERED_ROWS, FAILED_ROWS = "filtered.jsonl", "failed.jsonl"
 REPORT, CARD = "report.json", "README.md"
 MOST_ERRORS = 20  # different ones in the report
 REMEDIES = {
+    "chosen_cut": "raise chosen.max_new_tokens",
+    "identical": "take a weaker rejected teacher or raise the temperature of one",
+    "no_reference": "set keep to different, or give prompts whose reply has an answer",
+    "chosen_wrong": "take a stronger chosen teacher or set keep to different",
+    "rejected_right": "take a weaker rejected teacher or set keep to chosen_right",
     "not_text": "choose another teacher: its replies are not valid Unicode",
 }
 
