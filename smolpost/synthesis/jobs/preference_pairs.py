@@ -8,7 +8,7 @@ from smolpost.synthesis.filters import Verdicts, first_fault, judge_sample, of_s
 from smolpost.synthesis.filters.answer_workers import verify_answers
 from smolpost.synthesis.filters.answers import reference_of
 from smolpost.synthesis.filters.sides import SIDES, answers_as_kept, different, dissimilar, same_text
-from smolpost.synthesis.jobs.asking import Asker, row_of
+from smolpost.synthesis.jobs.asking import Asker, mode_of_replies, row_of
 from smolpost.synthesis.jobs.complement import Complement
 from smolpost.synthesis.jobs.prompts import asks_nothing, mode_of, question_of
 from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Reply, Sample, Verdict
@@ -71,9 +71,8 @@ class PreferencePairs:
         thinking = self._mode(prompt)
         verdicts = self._verdicts(prompt, samples["chosen"], replies, thinking)
         reason = first_fault(verdicts)
-        if thinking is None:
-            thinking = replies["chosen"].reasoning is not None
-        row = None if reason else self._row(prompt, thinking, samples)
+        mode = mode_of_replies(thinking, self.settings.chosen, [replies["chosen"]])
+        row = None if reason else self._row(prompt, mode, samples)
         return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
 
     def _verdicts(
