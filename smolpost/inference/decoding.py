@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from smolpost.inference.sampling import NotFinite, Sampling, exponentials, truncated
 from smolpost.model.stored import one_line
 
 WINDOW = 256
@@ -44,7 +45,8 @@ class Decoder:
         model: As `fits` accepts it, in evaluation mode.
         num_rows: B.
         num_tokens: Longest prompt and its longest reply together; S is this, rounded up to WINDOW.
-        temperature, top_p, eos_token_ids, pad_token_id: As for `generate`.
+        sampling: Without penalties.
+        eos_token_ids, pad_token_id: As for `generate`.
         capture: None repeats each step eagerly.
     """
 
@@ -54,15 +56,15 @@ class Decoder:
         num_rows: int,
         num_tokens: int,
         *,
-        temperature: float,
-        top_p: float,
+        sampling: Sampling,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         capture: Capture | None,
     ):
         self.model, self.pad_token_id, self.capture = model, pad_token_id, capture
         device, size = model.device, _round_up(num_tokens)
-        self.temperature, self.top_p = temperature, top_p
+        self.sampling = sampling
+        self.seeds: torch.Tensor | None = None  # [B], where each row has its own
         self.generator = torch.Generator(device)
         self.noise: torch.Tensor | None = None  # [B, V], where tokens are sampled
         self.stop_tokens = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
@@ -78,22 +80,32 @@ class Decoder:
         self.cache = Cache(layers=[_WindowLayer(size, self.column) for _ in range(num_layers)])
         self.replays: dict[int, Callable[[], object]] = {}  # by W
 
-    def reply(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, seed: int) -> list:
+    def reply(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        max_new_tokens: int,
+        seed: int | torch.Tensor,
+        check: Callable[[], object] | None = None,
+    ) -> list[list[int]]:
         """Reply to B prompts.
 
         Args:
             input_ids: [B, L], padded on the left; L + max_new_tokens <= S.
             attention_mask: [B, L], 1 on tokens and 0 on padding.
             max_new_tokens: Longest reply, > 0.
-            seed: Decides the random numbers.
+            seed: Decides the random numbers; [B] int64: those of each row, as `RowSampling` draws them.
+            check: Called now and then; what it raises ends the batch.
         Returns:
             B lists of as many tokens: a reply up to its stop token, then the padding token or anything.
         Raises:
-            RuntimeError: A probability is NaN, as transformers' sampling says it.
+            NotFinite: A probability is NaN.
         """
         length = input_ids.shape[1]
         end = length + max_new_tokens
-        self.generator.manual_seed(seed)
+        self.seeds = seed if isinstance(seed, torch.Tensor) else None
+        if self.seeds is None:
+            self.generator.manual_seed(seed)
         self._prefill(input_ids, attention_mask)
         for column in range(length, end - 1):
             window = _round_up(column + 1)
@@ -101,7 +113,9 @@ class Decoder:
             if (replay is None or column % STEPS_PER_LOOK == 0) and self.finished.all():
                 end = column + 1
                 break
-            self._draw()
+            if check is not None and column % STEPS_PER_LOOK == 0:
+                check()
+            self._draw(column + 1 - length)
             if replay is not None:
                 replay()
                 continue
@@ -110,7 +124,7 @@ class Decoder:
             if self.capture is not None and min(window, end - 1) - column > FEWEST_REPLAYS:
                 self._capture(window, step)
         if self.has_nan:
-            raise RuntimeError("a probability is NaN: the model's activations are not finite")
+            raise NotFinite()
         return self.tokens[:, length:end].tolist()
 
     def _prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
@@ -127,17 +141,21 @@ class Decoder:
         self.column.fill_(length)
         self.finished.fill_(False)
         self.has_nan.fill_(False)
-        if self.temperature > 0 and self.noise is None:
+        if self.sampling.temperature > 0 and self.noise is None:
             self.noise = torch.empty_like(logits, dtype=torch.float32)
-        self._draw()
+        self._draw(0)
         self._choose(logits)
 
-    def _draw(self) -> None:
-        """The random numbers of the next token.
+    def _draw(self, step: int) -> None:
+        """The random numbers of the next token, before which a reply has `step` tokens.
 
         They are drawn outside the graph. A capture that fails may leave every generator used inside it unusable.
         """
-        if self.noise is not None:
+        if self.noise is None:
+            return
+        if self.seeds is not None:
+            self.noise.copy_(exponentials(self.seeds, step, self.noise.shape[1]))
+        else:
             self.noise.exponential_(1, generator=self.generator)
 
     def _step(self, window: int) -> None:
@@ -168,9 +186,7 @@ class Decoder:
         """Choose the next tokens from logits [B, V] and put them where the next step finds them."""
         scores = logits.float()
         if self.noise is not None:
-            scores = scores / self.temperature
-            if self.top_p < 1:
-                scores = _without_tail(scores, self.top_p)
+            scores = truncated(scores / self.sampling.temperature, self.sampling)
             # What torch.multinomial does for one sample, less its checks, which wait for the device.
             scores = scores.softmax(dim=-1)
             self.has_nan |= scores.isnan().any()
@@ -212,17 +228,6 @@ class _WindowLayer(StaticLayer):
         self.keys.index_copy_(2, self.column, key_states)
         self.values.index_copy_(2, self.column, value_states)
         return self.keys[:, :, : self.window], self.values[:, :, : self.window]
-
-
-def _without_tail(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Scores [B, V] with -inf at the unlikeliest tokens, which share at most 1 - top_p; the likeliest always stays.
-
-    Nucleus sampling, arXiv:1904.09751.
-    """
-    ascending, order = scores.sort(dim=-1)
-    is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    is_tail[:, -1].zero_()
-    return scores.masked_fill(torch.empty_like(is_tail).scatter_(-1, order, is_tail), -torch.inf)
 
 
 def fits(model: PreTrainedModel, num_rows: int, num_tokens: int) -> bool:

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from smolpost.inference.decoding import Decoder, cuda_graphs, fits
+from smolpost.inference.sampling import RowSampling, Sampling
 from smolpost.inference.seeds import derive_seed
 
 # Part of a reply that a reader or a parser needs, even where a tokenizer calls them special.
@@ -65,6 +72,7 @@ def generate(
         use_cache=True,
         **sampling,
     )
+    nucleus = Sampling(temperature, top_p)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     replies: list[list[int]] = [[] for _ in prompts]
     with inference(model):
@@ -73,13 +81,57 @@ def generate(
             rows = by_length[start : start + batch_size]
             if len(rows) != num_rows:  # the first and the last batch
                 num_rows, decoder = len(rows), None  # frees the cache before another is made
-                decoder = _decoder(model, num_rows, len(prompts[rows[0]]), config)
+                decoder = _decoder(model, num_rows, len(prompts[rows[0]]), config, nucleus)
             batch = _generate_batch(model, [prompts[i] for i in rows], config, derive_seed(seed, index), decoder)
             for i, reply in zip(rows, batch, strict=True):
                 replies[i] = reply
             if progress is not None:
                 progress(len(rows))
     return replies
+
+
+def generate_each(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    check: Callable[[], object] = lambda: None,
+) -> list[list[int]]:
+    """Reply to B prompts as one batch; each reply follows from its own prompt and seed and the settings.
+
+    It does not depend on the other rows of the batch, up to rounding: where two tokens are equally good to the last
+    bits, another batch may take the other one. In bf16 this happens more often than in fp32.
+
+    Args:
+        model, prompts, max_new_tokens, eos_token_ids, pad_token_id: As for `generate`.
+        seeds: [B], each in [0, 2^63).
+        check: Called before each token, or now and then; what it raises ends the batch.
+    Returns: As `generate`.
+    Raises:
+        NotFinite: A logit is NaN.
+    """
+    stops = list(eos_token_ids)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops or None, pad_token_id=pad_token_id
+    )
+    longest = max(map(len, prompts))
+    with inference(model):
+        decoder = None if sampling.has_penalties else _decoder(model, len(prompts), longest, config, sampling)
+        input_ids, attention_mask = _padded(prompts, pad_token_id, model.device)
+        row_seeds = torch.tensor(seeds, device=model.device)
+        if decoder is not None:
+            rows = decoder.reply(input_ids, attention_mask, max_new_tokens, row_seeds, check)
+            return [_until_stop(row, stops) for row in rows]
+        choose = LogitsProcessorList([RowSampling(sampling, row_seeds, attention_mask.bool(), check)])
+        with _own_generation_config(model, config):
+            output = model.generate(
+                input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=choose
+            )
+    return [_until_stop(row, stops) for row in output[:, longest:].tolist()]
 
 
 @contextmanager
@@ -134,7 +186,9 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, reply: Sequence[int], stop_to
     return tokenizer.decode([i for i in reply if i not in dropped], clean_up_tokenization_spaces=False)
 
 
-def _decoder(model: PreTrainedModel, num_rows: int, longest: int, config: GenerationConfig) -> Decoder | None:
+def _decoder(
+    model: PreTrainedModel, num_rows: int, longest: int, config: GenerationConfig, sampling: Sampling
+) -> Decoder | None:
     """What replies faster than transformers' `generate`, where the model, its device and the batch allow it."""
     num_tokens = longest + config.max_new_tokens
     if not fits(model, num_rows, num_tokens):
@@ -143,8 +197,7 @@ def _decoder(model: PreTrainedModel, num_rows: int, longest: int, config: Genera
         model,
         num_rows,
         num_tokens,
-        temperature=config.temperature if config.do_sample else 0,
-        top_p=config.top_p,
+        sampling=sampling,
         eos_token_ids=config.eos_token_id or (),
         pad_token_id=config.pad_token_id,
         capture=cuda_graphs(),
@@ -155,12 +208,8 @@ def _generate_batch(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int, decoder: Decoder | None
 ) -> list[list[int]]:
     """Replies to B prompts in one call; without a decoder, by transformers' `generate`."""
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    input_ids = [[config.pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]  # [B, L]
-    attention_mask = [[0] * n + [1] * (longest - n) for n in padding]  # [B, L]
     device = model.device
-    input_ids, attention_mask = (torch.tensor(x, device=device) for x in (input_ids, attention_mask))
+    input_ids, attention_mask = _padded(prompts, config.pad_token_id, device)
     if decoder is not None:
         replies = decoder.reply(input_ids, attention_mask, config.max_new_tokens, seed)
         return [_until_stop(row, config.eos_token_id or ()) for row in replies]
@@ -170,7 +219,16 @@ def _generate_batch(
     ):
         torch.manual_seed(seed)
         output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
-    return [_until_stop(row, config.eos_token_id or ()) for row in output[:, longest:].tolist()]
+    return [_until_stop(row, config.eos_token_id or ()) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+def _padded(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, L], padded on the left, and their attention mask [B, L]."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    input_ids = [[pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
+    attention_mask = [[0] * n + [1] * (longest - n) for n in padding]
+    return torch.tensor(input_ids, device=device), torch.tensor(attention_mask, device=device)
 
 
 @contextmanager

@@ -3,48 +3,18 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.models.smollm3 import SmolLM3Config as StockConfig
-from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
+from transformers import MistralConfig, MistralForCausalLM
 
 import smolpost.inference.decoding as decoding
 import smolpost.inference.generation as generation
 from smolpost.inference.decoding import Decoder, cache_bytes, supports
 from smolpost.inference.generation import generate
+from smolpost.inference.sampling import Sampling
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
+from tests.inference.random_models import EOS, MODELS, PAD, VOCAB, random_model
 
-EOS, OTHER_STOP, PAD, VOCAB = 2, 11, 0, 64
-SIZES = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
-)  # fmt: skip
-MODELS = {
-    "ours packed": (SmolLM3ForCausalLM, SmolLM3Config, "packed"),
-    "ours sdpa": (SmolLM3ForCausalLM, SmolLM3Config, "sdpa"),
-    "SmolLM3": (StockSmolLM3, StockConfig, "sdpa"),
-    "Llama": (LlamaForCausalLM, LlamaConfig, "sdpa"),
-    "Qwen3": (Qwen3ForCausalLM, Qwen3Config, "packed"),
-}
+OTHER_STOP = 11
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20, 21], [22] * 12, [23, 5]]
-
-
-def random_model(family, config, attention, **changes):
-    """With weights large enough that its replies differ and some of them stop."""
-    torch.manual_seed(0)
-    config = config(**{**SIZES, **changes})
-    config._attn_implementation = attention
-    model = family(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -113,7 +83,7 @@ def test_replies_cross_windows_and_batches_share_their_graphs(model, decoded, mo
 def test_rows_that_all_stop_early_end_the_batch(model, monkeypatch):
     # Any token is a stop token, so the first is the last: no step is run.
     monkeypatch.setattr(Decoder, "_step", None)
-    decoder = Decoder(model, 2, 50, temperature=0, top_p=1, eos_token_ids=range(VOCAB), pad_token_id=PAD, capture=None)
+    decoder = Decoder(model, 2, 50, sampling=Sampling(0), eos_token_ids=range(VOCAB), pad_token_id=PAD, capture=None)
     with torch.no_grad():
         replies = decoder.reply(torch.tensor([[5, 6], [0, 7]]), torch.tensor([[1, 1], [0, 1]]), 40, 0)
     assert [len(reply) for reply in replies] == [1, 1]
@@ -122,7 +92,7 @@ def test_rows_that_all_stop_early_end_the_batch(model, monkeypatch):
 def test_a_batch_does_not_see_the_one_before_and_the_cache_has_the_size_reckoned(model):
     def decoder():
         return Decoder(
-            model, 2, 60, temperature=1, top_p=0.9, eos_token_ids=[EOS], pad_token_id=PAD, capture=lambda step: step
+            model, 2, 60, sampling=Sampling(1, 0.9), eos_token_ids=[EOS], pad_token_id=PAD, capture=lambda step: step
         )
 
     batches = [(torch.full((2, 30), 7), torch.ones(2, 30, dtype=torch.long))]

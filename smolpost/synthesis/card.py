@@ -1,0 +1,107 @@
+"""The dataset card: what the rows are, how they were made, and how to load them. The Hub shows it as README.md."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from smolpost.synthesis.row_table import PROVENANCE_ROWS, ROWS
+
+LOADING = """## Load
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("THIS_FOLDER_OR_ID", split="train")
+```
+
+The columns are those of SmolTalk2. `tools` and the arguments of tool calls are JSON texts.
+"""
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+PROVENANCE_TEXT = """## Provenance
+
+`{file}` has one row per prompt, also for prompts that did not become a row. `id` joins it with the rows.
+
+| column | content |
+|---|---|
+| `id`, `source` | of the prompt |
+| `row_hash` | SHA-256 of the prompt's row as it was read |
+| `status`, `reason`, `error` | accepted, filtered (and why) or failed (and why) |
+| `verdicts` | what each filter said: `filter`, `passed`, `reason`, `score` |
+| `replies` | of each reply: `role`, `sample` and `turn`; `model`, `revision`, `server`, `server_version`, `template_hash` and `sampling` of its teacher; `seed`; `finish_reason`; `prompt_tokens` and `completion_tokens`; `attempts` and `seconds`; `raw`, the message as the server gave it |
+"""  # noqa: E501
+
+
+def card(report: Mapping[str, Any], *, with_provenance: bool = True) -> str:
+    """The card in Markdown, with a YAML header that says which file holds what.
+
+    Args:
+        report: As `results.write` returns it.
+        with_provenance: The provenance lies beside the rows.
+    """
+    facts = report["facts"]
+    parts = [
+        _header(report["accepted"], with_provenance),
+        f"# {facts['name']}\n\n{report['accepted']:,} rows, made from {report['prompts']:,} prompts by a stage of kind "
+        f"`{facts['kind']}` of smolpost. Replies are texts of language models and can be wrong.\n",
+        LOADING,
+        _counts(report),
+        _teachers(report),
+        f"## Settings\n\n{_settings('Job', facts['job'])}\n{_settings('Filters', facts['filters'])}",
+    ]
+    if with_provenance:
+        parts.append(PROVENANCE_TEXT.format(file=PROVENANCE_ROWS))
+    parts.append(
+        "## Licence\n\nNone is stated here. The prompts keep the licences of their sources, and the terms of the "
+        "teachers' licences apply to their replies. Whoever publishes the rows has to check both and add `license` to "
+        "the header.\n"
+    )
+    return "\n".join(parts)
+
+
+def _header(num_rows: int, with_provenance: bool) -> str:
+    configs = [{"config_name": "default", "data_files": ROWS}]
+    if with_provenance:
+        configs.append({"config_name": "provenance", "data_files": PROVENANCE_ROWS})
+    size = next((name for limit, name in SIZES if num_rows < limit), "n>10M")
+    header = {"configs": configs, "tags": ["synthetic", "smolpost"], "size_categories": [size]}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+
+
+def _counts(report: Mapping[str, Any]) -> str:
+    lines = [
+        [name, entry["prompts"], entry["accepted"], sum(entry["filtered"].values()), entry["failed"], _share(entry)]
+        for name, entry in [*report["sources"].items(), ("all", report)]
+    ]
+    text = "## Counts\n\n" + _table(["source", "prompts", "accepted", "filtered", "failed", "accepted share"], lines)
+    if report["filtered"]:
+        text += "\n" + _table(["filtered by", "prompts"], report["filtered"].items())
+    return text
+
+
+def _share(entry: Mapping[str, Any]) -> str:
+    return f"{entry['accepted'] / max(1, entry['prompts']):.1%}"
+
+
+def _teachers(report: Mapping[str, Any]) -> str:
+    text = "## Teachers\n"
+    for role, teacher in report["facts"]["teachers"].items():
+        counts = report["teachers"].get(role, {})
+        identity = {name: value for name, value in teacher.items() if name != "sampling" and value is not None}
+        text += f"\n{_settings(role, identity | teacher.get('sampling', {}) | counts)}"
+    return text
+
+
+def _settings(title: str, settings: Mapping[str, Any]) -> str:
+    return f"### {title}\n\n{_table(['key', 'value'], settings.items())}"
+
+
+def _table(heads: list[str], rows: Iterable) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A value in one cell, whatever it holds."""
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
