@@ -22,6 +22,7 @@ VERBS = {
     "plan": "print the stages, their settings and the exact commands; run nothing",
     "run": "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones",
     "make": "make one stage whose inputs are finished, in this process",
+    "generate": "ask the teachers of a stage, in one part of the prompts with task=K; make then finishes the stage",
     "prepare": "tokenize, mask and pack the rows of a training stage",
     "inspect": "show prepared rows token by token: which tokens train, and why; or synthetic data with its verdicts",
     "bench": "measure the speed and memory of a training stage by a few steps on random weights; writes nothing",
@@ -190,6 +191,8 @@ def _do(options: argparse.Namespace) -> int:
         return 0
     if options.verb == "bench":
         return _bench(options, console)
+    if options.verb in ("make", "generate"):
+        return _make(options)
     request = recipe.load(options.words)
     if options.verb == "plan" and options.fidelity:
         return _fidelity(request, console)
@@ -206,10 +209,8 @@ def _do(options: argparse.Namespace) -> int:
         steps.prepare(lineage, stage)
     elif options.verb == "eval":
         return _evaluate(lineage, stage.name, console)
-    elif options.verb == "doctor":
-        return _doctor(lineage, stage, options, console)
     else:
-        _make(lineage, stage)
+        return _doctor(lineage, stage, options, console)
     return 0
 
 
@@ -228,21 +229,45 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     from smolpost import recipe
     from smolpost.pipeline.bench import bench
 
-    counts = [word.removeprefix("steps=") for word in options.words if word.startswith("steps=")]
-    words = [word for word in options.words if not word.startswith("steps=")]
-    steps = counts[-1] if counts else "20"
-    if not (steps.isascii() and steps.isdigit() and int(steps)):
-        raise UserError(f"steps={steps} is not a number of optimizer steps; give one from 1, such as steps=20")
-    return bench(recipe.load(words), int(steps), console)
+    words, steps = _taken(options.words, "steps", "a number of optimizer steps", 1, 20)
+    return bench(recipe.load(words), 20 if steps is None else steps, console)
 
 
-def _make(lineage, stage) -> None:
+def _make(options: argparse.Namespace) -> int:
+    from smolpost import recipe
     from smolpost.pipeline import steps
+    from smolpost.pipeline.lineage import Lineage
+    from smolpost.pipeline.plan import select_one
 
-    if stage.config.LAUNCHED:
+    words, task = _taken(options.words, "task", "the number of a task", 0, 0)
+    words, rows = _taken(words, "preview", "a number of prompts", 1, 10)
+    if task is not None and (options.verb != "generate" or rows is not None):
+        raise UserError(f"task={task} goes with `smolpost generate`, without preview; leave it out")
+    lineage = Lineage(request := recipe.load(words), look_up=True)
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
+    if rows is not None:
+        steps.preview(lineage, stage, rows)
+    elif options.verb == "generate":
+        steps.generate(lineage, stage, task)
+    elif stage.config.LAUNCHED:
         launch = screen.command_line(stage.making[-1])
         raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
-    steps.make(lineage, stage)
+    else:
+        steps.make(lineage, stage)
+    return 0
+
+
+def _taken(words: list[str], name: str, what: str, least: int, example: int) -> tuple[list[str], int | None]:
+    """The words that are for the recipe, and the number that the last word NAME=NUMBER gives; None without one.
+
+    Raises:
+        UserError: It is not a whole number of at least `least`.
+    """
+    given = [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+    number = given[-1] if given else None
+    if number is not None and not (number.isascii() and number.isdigit() and int(number) >= least):
+        raise UserError(f"{name}={number} is not {what}; give one from {least}, such as {name}={example}")
+    return [word for word in words if not word.startswith(f"{name}=")], None if number is None else int(number)
 
 
 def _doctor(lineage, stage, options: argparse.Namespace, console: Console) -> int:
@@ -388,7 +413,7 @@ def _inspected_folder(words: list[str]) -> Path:
 
 
 def job(kind: str) -> None:
-    """Run a script of data_gen/ or merge/: make the stage that its command line names.
+    """Run a script of data_gen/ or merge/: make the stage that its command line names, or preview=N of it.
 
     Args:
         kind: The stage kind that the script makes.
@@ -399,11 +424,15 @@ def job(kind: str) -> None:
     from smolpost.pipeline.plan import select_one
 
     with one_line_errors():
-        lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
+        words, rows = _taken(sys.argv[1:], "preview", "a number of prompts", 1, 10)
+        lineage = Lineage(request := recipe.load(words), look_up=True)
         stage = select_one(lineage.stages.planned.values(), request.stage)
         if stage.config.kind != kind:
             raise UserError(f"stage={stage.name} is of kind {stage.config.kind}; this job makes {kind} stages")
-        steps.make(lineage, lineage.stages[stage.name])
+        if rows is not None:
+            steps.preview(lineage, lineage.stages[stage.name], rows)
+        else:
+            steps.make(lineage, lineage.stages[stage.name])
 
 
 if __name__ == "__main__":
