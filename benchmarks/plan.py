@@ -60,6 +60,8 @@ def seconds(checkout: Path, command: list[str], words: list[str]) -> dict:
 
 def measure(side: str, checkout: Path, files: list[Path], run_dir: Path) -> list[dict]:
     words = ["pipeline=gsm8k", "evaluation=none", f"data_root={files[0].parent}", f"run_dir={run_dir}"]
+    if (checkout / "recipes" / "data" / "gsm8k_folder.yaml").is_file():  # earlier versions read the folder by default
+        words.append("data=gsm8k_folder")
     plan, rank = ["-m", "smolpost.cli", "plan"], ["-c", RANK]
     rows = []
     for case, command, cold in (

@@ -32,9 +32,10 @@ VERBS = {
     "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
     "import": "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
     "export": "convert a checkpoint for another runtime and compare the scores of both",
+    "push": "copy a stage's synthetic rows, their card and provenance to the Hub or another file system",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "adopt"}  # that compose a recipe
+WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "push", "adopt"}  # that compose a recipe
 EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
 or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
 its full key, e.g. stages.sft.learning_rate=1e-4."""
@@ -109,6 +110,13 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--max-recall-drop", type=float, default=0.02, help="allowed at any length; default 0.02")
             sub.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="its sources, for gguf; or LLAMA_CPP")
             continue
+        if verb == "push":
+            sub.add_argument("folder", type=Path)
+            sub.add_argument("target", metavar="OWNER/NAME or URL", help="dataset of the Hub, or s3://..., file:///...")
+            sub.add_argument("--no-provenance", action="store_true", help="leave out the teachers' raw replies")
+            sub.add_argument("--replace", action="store_true", help="replace other rows that were pushed there")
+            sub.add_argument("--public", action="store_true", help="a dataset of the Hub that all can read")
+            continue
         if verb == "compare":
             sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR/PIPELINE")
             sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the runs' sweeps: .png or .svg")
@@ -166,6 +174,8 @@ def _do(options: argparse.Namespace) -> int:
         return _compare(options, console)
     if options.verb == "export":
         return _export(options, console)
+    if options.verb == "push":
+        return _push(options, console)
     if options.verb in ("import", "merge"):
         from smolpost.importing.command import import_command
         from smolpost.merging.command import merge_command
@@ -320,6 +330,20 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         max_recall_drop=options.max_recall_drop,
         llama_cpp=options.llama_cpp,
     )
+
+
+def _push(options: argparse.Namespace, console: Console) -> int:
+    from smolpost.synthesis.push import push
+
+    line = push(
+        options.folder,
+        options.target,
+        with_provenance=not options.no_provenance,
+        replace=options.replace,
+        public=options.public,
+    )
+    console.print(line, soft_wrap=True)
+    return 0
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:

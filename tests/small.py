@@ -18,7 +18,7 @@ from smolpost.pipeline.lineage import Lineage
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ("-m", "smolpost.train")
 SMALL = [
-    "pipeline=gsm8k", "evaluation=none",
+    "pipeline=gsm8k", "data=gsm8k_folder", "evaluation=none",
     "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64",
     "model.architecture.num_attention_heads=4", "stages.init.vocab_size=400",
     "stages.sft.init_from=init", "stages.sft.max_seq_len=256", "stages.sft.max_steps=12",

@@ -27,7 +27,13 @@ class Project:
         self.runs = folder / "runs"
         for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
             self.write(name, [row] * 8)
-        self.words = ["pipeline=gsm8k", f"data_root={folder}", f"run_dir={self.runs}", "stages.init.vocab_size=300"]
+        self.words = [
+            "pipeline=gsm8k",
+            "data=gsm8k_folder",
+            f"data_root={folder}",
+            f"run_dir={self.runs}",
+            "stages.init.vocab_size=300",
+        ]
 
     def file(self, name: str) -> Path:
         return self.folder / f"smoltalk2_{name}.jsonl"
@@ -151,7 +157,7 @@ def test_disk_without_space(project, tmp_path):
     if mount.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        words = [*project.words[:2], f"run_dir={disk}", "stage=init"]
+        words = [*project.words[:3], f"run_dir={disk}", "stage=init"]
         done = subprocess.run(
             [sys.executable, "-m", "smolpost.cli", "make", *words],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
@@ -203,7 +209,7 @@ def test_a_printed_command_is_the_same_words_again(project, capsys, tmp_path):
     odd = tmp_path / "my [bold]rows[/bold] :smile: $HOME"
     odd.mkdir(parents=True)
     words = [
-        *project.words[:2], f"run_dir='{odd}'", "stages.sft.train_roles=[assistant,tool]", "stages.sft.lora.r=4",
+        *project.words[:3], f"run_dir='{odd}'", "stages.sft.train_roles=[assistant,tool]", "stages.sft.lora.r=4",
         "stages.sft.lora.target_modules=[all]", f"+data.mine={{sources:{{a:{{path:'{project.file('sft')}'}}}}}}",
     ]  # fmt: skip
     cli_ok("plan", *words, "stage=sft")

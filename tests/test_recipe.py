@@ -73,7 +73,7 @@ def test_published_mixture_weights():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "pipeline").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_pipeline_composes(file):
-    request = recipe.load([f"pipeline={file.stem}", "data_root=somewhere"])
+    request = recipe.load([f"pipeline={file.stem}"])
     # tiny_distill adds stages to the miniature and finds the others where `pipeline=tiny` left them.
     assert request.recipe.pipeline == {"tiny_distill": "tiny"}.get(file.stem, file.stem)
     assert all(type(s) is STAGE_KINDS[s.kind] for s in request.recipe.stages.values())
@@ -179,9 +179,18 @@ def test_wrong_words_are_refused_in_one_line(words, text):
 
 
 def test_a_data_file_needs_its_root():
-    assert refusal("pipeline=gsm8k").startswith(
+    assert refusal("pipeline=gsm8k", "data=gsm8k_folder").startswith(
         "data_root has no value and data.mid.sources.gsm8k.path is named under it"
     )
+
+
+def test_a_root_that_no_data_file_is_named_under_is_refused():
+    """The pipeline once read the files under it; its rows now come from the public file."""
+    assert refusal("pipeline=gsm8k", "data_root=rows") == (
+        "data_root=rows, but no file of this recipe is named under it; leave it out, or choose the data that is: "
+        "data=gsm8k_folder"
+    )
+    assert recipe.load(["pipeline=gsm8k", "data=gsm8k_folder", "data_root=rows"]).recipe.data_root == "rows"
 
 
 # ---------------------------------------------------------------- names of the user's own

@@ -60,6 +60,8 @@ def _hint(row: dict) -> str:
         return "they look like ShareGPT; set columns: sharegpt"
     if row.get("instruction") is not None:
         return "they look like Alpaca; set columns: alpaca"
+    if isinstance(row.get("question"), str) and "\n#### " in str(row.get("answer")):
+        return "they look like GSM8K; set columns: gsm8k"
     for asked, answered in QUESTION_AND_ANSWER:
         if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
             return (

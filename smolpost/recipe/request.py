@@ -62,6 +62,7 @@ def load(words: list[str]) -> Request:
     asked = _asked(words)
     composed = compose_recipe(asked.hydra, asked.places)
     recipe = _checked(composed)
+    _check_data_root(composed, asked.places)
     return Request(
         recipe=recipe,
         stage=asked.stage,
@@ -95,6 +96,21 @@ def _checked(composed: Composed) -> schema.Recipe:
     except Wrong as error:
         raise composed.written.located(error) from None
     return recipe
+
+
+def _check_data_root(composed: Composed, places: Places) -> None:
+    """Refuse a data folder that nothing is read from: the rows would be others than those in it."""
+    under = "${data_root}"
+    root = composed.config.data_root if not OmegaConf.is_missing(composed.config, "data_root") else None
+    if root is None or under in str(OmegaConf.to_container(composed.config)):
+        return
+    named = [
+        name for name in places.options("data") if under in places.file(f"data/{name}").read_text(encoding="utf-8")
+    ]
+    raise UserError(
+        f"data_root={root}, but no file of this recipe is named under it; leave it out, or choose the data that is: "
+        + " or ".join(f"data={name}" for name in named)
+    )
 
 
 def _asked(words: list[str]) -> _Words:

@@ -81,7 +81,7 @@ BOT = {"conversations": [{"from": "human", "value": "u"}, {"from": "bot", "value
         (CHAT, "sft", {"max_row_bytes": 20}, "or raise max_row_bytes of its source", {"max_row_bytes": 2000}),
         (CHAT, "sft", {"think_share": 1.0}, "or change think_share", {"think_share": 0.0}),
         (CHAT, "sft", {"think_share": 2.0}, r"null leaves it open", {"think_share": None}),
-        (CHAT, "sft", {"columns": "csv"}, "use one of smoltalk2, alpaca, sharegpt", {"columns": "smoltalk2"}),
+        (CHAT, "sft", {"columns": "csv"}, "use one of smoltalk2, alpaca, gsm8k, sharegpt", {"columns": "smoltalk2"}),
         (CHAT, "sft", {"roles": {"x": "judge"}}, "use one of system, user, assistant, tool", {"roles": {"x": "user"}}),
         (CHAT, "sft", {"split": "test"}, "expected one of train", {"split": "train"}),
     ],

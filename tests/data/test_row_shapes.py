@@ -48,7 +48,7 @@ def test_what_a_shape_refuses_is_named(faq, tokenizer, tmp_path):
 
 
 def test_recipes_may_name_a_registered_shape(faq):
-    words = ["pipeline=tiny", "data_root=x", "+data.mine.sources.a={path:x,columns:faq}"]
+    words = ["pipeline=tiny", "+data.mine.sources.a={path:x,columns:faq}"]
     assert recipe.load(words).recipe.data["mine"].sources["a"].columns == "faq"
 
 

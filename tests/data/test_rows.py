@@ -255,7 +255,9 @@ def test_other_shapes_than_alpaca_are_refused(row, message):
 
 
 def test_unknown_columns_are_refused():
-    with pytest.raises(UserError, match="f: columns='chatml' is unknown; use one of smoltalk2, alpaca, sharegpt"):
+    with pytest.raises(
+        UserError, match="f: columns='chatml' is unknown; use one of smoltalk2, alpaca, gsm8k, sharegpt"
+    ):
         mapped(CHAT, "chatml")
 
 

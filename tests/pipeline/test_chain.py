@@ -30,7 +30,7 @@ def chain_words(data_root: Path, run_dir: Path) -> list[str]:
     rows = [f"data.{name}.sources.gsm8k.max_rows={n}" for name, n in (("mid", 200), ("sft", 200), ("preference", 40))]
     small = ["hidden_size=64", "intermediate_size=128", "num_attention_heads=4"]
     return [
-        "pipeline=gsm8k", f"data_root={data_root}", f"run_dir={run_dir}", *rows,
+        "pipeline=gsm8k", "data=gsm8k_folder", f"data_root={data_root}", f"run_dir={run_dir}", *rows,
         *(f"model.architecture.{word}" for word in small), "stages.init.vocab_size=1024",
         "stages.base.global_batch_size=4", "stages.base.micro_batch_size=4", "stages.base.save_steps=2",
         "stages.long_context.max_steps=6", "stages.mid.global_batch_size=4", "stages.sft.global_batch_size=4",

@@ -8,7 +8,7 @@ from smolpost.pipeline import manifest
 from smolpost.pipeline.estimate import STARTING, as_stored, seconds_left
 from smolpost.pipeline.lineage import Lineage
 
-WORDS = ["pipeline=gsm8k", "stages.apo.seeds=[42,43]", "evaluation=none"]
+WORDS = ["pipeline=gsm8k", "data=gsm8k_folder", "stages.apo.seeds=[42,43]", "evaluation=none"]
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def words(released, run_dir):
         )
     ]
     return [
-        "pipeline=smollm3_from_release", "data=gsm8k", f"data_root={released}/data", f"run_dir={run_dir}", *rows,
+        "pipeline=smollm3_from_release", "data=gsm8k_folder", f"data_root={released}/data", f"run_dir={run_dir}", *rows,
         f"model.checkpoint={released}/base", f"stages.sft.checkpoint={released}/sft", "stages.sft.revision=null",
         f"stages.soup.checkpoint={released}/soup", "stages.soup.revision=null",
         "stages.apo.max_seq_len=1024", "stages.apo.global_batch_size=4", "stages.apo.max_steps=2",

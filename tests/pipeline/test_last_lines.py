@@ -18,7 +18,9 @@ PAIR = {"chosen": ROW["messages"], "rejected": ROW["messages"]}
 def lineage(tmp_path):
     for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
         (tmp_path / f"smoltalk2_{name}.jsonl").write_text(json.dumps(row) + "\n")
-    return Lineage(recipe.load(["pipeline=gsm8k", f"data_root={tmp_path}", f"run_dir={tmp_path}/my runs"]))
+    return Lineage(
+        recipe.load(["pipeline=gsm8k", "data=gsm8k_folder", f"data_root={tmp_path}", f"run_dir={tmp_path}/my runs"])
+    )
 
 
 def test_plots_and_training_curves_are_named_where_they_are(lineage):

@@ -26,7 +26,7 @@ def words(tmp_path):
     """The gsm8k pipeline on a folder of three rows a file."""
     for name, row in (("mid", ROW), ("sft", ROW), ("preference", PAIR)):
         (tmp_path / f"smoltalk2_{name}.jsonl").write_text(3 * (json.dumps(row) + "\n"))
-    return ["pipeline=gsm8k", f"data_root={tmp_path}", f"run_dir={tmp_path}/runs"]
+    return ["pipeline=gsm8k", f"data_root={tmp_path}", f"run_dir={tmp_path}/runs", "data=gsm8k_folder"]
 
 
 def keys(words):
@@ -88,7 +88,7 @@ def test_data_content_counts_and_its_place_does_not(words, tmp_path):
     moved.mkdir()
     for file in tmp_path.glob("*.jsonl"):
         (moved / file.name).write_bytes(file.read_bytes())
-    assert keys([words[0], f"data_root={moved}", words[2]]) == before
+    assert keys([words[0], f"data_root={moved}", *words[2:]]) == before
     with open(tmp_path / "smoltalk2_preference.jsonl", "a") as file:
         file.write(json.dumps(PAIR | {"source": "new"}) + "\n")
     # The tokenizer is built from the preference rows, too, so here everything hangs on them.

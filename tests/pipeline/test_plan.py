@@ -15,7 +15,7 @@ EVEN = ["stages.long_context.global_batch_size=2", "stages.mid.global_batch_size
 
 
 def test_parents_come_before_children():
-    for words in (["pipeline=tiny"], ["pipeline=gsm8k", "data_root=x"], ["pipeline=smollm3"]):
+    for words in (["pipeline=tiny"], ["pipeline=gsm8k", "data=gsm8k_folder", "data_root=x"], ["pipeline=smollm3"]):
         seen = set()
         for name, stage in plans(*words).items():
             assert set(stage.parents) <= seen, name

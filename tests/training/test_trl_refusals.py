@@ -13,7 +13,7 @@ from smolpost.training.settings import TRLPreference
 from smolpost.training.with_trl import preference, sft
 from tests.training.tiny_trainers import CPU, settings
 
-TRL = ["pipeline=gsm8k", "data_root=/data", "stages.apo.engine=trl", "stages.apo.pack_tokens=null"]
+TRL = ["pipeline=gsm8k", "data=gsm8k_folder", "data_root=/data", "stages.apo.engine=trl", "stages.apo.pack_tokens=null"]
 LOSS_WEIGHT = "data.preference.sources.gsm8k.loss_weight"
 
 
