@@ -22,6 +22,7 @@ VERBS = {
     "plan": "print the stages, their settings and the exact commands; run nothing",
     "run": "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones",
     "make": "make one stage whose inputs are finished, in this process",
+    "generate": "ask the teachers of a stage, in one part of the prompts with task=K; make then finishes the stage",
     "prepare": "tokenize, mask and pack the rows of a training stage",
     "inspect": "show prepared rows token by token: which tokens train, and why",
     "bench": "measure the speed and memory of a training stage by a few steps on random weights; writes nothing",
@@ -31,9 +32,10 @@ VERBS = {
     "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
     "import": "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
     "export": "convert a checkpoint for another runtime and compare the scores of both",
+    "push": "copy a stage's synthetic rows, their card and provenance to the Hub or another file system",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "adopt"}  # that compose a recipe
+WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "push", "adopt"}  # that compose a recipe
 EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
 or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
 its full key, e.g. stages.sft.learning_rate=1e-4."""
@@ -108,6 +110,13 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--max-recall-drop", type=float, default=0.02, help="allowed at any length; default 0.02")
             sub.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="its sources, for gguf; or LLAMA_CPP")
             continue
+        if verb == "push":
+            sub.add_argument("folder", type=Path)
+            sub.add_argument("target", metavar="OWNER/NAME or URL", help="dataset of the Hub, or s3://..., file:///...")
+            sub.add_argument("--no-provenance", action="store_true", help="leave out the teachers' raw replies")
+            sub.add_argument("--replace", action="store_true", help="replace other rows that were pushed there")
+            sub.add_argument("--public", action="store_true", help="a dataset of the Hub that all can read")
+            continue
         if verb == "compare":
             sub.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR/PIPELINE")
             sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the runs' sweeps: .png or .svg")
@@ -165,6 +174,8 @@ def _do(options: argparse.Namespace) -> int:
         return _compare(options, console)
     if options.verb == "export":
         return _export(options, console)
+    if options.verb == "push":
+        return _push(options, console)
     if options.verb in ("import", "merge"):
         from smolpost.importing.command import import_command
         from smolpost.merging.command import merge_command
@@ -178,6 +189,8 @@ def _do(options: argparse.Namespace) -> int:
         return 0
     if options.verb == "bench":
         return _bench(options, console)
+    if options.verb in ("make", "generate"):
+        return _make(options)
     request = recipe.load(options.words)
     if options.verb == "plan" and options.fidelity:
         return _fidelity(request, console)
@@ -194,10 +207,8 @@ def _do(options: argparse.Namespace) -> int:
         steps.prepare(lineage, stage)
     elif options.verb == "eval":
         return _evaluate(lineage, stage.name, console)
-    elif options.verb == "doctor":
-        return _doctor(lineage, stage, options, console)
     else:
-        _make(lineage, stage)
+        return _doctor(lineage, stage, options, console)
     return 0
 
 
@@ -216,21 +227,45 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     from smolpost import recipe
     from smolpost.pipeline.bench import bench
 
-    counts = [word.removeprefix("steps=") for word in options.words if word.startswith("steps=")]
-    words = [word for word in options.words if not word.startswith("steps=")]
-    steps = counts[-1] if counts else "20"
-    if not (steps.isascii() and steps.isdigit() and int(steps)):
-        raise UserError(f"steps={steps} is not a number of optimizer steps; give one from 1, such as steps=20")
-    return bench(recipe.load(words), int(steps), console)
+    words, steps = _taken(options.words, "steps", "a number of optimizer steps", 1, 20)
+    return bench(recipe.load(words), 20 if steps is None else steps, console)
 
 
-def _make(lineage, stage) -> None:
+def _make(options: argparse.Namespace) -> int:
+    from smolpost import recipe
     from smolpost.pipeline import steps
+    from smolpost.pipeline.lineage import Lineage
+    from smolpost.pipeline.plan import select_one
 
-    if stage.config.LAUNCHED:
+    words, task = _taken(options.words, "task", "the number of a task", 0, 0)
+    words, rows = _taken(words, "preview", "a number of prompts", 1, 10)
+    if task is not None and (options.verb != "generate" or rows is not None):
+        raise UserError(f"task={task} goes with `smolpost generate`, without preview; leave it out")
+    lineage = Lineage(request := recipe.load(words), look_up=True)
+    stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
+    if rows is not None:
+        steps.preview(lineage, stage, rows)
+    elif options.verb == "generate":
+        steps.generate(lineage, stage, task)
+    elif stage.config.LAUNCHED:
         launch = screen.command_line(stage.making[-1])
         raise UserError(f"stage={stage.name} is trained by a launcher; run `{launch}`, or `smolpost run`")
-    steps.make(lineage, stage)
+    else:
+        steps.make(lineage, stage)
+    return 0
+
+
+def _taken(words: list[str], name: str, what: str, least: int, example: int) -> tuple[list[str], int | None]:
+    """The words that are for the recipe, and the number that the last word NAME=NUMBER gives; None without one.
+
+    Raises:
+        UserError: It is not a whole number of at least `least`.
+    """
+    given = [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
+    number = given[-1] if given else None
+    if number is not None and not (number.isascii() and number.isdigit() and int(number) >= least):
+        raise UserError(f"{name}={number} is not {what}; give one from {least}, such as {name}={example}")
+    return [word for word in words if not word.startswith(f"{name}=")], None if number is None else int(number)
 
 
 def _doctor(lineage, stage, options: argparse.Namespace, console: Console) -> int:
@@ -297,6 +332,20 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     )
 
 
+def _push(options: argparse.Namespace, console: Console) -> int:
+    from smolpost.synthesis.push import push
+
+    line = push(
+        options.folder,
+        options.target,
+        with_provenance=not options.no_provenance,
+        replace=options.replace,
+        public=options.public,
+    )
+    console.print(line, soft_wrap=True)
+    return 0
+
+
 def _inspect(options: argparse.Namespace, console: Console) -> int:
     from smolpost.report.inspect import Prepared
     from smolpost.report.page import write_page
@@ -337,7 +386,7 @@ def _prepared_folder(words: list[str]) -> Path:
 
 
 def job(kind: str) -> None:
-    """Run a script of data_gen/ or merge/: make the stage that its command line names.
+    """Run a script of data_gen/ or merge/: make the stage that its command line names, or preview=N of it.
 
     Args:
         kind: The stage kind that the script makes.
@@ -348,11 +397,15 @@ def job(kind: str) -> None:
     from smolpost.pipeline.plan import select_one
 
     with one_line_errors():
-        lineage = Lineage(request := recipe.load(sys.argv[1:]), look_up=True)
+        words, rows = _taken(sys.argv[1:], "preview", "a number of prompts", 1, 10)
+        lineage = Lineage(request := recipe.load(words), look_up=True)
         stage = select_one(lineage.stages.planned.values(), request.stage)
         if stage.config.kind != kind:
             raise UserError(f"stage={stage.name} is of kind {stage.config.kind}; this job makes {kind} stages")
-        steps.make(lineage, lineage.stages[stage.name])
+        if rows is not None:
+            steps.preview(lineage, lineage.stages[stage.name], rows)
+        else:
+            steps.make(lineage, lineage.stages[stage.name])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Rigged(torch.nn.Module):
         self.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
         self.name_or_path = "rigged"
 
-    def generate(self, input_ids, *, attention_mask, generation_config):
+    def generate(self, input_ids, *, attention_mask, generation_config, logits_processor=None):
         replies = []
         for row, mask in zip(input_ids, attention_mask.bool(), strict=True):
             self.prompts.append(self.tokenizer.decode(row[mask]))

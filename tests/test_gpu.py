@@ -11,6 +11,7 @@ from transformers.models.smollm3 import SmolLM3ForCausalLM as StockSmolLM3
 
 from smolpost.inference import generation
 from smolpost.inference.decoding import fits
+from smolpost.inference.sampling import Sampling
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM, fused
 from smolpost.model.attention_kernels import CPUFlash, attend, kernel_name, segment_attention, varlen_attention
 from smolpost.model.attention_segments import find_segments
@@ -164,17 +165,21 @@ def test_token_scores_equal_the_cpus(weighted):
         close(found, expected, 0.02)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("family", [SmolLM3ForCausalLM, StockSmolLM3])
-def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, family, temperature):
-    """In fp32, so that rounding decides between no two tokens; 400 tokens take two windows."""
+def decoding_model(family):
     torch.manual_seed(0)
     config = SmolLM3Config(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     config._attn_implementation = "packed" if family is SmolLM3ForCausalLM else "sdpa"
-    model = family(config).cuda()
+    return family(config).cuda()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", [SmolLM3ForCausalLM, StockSmolLM3])
+def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, family, temperature):
+    """In fp32, so that rounding decides between no two tokens; 400 tokens take two windows."""
+    model = decoding_model(family)
     prompts = [[3 + (7 * i + j) % 400 for j in range(n)] for i, n in enumerate([40, 3, 17, 40, 1, 90, 8, 8])]
     replies = partial(
         generation.generate, model, prompts, max_new_tokens=400, temperature=temperature, top_p=0.9, seed=3,
@@ -196,6 +201,24 @@ def test_graphs_give_the_tokens_of_steps_and_of_generate(monkeypatch, capsys, fa
         assert replies() == by_graphs
     monkeypatch.setattr(generation, "fits", lambda *_: False)
     assert replies() == by_graphs
+
+
+def test_replies_with_seeds_of_their_own_are_the_same_alone_and_by_generate(monkeypatch):
+    model = decoding_model(SmolLM3ForCausalLM)
+    prompts = [[3 + (7 * i + j) % 400 for j in range(n)] for i, n in enumerate([40, 3, 17, 90, 8])]
+    sampling = Sampling(0.8, top_p=0.95, top_k=20)
+
+    def replies(rows):
+        return generation.generate_each(
+            model, [prompts[i] for i in rows], [1000 + i for i in rows], sampling, max_new_tokens=300,
+            eos_token_ids=[2], pad_token_id=0,
+        )  # fmt: skip
+
+    assert fits(model, 5, 390)
+    together = replies(range(5))
+    assert [replies([i])[0] for i in range(5)] == together
+    monkeypatch.setattr(generation, "fits", lambda *_: False)
+    assert replies(range(5)) == together
 
 
 class WaitingIsAnError(TrainerCallback):

@@ -11,6 +11,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation.tasks.perplexity import PerplexityTask
 from smolpost.evaluation.tasks.reasoning import ReasoningTask
 from smolpost.recipe import room
+from smolpost.registry import STAGE_KINDS
 from smolpost.stages.sft import SFTStage
 from smolpost.training.settings import LoRA
 
@@ -19,6 +20,8 @@ def keys(kind: type) -> str:
     return ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
 
 
+KINDS = ", ".join(STAGE_KINDS)
+STAGES = ", ".join(sorted(file.stem for file in (room("recipes") / "stage").glob("*.yaml")))
 HEAD = "# @package _global_\n"
 DEFAULTS = """defaults:
   - /model: tiny
@@ -76,11 +79,12 @@ MISTAKES = {
     ),
     "stage": (
         TINY + "stages: {stf: {seeds: [1]}}",
-        "mine.yaml: stages.stf has no kind; did you mean stages.sft? a new stage states it, `kind: KIND` in its file or stages.stf.kind=KIND; choose one of: tasks, init, released, sft, apo, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy",
+        "mine.yaml: stages.stf has no kind; did you mean stages.sft? a new stage states it, `kind: KIND` in its file or stages.stf.kind=KIND; choose one of: "
+        + KINDS,
     ),
     "stage kind": (
         TINY + "stages: {more: {kind: ppo}}",
-        "mine.yaml: stages.more.kind=ppo is not a stage kind; choose one of: tasks, init, released, sft, apo, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy",
+        "mine.yaml: stages.more.kind=ppo is not a stage kind; choose one of: " + KINDS,
     ),
     "another kind": (
         TINY + "stages: {sft: {kind: apo}}",
@@ -250,11 +254,11 @@ def test_a_mistake_in_a_pipeline_file_is_one_line(here, case):
 FOLDER_MISTAKES = {
     "stage without its schema": (
         {"stage/mine.yaml": "learning_rate: 1e-3\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more.kind=KIND; choose one of: tasks, init, released, sft, apo, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy",
+        "own/stage/mine.yaml: stages.more has no kind; a new stage states it, `kind: KIND` in its file or stages.more.kind=KIND; choose one of: " + KINDS,
     ),
     "schema of no kind": (
         {"stage/mine.yaml": "defaults:\n  - /schema/sfft@_here_\n  - _self_\nseeds: [1]\n"}, ["+stage@stages.more=mine"],
-        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: tasks, init, released, sft, apo, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy, instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
+        "own/stage/mine.yaml: schema=sfft does not exist; did you mean sft? choose one of: " + KINDS + ", instructions, perplexity, preference, reasoning, recall, ruler, tool_calls",
     ),
     "key in a stage file": (
         {"stage/sft.yaml": "defaults:\n  - /schema/sft@_here_\n  - _self_\nlerning_rate: 1\n"}, [],
@@ -262,14 +266,14 @@ FOLDER_MISTAKES = {
     ),
     "base of a stage file": (
         {"stage/sft.yaml": "defaults:\n  - smt\n  - _self_\nseeds: [1]\n"}, [],
-        "own/stage/sft.yaml: stage=smt does not exist; did you mean sft? choose one of: apo, distill, grpo, init, kto, merge, mid, pairs, released, sft, soup, sweep, tasks",
+        "own/stage/sft.yaml: stage=smt does not exist; did you mean sft? choose one of: " + STAGES,
     ),
     "a stage file that starts from itself": ({"stage/sft.yaml": "defaults:\n  - sft\n  - _self_\nseeds: [1]\n"}, [], "own/stage/sft.yaml: defaults has the entry sft, the file itself; give it another name"),
     "stage files that start from each other": (
         {"stage/a.yaml": "defaults: [b]\nseeds: [1]\n", "stage/b.yaml": "defaults: [a]\nseeds: [1]\n"}, ["+stage@stages.more=a"],
         "the defaults lists of own/stage/a.yaml, own/stage/b.yaml lead back to themselves; take an entry out",
     ),
-    "kind that is a list": ({"stage/mine.yaml": "kind: [sft]\n"}, ["+stage@stages.more=mine"], "own/stage/mine.yaml: stages.more.kind=['sft'] is not a stage kind; choose one of: tasks, init, released, sft, apo, kto, distill, grpo, pairs, merge, mergekit, sweep, greedy"),
+    "kind that is a list": ({"stage/mine.yaml": "kind: [sft]\n"}, ["+stage@stages.more=mine"], "own/stage/mine.yaml: stages.more.kind=['sft'] is not a stage kind; choose one of: " + KINDS),
     "two accelerate configs": ({"pipeline/mine.yaml": HEAD + DEFAULTS.replace("/accelerate: single", "/accelerate: [single, ddp]")}, ["pipeline=mine"], "own/pipeline/mine.yaml: chooses no accelerate config; add `- /accelerate: single` to its defaults"),
     "evaluation is null": ({"pipeline/mine.yaml": TINY + "evaluation:\n"}, ["pipeline=mine", "evaluation=none"], "own/pipeline/mine.yaml: evaluation=null has no fields; give them, as evaluation={FIELD: VALUE}"),
     "tab in a data file": ({"data/tiny.yaml": "sft:\n\tsources: {}\n"}, [], "own/data/tiny.yaml:2: a tab; YAML is indented with spaces"),

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from smolpost.inference.sampling import Sampling, exponentials, truncated
+from smolpost.inference.sampling import NotFinite, Sampling, exponentials, truncated
 from smolpost.model.stored import one_line
 
 WINDOW = 256
@@ -99,7 +99,7 @@ class Decoder:
         Returns:
             B lists of as many tokens: a reply up to its stop token, then the padding token or anything.
         Raises:
-            RuntimeError: A probability is NaN, as transformers' sampling says it.
+            NotFinite: A probability is NaN.
         """
         length = input_ids.shape[1]
         end = length + max_new_tokens
@@ -124,7 +124,7 @@ class Decoder:
             if self.capture is not None and min(window, end - 1) - column > FEWEST_REPLAYS:
                 self._capture(window, step)
         if self.has_nan:
-            raise RuntimeError("a probability is NaN: the model's activations are not finite")
+            raise NotFinite()
         return self.tokens[:, length:end].tolist()
 
     def _prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:

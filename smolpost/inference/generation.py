@@ -112,7 +112,7 @@ def generate_each(
         check: Called before each token, or now and then; what it raises ends the batch.
     Returns: As `generate`.
     Raises:
-        RuntimeError: A logit is NaN.
+        NotFinite: A logit is NaN.
     """
     stops = list(eos_token_ids)
     config = GenerationConfig(

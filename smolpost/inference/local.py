@@ -30,12 +30,7 @@ class LocalEngine:
         self.stop_tokens = stop_token_ids(model.generation_config)
         if line := endless_replies(tokenizer, self.stop_tokens, model.name_or_path or "the evaluated model"):
             print(line, flush=True)
-        for name, weight in model.named_parameters():
-            if not weight.isfinite().all():
-                raise UserError(
-                    f"the evaluated model's {name} holds NaN or infinite numbers; train it again with a lower "
-                    "learning_rate"
-                )
+        check_weights(model, "the evaluated model")
 
     def generate(
         self,
@@ -47,7 +42,7 @@ class LocalEngine:
         num_samples: int = 1,
         seed: int = 0,
     ) -> list[list[Reply]]:
-        self._check_length(max(map(len, prompts)) + max_new_tokens, "prompt and reply")
+        check_length(self.model, max(map(len, prompts)) + max_new_tokens, "prompt and reply")
         repeated = [prompt for prompt in prompts for _ in range(num_samples)]
         replies = generate(
             self.model,
@@ -66,7 +61,7 @@ class LocalEngine:
 
     def logps(self, sequences: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         longest = max(len(ids) for ids, _ in sequences)
-        self._check_length(longest, "row")
+        check_length(self.model, longest, "row")
         padding = padding_token_id(self.tokenizer)
         input_ids = [ids + [padding] * (longest - len(ids)) for ids, _ in sequences]
         input_ids = torch.tensor(input_ids, device=self.model.device)  # [B, L]
@@ -87,14 +82,27 @@ class LocalEngine:
         logps = iter(scores.logps.tolist())
         return [[next(logps) for _ in places] for _, places in sequences]
 
-    def _check_length(self, num_tokens: int, what: str) -> None:
-        """
-        Raises:
-            UserError: There are more tokens than the model has position embeddings.
-        """
-        most = learned_positions(self.model.config)
-        if most is not None and num_tokens > most:
-            raise UserError(
-                f"the longest {what} has {num_tokens} tokens, but {type(self.model).__name__} has a learned embedding "
-                f"for each of its {most} positions; shorten what is asked, or leave the task out"
-            )
+
+def check_weights(model: PreTrainedModel, who: str) -> None:
+    """
+    Args:
+        who: The model in the message.
+    Raises:
+        UserError: A weight is NaN or infinite.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{who}'s {name} holds NaN or infinite numbers; train it again with a lower learning_rate")
+
+
+def check_length(model: PreTrainedModel, num_tokens: int, what: str) -> None:
+    """
+    Raises:
+        UserError: There are more tokens than the model has position embeddings.
+    """
+    most = learned_positions(model.config)
+    if most is not None and num_tokens > most:
+        raise UserError(
+            f"the longest {what} has {num_tokens} tokens, but {type(model).__name__} has a learned embedding "
+            f"for each of its {most} positions; shorten what is asked, or leave the task out"
+        )

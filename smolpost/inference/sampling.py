@@ -14,6 +14,13 @@ from transformers import LogitsProcessor
 GOLDEN, FIRST, SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+class NotFinite(RuntimeError):
+    """A logit is NaN, so no token can be chosen."""
+
+    def __init__(self):
+        super().__init__("a probability is NaN: the model's activations are not finite")
+
+
 class Sampling(NamedTuple):
     """The distribution of the next token. The settings apply in the order of the attributes.
 
@@ -89,11 +96,11 @@ class RowSampling(LogitsProcessor):
             input_ids: [B, L], padded on the left.
             scores: [B, V] logits.
         Raises:
-            RuntimeError: A logit is NaN.
+            NotFinite: A logit is NaN.
         """
         self.check()
         if scores.isnan().any():
-            raise RuntimeError("a probability is NaN: the model's activations are not finite")
+            raise NotFinite()
         if self.sampling.has_penalties:
             scores = self._penalised(input_ids, scores)
         if self.sampling.temperature == 0:

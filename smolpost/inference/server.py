@@ -16,6 +16,7 @@ from smolpost.chat.turn_end import endless_replies
 from smolpost.errors import UserError
 from smolpost.inference.engine import Reply
 from smolpost.inference.generation import stored_stop_token_ids
+from smolpost.inference.served import listed, served_as
 
 TIMEOUT = 3600.0  # seconds; a reply of 32k tokens takes minutes
 RETRIES = 5  # of a request that the server refused for now
@@ -46,13 +47,10 @@ class ServerEngine:
     def _served(self, checkpoint: Path) -> str:
         """The server's name for the checkpoint; another model's scores must never be kept under this one's key."""
         models = self._send("GET", "/models")["data"]
-        for model in models:
-            for place in (model.get("root"), model["id"]):
-                if place and Path(place).resolve() == checkpoint.resolve():
-                    return model["id"]
+        if model := served_as(models, checkpoint):
+            return model["id"]
         raise UserError(
-            f"{self.key}={self.url} serves {', '.join(m.get('root') or m['id'] for m in models) or 'nothing'}, "
-            f"not {checkpoint.resolve()}; start it on that folder"
+            f"{self.key}={self.url} serves {listed(models)}, not {checkpoint.resolve()}; start it on that folder"
         )
 
     def generate(

@@ -18,7 +18,7 @@ from smolpost.pipeline.plan import plan
 from smolpost.recipe import Request, masked
 from smolpost.registry import ROW_SHAPES
 from smolpost.screen import command_line
-from smolpost.stages.base import CHECKPOINT, Planned, keyed
+from smolpost.stages.base import CHECKPOINT, Planned, Replies, keyed
 
 HUB = "hub.json"  # in the pipeline's folder: commits of its names on the Hub
 HASHES = "hashes.json"  # in the pipeline's folder: of the files that its keys have read
@@ -34,6 +34,7 @@ class Located(Planned):
         prepared: Folder of its prepared rows, or None for kinds without them.
         inputs: Checkpoint name -> folder or Hub id, with its weight.
         data: The mixtures the stage reads, by name, with every path resolved.
+        replies: Role of a teacher that the stage asks -> where its replies lie.
         parent_keys: Parent's name -> its key; for the manifest.
         shown: The stage's settings for people and for the manifest; those of the environment by the variable's name.
     """
@@ -43,6 +44,7 @@ class Located(Planned):
     prepared: Path | None
     inputs: dict[str, tuple[str, float]]
     data: dict[str, schema.Mixture]
+    replies: dict[str, Replies]
     parent_keys: dict[str, str]
     shown: dict
     measured: Callable[[], dict[str, Path]] = field(compare=False, repr=False)
@@ -128,7 +130,7 @@ class Lineage:
         changes nothing: the key of the checkpoint that it comes from."""
         while name != CHECKPOINT and self.stages.planned[name].base:
             name = self.stages.planned[name].base
-        return self._checkpoint_key(name)
+        return self.model(name)
 
     def source(self, source: schema.Source, without: tuple[str, ...] = ()) -> list:
         """A source's rows by their content, and its settings."""
@@ -164,7 +166,7 @@ class Lineage:
             )
         return found["key"]
 
-    def _checkpoint_key(self, name: str) -> str:
+    def model(self, name: str) -> str:
         model = self.recipe.model
         if name == CHECKPOINT:
             return self.checkpoint("model.checkpoint", model.checkpoint, model.revision)
@@ -175,7 +177,7 @@ class Lineage:
     def locate(self, stage: Planned) -> Located:
         """The stage with its key; `stages` keeps it."""
         config = stage.config
-        parent_keys = {name: self._checkpoint_key(name) for name in stage.weights}
+        parent_keys = {name: self.model(name) for name in stage.weights}
         parts = {
             "kind": config.kind,
             "version": config.VERSION,
@@ -198,6 +200,10 @@ class Lineage:
             prepared=None if prepared is None else self.root / "prepared" / f"{stage.entry}-{parts['prepared']}",
             inputs={name: (self._checkpoint(name), weight) for name, weight in stage.weights.items()},
             data={name: self.filled(name) for _, name in config.mixtures()},
+            replies={
+                role: Replies(self.root / "replies" / f"{stage.name}-{role}-{digest(parts)}", parts)
+                for role, parts in config.reply_parts(self, stage).items()
+            },
             parent_keys=parent_keys | {name: self.stages[name].key for name in stage.data_stages},
             shown=masked(dataclasses.asdict(config), f"stages.{stage.entry}", self.environment),
             measured=lambda: self._measured(folder.name, stage.entry) if config.MAKES_MODEL else {},
@@ -254,7 +260,7 @@ class Lineage:
         if name == CHECKPOINT:
             if not self.recipe.model.checkpoint:
                 raise UserError("stage=checkpoint, but model.checkpoint has no value; give it as model.checkpoint=ID")
-            model = f"checkpoint-{digest(self._checkpoint_key(name))}"
+            model = f"checkpoint-{digest(self.model(name))}"
             folders = self._measured(model)
         else:
             stage = self.stages[name]

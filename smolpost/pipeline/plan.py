@@ -72,7 +72,8 @@ def select_one(plans: Iterable[Planned], stage: str | None) -> Planned:
 
 
 def _data_stages(config: Stage, recipe: schema.Recipe) -> set[str]:
-    read = [*config.mixtures(), *(pair for task in config.tasks() for pair in recipe.evaluation.tasks[task].mixtures())]
+    tasks = [recipe.evaluation.tasks[name] for name in config.tasks_measured()]
+    read = [*config.mixtures(), *(pair for task in tasks for pair in task.mixtures())]
     mixtures = [recipe.data[name] for _, name in read]
     return {source.stage for mixture in mixtures for source in mixture.sources.values() if source.stage}
 

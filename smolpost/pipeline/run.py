@@ -40,6 +40,8 @@ def status(stage: Located) -> tuple[str, str]:
     if stage.folder.is_dir():
         steps = sorted(int(c.name.removeprefix("checkpoint-")) for c in stage.folder.glob("checkpoint-*"))
         return "resume", f"at step {steps[-1]}" if steps else "from its beginning"
+    if any(replies.folder.is_dir() for replies in stage.replies.values()):
+        return "resume", "with the replies that are there"
     return "run", _changes(stage)
 
 
@@ -262,4 +264,4 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
     if shown.get("engine") == "smolpost":
         shown["trl"] = None  # read by the other engine alone
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
-    return lines + stage.config.notes(recipe)
+    return lines + stage.config.notes(recipe) + stage.config.reply_notes(stage.replies)

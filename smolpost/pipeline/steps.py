@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,7 +93,29 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
             key: local_folder(place, lineage.commit(place, revision), key=f"stages.{stage.entry}.{key}")
             for key, place, revision in stage.config.checkpoints()
         },
+        replies=stage.replies,
     )
+
+
+def generate(lineage: Lineage, stage: Located, task: int | None) -> None:
+    """Ask the teachers of a stage, for one part of the prompts or for all; `make` then finishes the stage.
+
+    Raises:
+        UserError: The stage asks no teacher, a parent is not finished, or what the asking raises.
+    """
+    lineage.require_inputs(stage)
+    stage.config.generate(work_of(lineage, stage, stage.folder), task)
+
+
+def preview(lineage: Lineage, stage: Located, rows: int) -> None:
+    """Show what a stage would make of its first prompts. Nothing is kept.
+
+    Raises:
+        UserError: As `generate`.
+    """
+    lineage.require_inputs(stage)
+    with tempfile.TemporaryDirectory() as folder:
+        stage.config.preview(work_of(lineage, stage, Path(folder)), rows)
 
 
 def input_folders(lineage: Lineage, stage: Located) -> dict[str, Path]:

@@ -1,20 +1,15 @@
 """A prepared folder as one HTML page that needs no network: everything it shows is data inside it."""
 
-import base64
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from smolpost.chat.fates import MASKED, Fate
-from smolpost.data.report import caption, short
-from smolpost.errors import UserError
-from smolpost.files import write_bytes
+from smolpost.data.report import caption
 from smolpost.report.fate_names import LEDGER, NAMES
+from smolpost.report.html import as_json, check_is_ours, write_html
 from smolpost.report.inspect import Prepared
 from smolpost.report.prepared_units import (
     Location,
@@ -25,10 +20,8 @@ from smolpost.report.prepared_units import (
     TokenSequence,
 )
 
-MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
 WHAT = {"documents": "packs", "pairs": "pairs"}  # what a folder of a layout has; of others, completions
 LABELS = {True: "desired", False: "undesired", None: ""}  # of a completion
-HEAD_BYTES = 1000  # of a page, within which the mark stands
 
 
 def write_page(
@@ -46,7 +39,7 @@ def write_page(
         UserError: As `Prepared.find`, or the file cannot be written or is something else.
     """
     file = Path(file)
-    _check_is_ours(file)
+    check_is_ours(file)
     numbers, total = range(min(limit, len(prepared))), len(prepared)
     dropped: list[str] = []
     if source is not None or row is not None:
@@ -57,8 +50,9 @@ def write_page(
     page = _Page(prepared)
     page.add(numbers)
     page.add_comparisons()
-    text = _template().render(
-        mark=Markup(MARK),
+    return write_html(
+        file,
+        "page.html.jinja",
         prepared=prepared,
         data=page.data({"source": source or "", "row": row or ""}),
         fates=[(fate, name, page.counts[fate]) for fate, name in NAMES.items()],
@@ -72,9 +66,6 @@ def write_page(
         Fate=Fate,
         LEDGER=LEDGER,
     )
-    content = text.encode("utf-8", "replace")
-    write_bytes(file, content)
-    return len(content)
 
 
 class _Page:
@@ -113,20 +104,19 @@ class _Page:
                 self._comparisons.append({"source": source, "think": sides[0], "no_think": sides[1]})
 
     def data(self, search: dict[str, str]) -> Markup:
-        """JSON that cannot end its script element, whatever the texts hold."""
-        data = {
-            "layout": self.prepared.layout,
-            "what": WHAT.get(self.prepared.layout, "completions"),
-            "fates": [[NAMES[fate].word, NAMES[fate].why] for fate in Fate],
-            "tokens": [[i, text] for i, text in self._tokens],
-            "control": [n for n, (i, _) in enumerate(self._tokens) if i in self.prepared.control_ids],
-            "units": self._units,
-            "groups": self._groups,
-            "comparisons": self._comparisons,
-            "search": search,
-        }
-        text = json.dumps(data, separators=(",", ":"))
-        return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+        return as_json(
+            {
+                "layout": self.prepared.layout,
+                "what": WHAT.get(self.prepared.layout, "completions"),
+                "fates": [[NAMES[fate].word, NAMES[fate].why] for fate in Fate],
+                "tokens": [[i, text] for i, text in self._tokens],
+                "control": [n for n, (i, _) in enumerate(self._tokens) if i in self.prepared.control_ids],
+                "units": self._units,
+                "groups": self._groups,
+                "comparisons": self._comparisons,
+                "search": search,
+            }
+        )
 
     def _units_at(self, place: Location | None) -> list[int]:
         if place is None:
@@ -189,33 +179,3 @@ def _ledger(report: dict) -> list[dict]:
         parts = {"trained": line["entry"]["tokens_trained"], **line["masked"]}
         line["shares"] = {reason: 100 * count / whole for reason, count in parts.items()}
     return lines
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"short": short, "csp_hash": _csp_hash}
-    return environment.get_template("page.html.jinja")
-
-
-def _csp_hash(script: str) -> str:
-    """The script's name in the page's content security policy, which lets no other script run."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _check_is_ours(file: Path) -> None:
-    if not file.parent.is_dir():
-        raise UserError(f"--html {file}: the folder {file.parent} does not exist; make it or name another")
-    if file.is_dir():
-        raise UserError(f"--html {file} is a folder; name a file in it")
-    if file.exists():
-        with open(file, "rb") as there:
-            if MARK.encode() not in there.read(HEAD_BYTES):
-                raise UserError(
-                    f"--html {file} exists and is not a page of `smolpost inspect`; remove it or give another name"
-                )

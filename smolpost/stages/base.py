@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from smolpost.errors import UserError
 from smolpost.registry import STAGE_KINDS, check_dataclass, check_defined
@@ -44,6 +44,9 @@ class Keys(Protocol):
 
     def tokenizer(self, name: str) -> str:
         """The tokenizer of a stage's model, or of the checkpoint."""
+
+    def model(self, name: str) -> str:
+        """The model of a planned stage, or the checkpoint that the pipeline starts from."""
 
     def checkpoint(self, key: str, place: str, revision: str | None) -> str:
         """A checkpoint of `Stage.checkpoints`."""
@@ -84,6 +87,18 @@ class Planned:
         return tuple(dict.fromkeys([*(name for name in self.weights if name != CHECKPOINT), *self.data_stages]))
 
 
+class Replies(NamedTuple):
+    """Where the replies of one teacher of a stage lie. They outlive the stage's other settings.
+
+    Attributes:
+        folder: Its name ends in a hash of `parts`.
+        parts: What decides the replies (`Stage.reply_parts`).
+    """
+
+    folder: Path
+    parts: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Work:
     """What a stage gets to do its work.
@@ -98,6 +113,7 @@ class Work:
         prepared: Folder of its prepared rows, or None.
         root: The pipeline's folder, for what stages share.
         checkpoints: Folder of every checkpoint of `Stage.checkpoints`, by key.
+        replies: Role of a teacher that it asks -> where its replies lie.
     """
 
     stage: Planned
@@ -109,6 +125,7 @@ class Work:
     prepared: Path | None
     root: Path
     checkpoints: dict[str, Path] = field(default_factory=dict)
+    replies: dict[str, Replies] = field(default_factory=dict)
 
 
 @dataclass
@@ -150,7 +167,7 @@ class Stage:
         """The mixture without settings that this kind does not read."""
         return mixture
 
-    def tasks(self) -> list[str]:
+    def tasks_measured(self) -> list[str]:
         """Names of the evaluation tasks that the stage measures while it is made."""
         return []
 
@@ -214,6 +231,10 @@ class Stage:
         """Lines for the plan, beside the stage's settings."""
         return []
 
+    def reply_notes(self, replies: Mapping[str, Replies]) -> list[str]:
+        """Lines for the plan about the teachers that the stage asks, and their replies so far."""
+        return []
+
     def check_plan(self, entry: str, recipe: Recipe) -> None:
         """Refuse what does not fit the other stages or the launch; all names exist, and nothing depends on itself.
 
@@ -235,6 +256,10 @@ class Stage:
         """What the key of the stage's prepared rows hangs on; None where the kind prepares none."""
         return None
 
+    def reply_parts(self, keys: Keys, stage: Planned) -> dict[str, dict[str, Any]]:
+        """Role of a teacher that the stage asks -> what decides its replies; empty where the kind asks none."""
+        return {}
+
     def file_parts(self, path: str) -> list | None:
         """What one of the files hangs on, where that is less than the stage's whole key; else None."""
         return None
@@ -250,6 +275,24 @@ class Stage:
             UserError: Something cannot be used.
         """
         raise NotImplementedError
+
+    def generate(self, work: Work, task: int | None) -> None:
+        """Only ask the teachers, about one part of the prompts, so that several hosts can share the work.
+
+        Args:
+            task: Which part, counted from 0; None: all parts.
+        Raises:
+            UserError: The kind asks no teacher, or what the asking raises.
+        """
+        raise UserError(f"stage={work.stage.name} of kind {self.kind} asks no teacher; `smolpost make` makes it")
+
+    def preview(self, work: Work, rows: int) -> None:
+        """Show what the stage would make of a few prompts, and keep nothing.
+
+        Raises:
+            UserError: The kind asks no teacher, or what the asking raises.
+        """
+        raise UserError(f"stage={work.stage.name} of kind {self.kind} asks no teacher, so it has no preview")
 
     def sketch(self, recipe: Recipe, out: Path) -> None:
         """Write config and tokenizer of the model that the stage would make, without its weights and its data.

@@ -46,7 +46,7 @@ class ChosenModel(MergedModel):
         """(key, "TASK/METRIC") of every score that chooses; "-TASK/METRIC" where lower is better."""
         return []
 
-    def tasks(self):
+    def tasks_measured(self):
         return list(dict.fromkeys(metric.removeprefix("-").partition("/")[0] for _, metric in self.metrics_used()))
 
     def check(self, key, recipe, place):
@@ -61,7 +61,7 @@ class ChosenModel(MergedModel):
                 )
 
     def key_parts(self, keys, stage):
-        return {"tasks": {task: keys.task(task, self.seed) for task in self.tasks()}}
+        return {"tasks": {task: keys.task(task, self.seed) for task in self.tasks_measured()}}
 
     def points(self, work: Work, objectives: list) -> Any:
         """Points in weight space that are evaluated when first asked for.
@@ -76,7 +76,7 @@ class ChosenModel(MergedModel):
 
         spec, base = work.recipe.evaluation, work.stage.base
         shared = Context(spec.today, self.seed, work.rows)
-        tasks = {name: spec.tasks[name].build(name, shared) for name in self.tasks()}
+        tasks = {name: spec.tasks[name].build(name, shared) for name in self.tasks_measured()}
         measure = measurer(tasks, batch_tokens=spec.batch_tokens, seed=self.seed)
         loaded = load_for_inference(work.inputs[base], dtype=self.dtype)
         evaluate = evaluator(work.inputs, base, self.dtype, loaded, measure)

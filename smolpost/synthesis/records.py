@@ -173,9 +173,11 @@ class Job(Protocol):
 
     Attributes:
         roles: Names of the teachers it asks; each role is a run of its own over the same prompts.
+        rows_per_prompt: Number of outcomes of each prompt.
     """
 
     roles: tuple[str, ...]
+    rows_per_prompt: int
 
     def prompts(self) -> Iterator[Prompt]:
         """In the order of the rows; ids are unique."""
@@ -183,5 +185,11 @@ class Job(Protocol):
     async def converse(self, role: str, prompt: Prompt, ask: Ask) -> list[Sample]:
         """Ask one teacher about one prompt. It depends on its arguments alone, so that it can be asked again."""
 
-    def outcome(self, prompt: Prompt, records: Mapping[str, Record]) -> Outcome:
-        """Filter the replies of all roles and make the row. Fast and without side effects: it runs after all runs."""
+    def outcomes(self, prompt: Prompt, records: Mapping[str, Record]) -> list[Outcome]:
+        """Filter the replies of all roles and make the row; one for each row where a prompt may become several.
+
+        It is fast, and it runs after all runs, on prompts whose records hold no error.
+        """
+
+    def report(self) -> dict[str, Any]:
+        """What `outcomes` has counted so far beside the reasons, fit for JSON; {} where there is nothing."""

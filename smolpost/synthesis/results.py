@@ -38,8 +38,27 @@ from smolpost.synthesis.row_table import (
 FILTERED_ROWS, FAILED_ROWS = "filtered.jsonl", "failed.jsonl"
 REPORT, CARD = "report.json", "README.md"
 MOST_ERRORS = 20  # different ones in the report
+# Reason that dropped most rows -> what to do, for a stage where none is left.
 REMEDIES = {
-    "not_text": "choose another teacher: its replies are not valid Unicode",
+    "cut": "raise the teacher's max_new_tokens",
+    "unclosed_thinking": "raise the teacher's max_new_tokens",
+    "no_thinking": "take a teacher that thinks when asked, or set its thinking to false",
+    "unasked_thinking": "take a teacher that can leave thinking out, or set its thinking to true",
+    "too_short": "lower filters.min_tokens",
+    "too_long": "raise filters.max_tokens",
+    "repetition": "raise filters.max_repetition, or the teacher's temperature",
+    "loop": "raise the teacher's temperature",
+    "language": "set filters.language to false, or give prompts in one language each",
+    "near_duplicate": "raise filters.near",
+    "wrong_answer": "take a stronger teacher, or set filters.answer to label",
+    "undecided": "set filters.answer to label",
+    "no_reference": "set filters.answer and keep to what needs no right answer, or give prompts that have one",
+    "identical": "take a weaker rejected teacher, or raise its temperature",
+    "too_similar": "take a weaker rejected teacher, or raise max_similarity",
+    "chosen_wrong": "take a stronger chosen teacher, or set keep to different",
+    "rejected_right": "take a weaker rejected teacher, or set keep to chosen_right",
+    "margin": "take a weaker rejected teacher, or lower min_margin",
+    "not_text": "take another teacher: its replies are not valid Unicode",
 }
 
 
@@ -209,9 +228,11 @@ def _nothing_accepted(report: Mapping[str, Any], key: str) -> str:
     counts = report["filtered"] | ({"failed": report["failed"]} if report["failed"] else {})
     stated = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
     commonest = next(iter(report["filtered"]), "failed")
-    remedy = REMEDIES.get(commonest, f"loosen what drops {commonest}")
     if commonest == "failed":
         remedy = f"the commonest error: {next(iter(report['errors']))}"
+    else:
+        of_side = commonest.removeprefix("chosen_").removeprefix("rejected_")
+        remedy = REMEDIES.get(commonest) or REMEDIES.get(of_side, f"loosen the filter that says {commonest}")
     return f"{key}: none of {report['prompts']:,} prompts became a row ({stated}); {remedy}"
 
 

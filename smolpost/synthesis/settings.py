@@ -57,7 +57,6 @@ class Filters:
 class Generation:
     """What all stages have that ask a teacher. Their replies lie beside the stages and outlive changes of filters."""
 
-    prompts: str = MISSING  # mixture name; each row is a prompt
     filters: Filters = field(default_factory=Filters)
     today: str = RELEASE_DAY  # date rendered into prompts for a stage's checkpoint
     seed: int = seeded(0)  # from which each request takes its own
@@ -65,6 +64,13 @@ class Generation:
     tasks: int = tuning(1, "[1, inf)")  # parts that several hosts can work on at once; fixed once a run has begun
     max_failed: float = tuning(0.0, "[0, 1]")  # share of the prompts that may stay without a reply
     retry_failed: bool = tuning(False)  # ask again for exactly the prompts that failed
+
+
+@dataclass
+class FromRows(Generation):
+    """What the stages have whose prompts are rows."""
+
+    prompts: str = MISSING  # mixture name; each row is a prompt
 
 
 @dataclass

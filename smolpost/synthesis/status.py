@@ -122,7 +122,7 @@ class RunStatus:
             "prompts": self.total,
             "done": done,
             "failed": failed,
-            "found": self._event.found if self._event else 0,
+            "found": self._event.found.done + self._event.found.failed if self._event else 0,
             "in_flight": under_way,
             "limit": limit,
             "prompt_tokens": tokens[0],

@@ -34,7 +34,7 @@ def run(config, folder, inputs, skill, monkeypatch):
         return Scripted(lambda _: skill(place.name))(None, place)
 
     monkeypatch.setattr("smolpost.selection.live.measurer", lambda *_, **__: measure)
-    tasks = {name: RecallTask() for name in config.tasks()}
+    tasks = {name: RecallTask() for name in config.tasks_measured()}
     stages = {"apo": SFTStage(seeds=[1, 2]), "long": SFTStage(), "chosen": config}
     planned = Planned(
         name="chosen", entry="chosen", seed=None, config=config, weights=config.input_weights("chosen", stages),

@@ -54,9 +54,10 @@ class Faults(NamedTuple):
         unauthorized_after: Chat requests that are answered before all others get 401; None: all are.
         capacity: Chat requests worked on at a time; more get 429. None: any number.
         models: Ids that it serves; requests for others get 404.
+        max_model_len: Tokens that the models take, as /models says.
         kind: vllm | sglang | llama_cpp | transformers | hosted: which further endpoints it has.
         reasoning: Where the reasoning goes: reasoning | reasoning_content | inline.
-        thinking: null: as enable_thinking says (default: yes); true and false: whatever is asked.
+        thinking: None: as enable_thinking says (default: yes); True and False: whatever is asked.
         refused: Keys of a request that get 422.
         fsync: Whether each line of the log is on disk before the reply is sent; off for measurements.
     """
@@ -68,6 +69,7 @@ class Faults(NamedTuple):
     unauthorized_after: int | None = None
     capacity: int | None = None
     models: tuple[str, ...] = ("teacher",)
+    max_model_len: int = 131072
     kind: str = "vllm"
     reasoning: str = "reasoning"
     thinking: bool | None = None
@@ -157,12 +159,15 @@ def share_of(text: str, salt: str = "") -> float:
 
 
 class Service:
+    """What all connections share."""
+
     def __init__(self, port: int, log: str, faults: Faults):
         self.port, self.faults, self.log = port, faults, open(log, "a", encoding="utf-8")  # noqa: SIM115
         self.counts: Counter[str] = Counter()
         self.answered = self.under_way = 0
         self.connections: set[Connection] = set()
         self.server: asyncio.Server | None = None
+        self.restart: asyncio.Task | None = None  # kept, or it would be collected
 
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
@@ -184,7 +189,8 @@ class Service:
 
     def look_up(self, path: str) -> Answer:
         """What a GET finds."""
-        models = [{"id": name, "object": "model", "root": name, "max_model_len": 32768} for name in self.faults.models]
+        length = {"max_model_len": self.faults.max_model_len}
+        models = [{"id": name, "object": "model", "root": name, **length} for name in self.faults.models]
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}
         if self.faults.kind != "vllm":
             pages["/v1/models"]["data"] = [{"id": model["id"], "object": "model"} for model in models]
@@ -351,7 +357,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         elif action.startswith("refuse:"):
             self.service.note("/v1/chat/completions", 0, **noted)
-            self.service.refusal_task = asyncio.ensure_future(self.service.refuse(float(action.split(":")[1])))
+            self.service.restart = asyncio.ensure_future(self.service.refuse(float(action.split(":")[1])))
         else:
             return False
         return True

@@ -21,7 +21,7 @@ def event(number: int, failed: int = 0, found: int = 0, cut: bool = False):
     replied = number - failed
     counts = SimpleNamespace(done=replied, failed=failed, prompt_tokens=10 * replied, completion_tokens=5 * replied)
     kept = record(str(number), "maths", turns("?", "4"), finish_reason="length" if cut else "stop")
-    return SimpleNamespace(record=kept, counts=counts, found=found)
+    return SimpleNamespace(record=kept, counts=counts, found=SimpleNamespace(done=found, failed=0))
 
 
 def read(file) -> dict:

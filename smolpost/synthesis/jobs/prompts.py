@@ -1,0 +1,66 @@
+"""Rows as prompts: each under an id of its own, with the turns that a teacher has to answer."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from smolpost.data.prompts import split_last_reply, stated_mode
+from smolpost.files import digest
+from smolpost.synthesis.records import Message, Prompt
+
+_MODE_WORDS = re.compile(r"(?<!\S)/(?:no_)?think(?!\S) ?")
+
+
+def prompts_of(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Prompt]:
+    """The rows in their order.
+
+    A row's own `id` names it if it is a text or a number. Otherwise its source and its content do, so that its id stays
+    when other rows come or go; equal rows are numbered from the second on.
+
+    Args:
+        rows: (name in the mixture, row). A row's own `source` goes before that name.
+    """
+    seen: Counter[str] = Counter()
+    for name, row in rows:
+        source = str(row.get("source") or name)
+        given = row.get("id")
+        if isinstance(given, str | int) and not isinstance(given, bool) and given != "":
+            yield Prompt(str(given), source, dict(row))
+            continue
+        own = f"{source}-{digest(row)}"
+        seen[own] += 1
+        yield Prompt(own if seen[own] == 1 else f"{own}-{seen[own]}", source, dict(row))
+
+
+def conversation_of(row: dict[str, Any]) -> list[Message]:
+    """All turns of a conversation, or of the chosen side of a pair, without words that set the think mode.
+
+    The job sets the mode, and /think or /no_think in a system message would override it in the smollm3 template.
+    """
+    messages = row["messages"] if row.get("messages") else row["chosen"]
+    first = messages[0]
+    if first["role"] != "system" or not isinstance(first.get("content"), str):
+        return messages
+    text = _MODE_WORDS.sub("", first["content"]).strip()
+    return [{**first, "content": text}, *messages[1:]] if text else messages[1:]
+
+
+def question_of(row: dict[str, Any]) -> list[Message]:
+    """The turns before the last reply."""
+    return split_last_reply(conversation_of(row))[0]
+
+
+def mode_of(row: dict[str, Any], asked: bool | None) -> bool | None:
+    """Whether the teacher is to think: as asked, else as the row says; None where neither says."""
+    return stated_mode(row) if asked is None else asked
+
+
+def has_tool_turns(row: dict[str, Any]) -> bool:
+    """Whether a tool's result stands in the conversation."""
+    return any(message["role"] == "tool" for message in conversation_of(row))
+
+
+def asks_nothing(messages: list[Message]) -> bool:
+    """Whether no user speaks in the turns that a teacher has to answer."""
+    return not any(message["role"] == "user" for message in messages)

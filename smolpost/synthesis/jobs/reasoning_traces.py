@@ -1,0 +1,105 @@
+"""Prompts of rows, answered in think mode: reasoning data for domains that have none."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from smolpost.synthesis.filters import first_fault, judge_sample
+from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
+from smolpost.synthesis.jobs.prompts import (
+    asks_nothing,
+    conversation_of,
+    has_tool_turns,
+    mode_of,
+    prompts_of,
+    question_of,
+)
+from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Sample
+from smolpost.synthesis.settings import Filters, Teacher
+
+
+class Settings(Protocol):
+    """What is read of a stage; `stages.reasoning_traces` says what each field means."""
+
+    teacher: Teacher
+    turns: str
+    suffix: str
+    filters: Filters
+    seed: int
+
+
+class ReasoningTraces:
+    """A `smolpost.synthesis.records.Job`.
+
+    Args:
+        rows: (name of the source, row) of the prompts mixture.
+        complete: Sources that are left out, as they have rows of the asked mode already.
+    """
+
+    roles = ("teacher",)
+    rows_per_prompt = 1
+
+    def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]], complete: Collection[str] = ()):
+        self.settings, self.rows, self.complete = settings, rows, frozenset(complete)
+        self.asker = Asker("teacher", settings.teacher, settings.seed)
+        self.left_out: Counter[str] = Counter()
+
+    def prompts(self) -> Iterator[Prompt]:
+        self.left_out.clear()
+        for prompt in prompts_of(self.rows):
+            if prompt.source in self.complete:
+                self.left_out[prompt.source] += 1
+            else:
+                yield prompt
+
+    async def converse(self, role: str, prompt: Prompt, ask: Ask) -> list[Sample]:
+        if self._cannot_ask(prompt):
+            return []
+        thinking = mode_of(prompt.row, self.settings.teacher.thinking)
+        if self.settings.turns == "last":
+            messages = question_of(prompt.row)
+            reply = await ask(self.asker.request(prompt, messages, thinking))
+            return [Sample([*messages, turn_of(reply)], [reply])]
+        return [await self._every_turn(prompt, thinking, ask)]
+
+    async def _every_turn(self, prompt: Prompt, thinking: bool | None, ask: Ask) -> Sample:
+        """Each assistant turn after the first user turn is asked for in order, up to a reply without an answer."""
+        messages, replies = [], []
+        for turn in conversation_of(prompt.row):
+            if turn["role"] != "assistant" or asks_nothing(messages):
+                messages.append(turn)
+                continue
+            reply = await ask(self.asker.request(prompt, messages, thinking, turn=len(replies)))
+            messages.append(turn_of(reply))
+            replies.append(reply)
+            if not has_answer(reply):
+                break
+        while messages[-1]["role"] != "assistant":  # turns that nobody has answered in the row either
+            messages.pop()
+        return Sample(messages, replies)
+
+    def _cannot_ask(self, prompt: Prompt) -> str:
+        """Why a row cannot be asked about, as it is counted in reports; "" where it can."""
+        if asks_nothing(question_of(prompt.row)):
+            return "no_user_turn"
+        if self.asker.cannot_ask(prompt.row):
+            return "template_tools"
+        # The results in the row answer other calls than those that the teacher would make.
+        return "tool_turns" if self.settings.turns == "every" and has_tool_turns(prompt.row) else ""
+
+    def outcomes(self, prompt: Prompt, records: Mapping[str, Record]) -> list[Outcome]:
+        if reason := self._cannot_ask(prompt):
+            return [Outcome(prompt, None, reason, records=records)]
+        thinking = mode_of(prompt.row, self.settings.teacher.thinking)
+        [sample] = records["teacher"].samples
+        verdicts = judge_sample(sample, prompt, self.settings.filters, thinking=thinking)
+        reason = first_fault(verdicts)
+        if not reason and not has_answer(sample.replies[-1]):
+            reason = "unanswered"
+        if thinking is None:
+            thinking = any(reply.reasoning is not None for reply in sample.replies)
+        row = None if reason else row_of(prompt, thinking, self.settings.suffix, {"messages": sample.messages})
+        return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
+
+    def report(self) -> dict[str, Any]:
+        return {"sources_left_out": dict(self.left_out)} if self.complete else {}
