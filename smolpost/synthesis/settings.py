@@ -19,6 +19,7 @@ class Teacher:
     api_key_env: str | None = tuning(None)  # environment variable that holds the key; keys are never in a recipe
     template: str = "smollm3"  # chat template of a stage's checkpoint; a server has its own
     thinking: bool | None = None  # true or false for all prompts; null: the mode of each row
+    thinking_by: str = choice("server", "words")  # words: /think or /no_think after the question, as Qwen3 reads them
     temperature: float = number("[0, inf)", 0.6)
     top_p: float = number("(0, 1]", 0.95)
     top_k: int | None = count(None)
