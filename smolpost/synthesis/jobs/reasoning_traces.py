@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from smolpost.synthesis.filters import first_fault, judge_sample
-from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, has_answer, mode_of_replies, row_of, turn_of
 from smolpost.synthesis.jobs.prompts import (
     asks_nothing,
     conversation_of,
@@ -96,9 +96,8 @@ class ReasoningTraces:
         reason = first_fault(verdicts)
         if not reason and not has_answer(sample.replies[-1]):
             reason = "unanswered"
-        if thinking is None:
-            thinking = any(reply.reasoning is not None for reply in sample.replies)
-        row = None if reason else row_of(prompt, thinking, self.settings.suffix, {"messages": sample.messages})
+        mode = mode_of_replies(thinking, self.settings.teacher, sample.replies)
+        row = None if reason else row_of(prompt, mode, self.settings.suffix, {"messages": sample.messages})
         return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
 
     def report(self) -> dict[str, Any]:
