@@ -4,8 +4,8 @@ What a user may rely on:
 
 - A request is tried until its deadline: on 408, 409, 425, 429 and 5xx, on time-outs and lost connections. Before each
   further try it waits a random time of at most 1, 2, 4 ... 60 s (full jitter), and at least what Retry-After says.
-- A body that is not a chat completion is tried eight times at most, as each try costs tokens: no JSON, no choices, a
-  choice without message or finish_reason. A message without text is a reply; filters judge it.
+- Ten tries at most end in status 500 or in a body that is not a chat completion: no JSON, no choices, a choice without
+  message or finish_reason. Each of them costs the server its work. A message without text is a reply; filters judge it.
 - Any other status of 4xx fails the request at once, and the run goes on.
 - 401, 402, 403, 404, 405, 407 and redirects say that no request can succeed. They end the run.
 - A server that cannot be reached is waited for: one line says so, and another one that it is back. That time does not
@@ -31,7 +31,7 @@ from smolpost.synthesis.settings import Teacher
 
 BASE, CAP = 1.0, 60.0  # seconds of the first wait and of the longest one, before jitter
 KNOCK = 5.0  # seconds of the longest wait for a server that cannot be reached: a knock costs it nothing
-MALFORMED = 8  # tries whose body is not a chat completion
+USELESS = 10  # tries that the server works on without giving a reply
 FAILURES = 16  # failed requests in a row that end the run, where fewer may be under way
 
 _jitter = random.Random()  # its own, so that nobody's seeded numbers move
@@ -50,11 +50,12 @@ class ChatEngine:
     def __init__(self, teacher: Teacher, *, key: str):
         self.teacher, self.key = teacher, key
         self.url = checked_url(teacher.url, key)
+        self._limiter = Limiter(teacher.concurrency)
 
     async def __aenter__(self) -> "ChatEngine":
         self._model = self.teacher.model
         self._connection = await Connection(self.url, self.teacher.api_key_env, key=self.key).__aenter__()
-        self._limiter, self._outage = Limiter(self.teacher.concurrency), _Outage(self._connection.shown)
+        self._outage = _Outage(self._connection.shown)
         self._end: UserError | None = None
         self._ended = asyncio.Event()
         self._failed_in_a_row = 0
@@ -136,8 +137,8 @@ class ChatEngine:
             await self._outage.sleep(wait)
         elif not fault.retried:
             raise self._failed(tries, str(fault))
-        elif sum(one.malformed for one in tries) >= MALFORMED:
-            raise self._failed(tries, f"{len(tries)} tries gave no chat completion, the last one: {fault}")
+        elif sum(one.useless for one in tries) >= USELESS:
+            raise self._failed(tries, f"no reply in {len(tries)} tries, the last one: {fault}")
         elif now + wait >= due:
             spent = duration(self.teacher.deadline)
             raise self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {fault}")

@@ -131,10 +131,10 @@ def test_a_refused_request_fails_alone(shared):
 def test_a_request_is_tried_until_its_deadline(shared, quick, monkeypatch):
     monkeypatch.setattr(client, "CAP", 0.1)
     began = time.monotonic()
-    [late] = outcomes(teacher_of(shared, deadline=1.0), "<<500|500|503*>> never")
+    [late] = outcomes(teacher_of(shared, deadline=1.0), "<<502|502|503*>> never")
     assert 0.8 < time.monotonic() - began < 2
     assert re.fullmatch(r"no reply in \d+ tries within 1 s, the last one: 503: injected 503", late.reason)
-    assert late.attempts[0] == "500 x 2" and re.fullmatch(r"503 x \d+", late.attempts[1])
+    assert late.attempts[0] == "502 x 2" and re.fullmatch(r"503 x \d+", late.attempts[1])
 
 
 def test_the_deadline_also_cuts_a_try(shared):
@@ -151,8 +151,10 @@ def test_a_longer_wait_than_the_deadline_fails_at_once(shared):
 
 def test_replies_that_cannot_be_used_are_not_paid_for_without_end(shared, quick):
     [failed] = outcomes(teacher_of(shared), "<<garbage|html|no_choices*>> costs tokens")
-    assert failed.reason == "8 tries gave no chat completion, the last one: no choices"
-    assert failed.attempts == ("no JSON object x 2", "no choices x 6")
+    assert failed.reason == "no reply in 10 tries, the last one: no choices"
+    assert failed.attempts == ("no JSON object x 2", "no choices x 8")
+    [failed] = outcomes(teacher_of(shared), "<<503|503|500*>> breaks the template")
+    assert failed.attempts == ("503 x 2", "500 x 10")
 
 
 # ---------------------------------------------------------------- nobody gets a reply
@@ -340,7 +342,7 @@ def test_the_width_doubles_then_halves_once_then_grows_in_steps():
         return widths
 
     widths = asyncio.run(rounds())
-    assert widths[:4] == [64, 128, 256, 256]
+    assert widths[:4] == [128, 256, 256, 256]
     assert widths[4] == 128
     steps = [after - before for before, after in itertools.pairwise(widths[4:])]
     assert all(10 <= step <= 16 for step in steps[:8]) and widths[-1] == 256
@@ -355,7 +357,7 @@ def test_a_width_that_nobody_needs_does_not_grow():
             limiter.release()
         return limiter.width, Limiter(4).width
 
-    assert asyncio.run(alone()) == (32, 4)
+    assert asyncio.run(alone()) == (64, 4)
 
 
 def test_a_place_is_never_lost_or_given_twice():
