@@ -120,7 +120,7 @@ class Connection:
                 return self._content(response.status, response.headers, await response.read())
         except aiohttp.ClientConnectorCertificateError as error:
             raise UserError(
-                f"{self.key}.url={self.url} has a certificate that is not trusted here ({self._line(error.certificate_error)}); "
+                f"{self.shown} has a certificate that is not trusted here ({self._line(error.certificate_error)}); "
                 "point SSL_CERT_FILE to the certificates of its authority"
             ) from None
         except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError) as error:
