@@ -3,7 +3,7 @@
 rows.parquet        the accepted rows in SmolTalk2's columns, and the id of each
 provenance.parquet  one row per prompt: source row, replies with their teachers, verdicts
 filtered.jsonl      prompts that a filter dropped: reason, scores and conversations
-failed.jsonl        prompts without a reply: error and tries
+failed.jsonl        prompts without a reply: error, tries and the row as it was read
 report.json         the counts
 README.md           the dataset card
 """
@@ -255,7 +255,7 @@ def _write_filtered(file: BinaryIO, outcome: Outcome) -> None:
 def _write_failed(file: BinaryIO, outcome: Outcome) -> None:
     failed = {role: list(record.attempts) for role, record in outcome.records.items() if record.error is not None}
     entry = {"id": outcome.prompt.id, "source": outcome.prompt.source, "error": outcome.error, "attempts": failed}
-    _write_line(file, entry)
+    _write_line(file, entry | {"row": outcome.prompt.row})
 
 
 def _write_line(file: BinaryIO, entry: dict[str, Any]) -> None:

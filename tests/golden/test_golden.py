@@ -159,8 +159,8 @@ def test_reference(project):
 
 
 def test_pairs(project):
-    rows = [json.loads(line) for line in (project.stage("pairs") / "pairs.jsonl").read_text().splitlines()]
-    check("pairs", rows)
+    source = Source(path=str(project.stage("pairs") / "rows.parquet"))
+    check("pairs", [dict(row) for _, row in read_rows(source)])
 
 
 @pytest.mark.parametrize("stage", ["soup", "lawa", "ema"])
