@@ -83,8 +83,6 @@ class GenerationStage(Stage, Generation):
             self._check_teacher(f"{key}.{role}", teacher)
 
     def _check_teacher(self, key: str, teacher: Teacher) -> None:
-        from smolpost.synthesis.profiles import unsupported
-
         if not (teacher.stage or teacher.model):
             raise Wrong(
                 key,
@@ -99,7 +97,10 @@ class GenerationStage(Stage, Generation):
                         f"={getattr(teacher, name)} belongs to a server, and stage={teacher.stage} answers in this "
                         "process; set one of them to null",
                     )
-        elif faults := unsupported(teacher, key):
+            return
+        from smolpost.synthesis.profiles import unsupported
+
+        if faults := unsupported(teacher, key):
             raise faults[0]
 
     # ------------------------------------------------------------ plan
@@ -111,10 +112,14 @@ class GenerationStage(Stage, Generation):
 
     def make(self, work: Work) -> dict[str, Any]:
         from smolpost.synthesis import results
+        from smolpost.synthesis.filters.shared import without_near_duplicates
+        from smolpost.synthesis.tally import warnings
 
-        job = self.job(work)
+        job, filters = self.job(work), f"stages.{work.stage.entry}.filters"
         counts = self._ask_all(job, work, None)
         outcomes = _outcomes(job, {role: found.folder for role, found in work.replies.items()})
+        if self.filters.near:
+            outcomes = without_near_duplicates(outcomes, self.filters.near, filters)
         report = results.write(
             work.folder,
             outcomes,
@@ -122,6 +127,8 @@ class GenerationStage(Stage, Generation):
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
+        for line in warnings(report["lengths"]):
+            print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
         return {**report, **job.report(), "runs": runs}
 
@@ -154,17 +161,20 @@ class GenerationStage(Stage, Generation):
 
     def _ask_all(self, job: "Job", work: Work, task: int | None) -> dict[str, "RunCounts"]:
         """Ask one teacher after the other, so that two checkpoints need the memory of one."""
-        self._check_servers(work.stage.entry)
+        self._check_start(work.stage.entry)
         for role, found in work.replies.items():
             _note_older(found.folder, f"{work.stage.name}-{role}")
         number = sum(1 for _ in job.prompts())
         return {role: self._ask_and_show(role, job, work, task, number) for role in self.ROLES}
 
-    def _check_servers(self, entry: str) -> None:
+    def _check_start(self, entry: str) -> None:
         """
         Raises:
-            UserError: A server has no address.
+            UserError: A filter cannot work, or a server has no address.
         """
+        from smolpost.synthesis.filters import check_filters
+
+        check_filters(self.filters, f"stages.{entry}.filters")
         for role, teacher in self.teachers().items():
             if not teacher.stage and not teacher.url:
                 key = f"stages.{entry}.{role}.url"
@@ -214,8 +224,7 @@ class GenerationStage(Stage, Generation):
         from smolpost.model.loading import load_for_inference
         from smolpost.synthesis.local import LocalTeacher
 
-        model, tokenizer = load_for_inference(work.inputs[teacher.stage])
-        return LocalTeacher(model, tokenizer, teacher, self.today, key=key)
+        return LocalTeacher(partial(load_for_inference, work.inputs[teacher.stage]), teacher, self.today, key=key)
 
 
 def named(teacher: Teacher) -> str:
@@ -245,6 +254,7 @@ def _note_older(folder: Path, name: str) -> None:
 
 def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
     """What becomes of every prompt, in their order; the records of all roles are read side by side."""
+    from smolpost.synthesis.jobs.prompts import numbered
     from smolpost.synthesis.records import Outcome
     from smolpost.synthesis.run import records
 
@@ -253,6 +263,7 @@ def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
         of_role = dict(zip(folders, (record for _, record in found), strict=True))
         errors = [f"{role}: {record.error}" for role, record in of_role.items() if record.error]
         if errors:
-            yield Outcome(prompt, None, error=errors[0], records=of_role)
+            for part in numbered(prompt, job.rows_per_prompt):
+                yield Outcome(part, None, error=errors[0], records=of_role)
         else:
             yield from job.outcomes(prompt, of_role)

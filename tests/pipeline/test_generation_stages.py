@@ -7,11 +7,9 @@ import pytest
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.synthesis.records import Reply, RequestFailed
-from tests.synthesis import stand_ins
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
 
-stand_ins.install()
 TEACHER = "teacher: {model: big, url: http://localhost:1/v1}"
 NO_THINK = {"enable_thinking": False}
 

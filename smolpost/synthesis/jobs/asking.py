@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smolpost.chat.reasoning import split_reasoning
+from smolpost.chat.reasoning import OPEN, split_reasoning
 from smolpost.chat.render import text_of
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.records import Message, Prompt, Reply, Request
@@ -45,8 +45,16 @@ class Asker:
         if self.teacher.stage:
             return Request(list(messages), thinking, seed, prompt.row.get("tools"), variables or None)
         instructions = variables.get("custom_instructions") or ""
-        asked = [_without_reasoning(message) for message in _instructed(messages, instructions)]
+        asked = [_without_reasoning(message) for message in instructed(messages, instructions)]
         return Request(asked, thinking, seed, prompt.row.get("tools"))
+
+    def turn(self, reply: Reply) -> Message:
+        """`turn_of`, but the text of a checkpoint's reply stays as it is: a model learns from the tokens it wrote."""
+        written = (reply.raw or {}).get("content")
+        starts = OPEN if reply.reasoning is not None else ""
+        if not self.teacher.stage or not isinstance(written, str) or not written.startswith(starts):
+            return turn_of(reply)
+        return turn_of(reply) | {"content": written}
 
     def cannot_ask(self, row: dict[str, Any]) -> bool:
         """Whether a row lists tools in a form that only a template of SmolLM3 can show."""
@@ -54,7 +62,7 @@ class Asker:
         return not self.teacher.stage and any(variables.get(name) for name in TEMPLATE_TOOLS)
 
 
-def _instructed(messages: Sequence[Message], instructions: str) -> list[Message]:
+def instructed(messages: Sequence[Message], instructions: str) -> list[Message]:
     """The turns with further instructions at the end of the system message, as the smollm3 template puts them."""
     if not instructions.strip():
         return list(messages)
@@ -82,6 +90,13 @@ def turn_of(reply: Reply) -> Message:
 def has_answer(reply: Reply) -> bool:
     """Whether a conversation can go on after the reply."""
     return reply.closed and bool(reply.content.strip() or reply.tool_calls)
+
+
+def mode_of_replies(thinking: bool | None, teacher: Teacher, replies: Sequence[Reply]) -> bool:
+    """The mode of a row, where it may have been left to the teacher's template: SmolLM3's think then."""
+    if thinking is not None:
+        return thinking
+    return bool(teacher.stage) or any(reply.reasoning is not None for reply in replies)
 
 
 def row_of(prompt: Prompt, thinking: bool, suffix: str, conversations: Mapping[str, list[Message]]) -> dict[str, Any]:

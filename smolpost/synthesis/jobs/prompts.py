@@ -33,6 +33,11 @@ def prompts_of(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Prompt]:
         yield Prompt(own if seen[own] == 1 else f"{own}-{seen[own]}", source, dict(row))
 
 
+def numbered(prompt: Prompt, number: int) -> list[Prompt]:
+    """The prompt itself, or one for each of several rows that it becomes, with ids ID-1, ID-2, ..."""
+    return [prompt] if number == 1 else [prompt._replace(id=f"{prompt.id}-{i}") for i in range(1, number + 1)]
+
+
 def conversation_of(row: dict[str, Any]) -> list[Message]:
     """All turns of a conversation, or of the chosen side of a pair, without words that set the think mode.
 
@@ -42,8 +47,13 @@ def conversation_of(row: dict[str, Any]) -> list[Message]:
     first = messages[0]
     if first["role"] != "system" or not isinstance(first.get("content"), str):
         return messages
-    text = _MODE_WORDS.sub("", first["content"]).strip()
+    text = without_mode_words(first["content"])
     return [{**first, "content": text}, *messages[1:]] if text else messages[1:]
+
+
+def without_mode_words(text: str) -> str:
+    """The text without the words /think and /no_think."""
+    return _MODE_WORDS.sub("", text).strip()
 
 
 def question_of(row: dict[str, Any]) -> list[Message]:
