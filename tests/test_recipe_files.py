@@ -218,7 +218,7 @@ MISTAKES = {
     ),
     "missing group": (
         HEAD + DEFAULTS.replace("/model: tiny", "/modle: tiny"),
-        "mine.yaml: modle is not a group; did you mean model? groups: pipeline, stage, model, data, evaluation, harness, accelerate",
+        "mine.yaml: modle is not a group; did you mean model? groups: pipeline, stage, model, data, evaluation, harness, accelerate, teacher",
     ),
     "missing config": (
         HEAD + DEFAULTS.replace("- /model: tiny", "- /model/tinny"),

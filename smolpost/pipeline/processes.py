@@ -35,7 +35,7 @@ IMPORTS = (  # what commands would import for seconds
     "smolpost.training.train",
     "smolpost.evaluation.run",
     "smolpost.merging.linear",
-    "smolpost.synthesis.pairs",
+    "smolpost.synthesis.local",
     "smolpost.report.pareto",
     "torch.utils.tensorboard",
 )

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import plugins, yaml_file
-from smolpost.recipe.places import GROUPS, Places
+from smolpost.recipe.places import GROUPS, PLACED, Places
 from smolpost.recipe.written import NAMED, Written, near
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line, shown
@@ -233,8 +233,8 @@ def _one_line(error: Exception, places: Places, *, from_files: bool = False) -> 
     """An error that only Hydra or OmegaConf finds, with the file instead of its name in a defaults list."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if "No match in the defaults list" in str(error):
-        return f"{lines[0].split(chr(39))[1]} is not a group of this pipeline; groups: {', '.join(GROUPS)}"
+    if choice := re.match(r"Could not override '(.+?)'", lines[0]):
+        return _not_chosen(choice[1], re.findall(r"@([\w.]+)", lines[1]) if lines[1].startswith("Did you mean") else [])
     if cause is not None:
         lines = [f"{cause.full_key}: {str(cause).splitlines()[0]}" if cause.full_key else str(cause).splitlines()[0]]
     named = re.match(r"In '?(.+?)'?:\s*(.*)", lines[0])
@@ -243,6 +243,25 @@ def _one_line(error: Exception, places: Places, *, from_files: bool = False) -> 
     file = places.file(named[1])
     said = lines[1] if named[2].endswith("raised while composing config:") and len(lines) > 1 else named[2]
     return f"{shown(file) if file else named[1]}: {said[:1].lower()}{said[1:]}"
+
+
+def _not_chosen(word: str, places: list[str]) -> str:
+    """A word that would replace a choice that the pipeline does not make.
+
+    Args:
+        word: GROUP or GROUP@PLACE.
+        places: Where the pipeline chooses a file of the group.
+    """
+    group, _, place = word.partition("@")
+    if group not in ("stage", *GROUPS):
+        return f"{word} is not a group of this pipeline; groups: {', '.join(GROUPS)}"
+    if not place and group in PLACED:
+        written = [f"{group}@{one}=NAME" for one in places] or [f"+{group}@{PLACED[group]}=NAME"]
+        return f"{word} is chosen for one place at a time; write {' or '.join(written)}"
+    if place and group not in PLACED:
+        return f"{word}: a recipe has one {group}, at no place of its own; write {group}=NAME"
+    hint = near("", place, places) or (f"it chooses one at {', '.join(places)}; " if places else "")
+    return f"{word}: this pipeline chooses no {group}{f' at {place}' if place else ''}; {hint}+{word}=NAME adds one"
 
 
 def _unreadable(word: str) -> str:

@@ -8,7 +8,9 @@ from smolpost.screen import shown
 
 ROOMS = ("recipes", "data_gen", "merge")  # folders that stand beside the library in a clone and inside it in a wheel
 
-GROUPS = ("model", "data", "evaluation", "harness", "accelerate")  # that a command line chooses from beside `pipeline`
+# That a command line chooses from beside `pipeline`.
+GROUPS = ("model", "data", "evaluation", "harness", "accelerate", "teacher")
+PLACED = {"stage": "stages.NAME", "teacher": "stages.NAME.teacher"}  # groups of which a pipeline has several
 
 
 def room(name: str) -> Path:

@@ -20,6 +20,15 @@ KINDS = {"stages": STAGE_KINDS, "evaluation.tasks": TASK_KINDS}
 NAMED = ("data", *KINDS)
 # Fields that had another name: the field's name today, and what its old values are called.
 RENAMED = {"gradient_checkpointing": ("activation_checkpointing", {"true": "full", "false": "none"})}
+# Fields that belong to each teacher now: the old name -> the new ones.
+MOVED = {
+    "chosen_from": ("chosen.stage",),
+    "rejected_from": ("rejected.stage",),
+    **{
+        name: (f"chosen.{name}", f"rejected.{name}")
+        for name in ("template", "max_new_tokens", "temperature", "top_p", "batch_size")
+    },
+}
 LEAVES = {
     str: (StringNode, "text"),
     int: (IntegerNode, "a whole number"),
@@ -138,6 +147,8 @@ class Written:
             full = _join(key, name)
             if name in RENAMED and RENAMED[name][0] in hints:
                 raise _renamed(full, item, place)
+            if name in MOVED and name not in hints and {"chosen", "rejected"} <= hints.keys():
+                raise _moved(full, item, place)
             if name not in hints:
                 raise self._unknown(full, list(hints), place)
             self._add(full, item, hints[name], place, new)
@@ -214,6 +225,12 @@ def _renamed(key: str, value: object, place: str) -> UserError:
     new, values = RENAMED[name]
     written = values.get(text(value).lower(), next(iter(values.values())))
     return _in_file(place, f"{key}={text(value)} is now called {new}; write {_join(parent, new)}={written}")
+
+
+def _moved(key: str, value: object, place: str) -> UserError:
+    parent, _, name = key.rpartition(".")
+    written = " and ".join(f"{_join(parent, new)}={text(value)}" for new in MOVED[name])
+    return _in_file(place, f"{key}={text(value)} is a field of the stage's teachers now; write {written}")
 
 
 def text(value: object) -> str:

@@ -1,39 +1,56 @@
-"""Preference rows: a stronger checkpoint's reply is chosen, a weaker one's rejected.
+"""Preference rows: a stronger teacher's reply is chosen, a weaker one's rejected.
 
-In small what the recipe did with Qwen3-32B (chosen) against Qwen3-0.6B (rejected).
+The recipe did this with Qwen3-32B (chosen) against Qwen3-0.6B (rejected). The miniature takes two of its checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from smolpost.stages.base import Stage, Work, stage_kind
-from smolpost.synthesis.settings import PairSettings
+from smolpost.errors import Wrong
+from smolpost.schema import choice, number
+from smolpost.stages.base import Work, stage_kind
+from smolpost.stages.generation import GenerationStage
+from smolpost.synthesis.settings import FromRows, Teacher
 
 
 @stage_kind
 @dataclass
-class PairsStage(Stage, PairSettings):
+class PairsStage(GenerationStage, FromRows):
     kind: str = "pairs"
+    chosen: Teacher = field(default_factory=Teacher)  # the stronger one; the filters judge its replies alone
+    rejected: Teacher = field(default_factory=Teacher)  # the weaker one
+    # The last two compare answers with the row's: as text, or as mathematics unless filters.answer is off.
+    keep: str = choice("different", "chosen_right", "right_and_wrong")
+    max_similarity: float | None = number("(0, 1]", None)  # of the two replies by words; pairs from it on are dropped
+    only_missing: str | None = None  # mixture name; sources that have pairs of the teachers' mode there are left out
+    suffix: str = "_pairs"  # of the rows' source
 
-    VERSION = 1
-    RESUMABLE = True
+    VERSION = 2
     SCRIPT = "data_gen/preference_pairs.py"
-
-    def parents(self):
-        return [("chosen_from", self.chosen_from), ("rejected_from", self.rejected_from)]
+    ROLES = ("chosen", "rejected")
 
     def mixtures(self):
-        return [("prompts", self.prompts)]
+        return [*super().mixtures(), *([("only_missing", self.only_missing)] if self.only_missing else [])]
 
-    def key_parts(self, keys, stage):
-        from smolpost.chat.render import load_template
+    def check(self, key, recipe, place):
+        super().check(key, recipe, place)
+        modes = {role: "null" if t.thinking is None else str(t.thinking).lower() for role, t in self.teachers().items()}
+        if modes["chosen"] != modes["rejected"]:
+            raise Wrong(
+                f"{key}.rejected.thinking",
+                f"={modes['rejected']}, but chosen.thinking={modes['chosen']}; a pair has one mode, so set both to one",
+            )
+        if self.only_missing and self.chosen.thinking is None:
+            raise Wrong(
+                f"{key}.only_missing",
+                f"={self.only_missing} needs one mode for all prompts; set chosen.thinking and rejected.thinking to "
+                "true or false",
+            )
 
-        return {"template": load_template(self.template)}
+    def job(self, work: Work):
+        from smolpost.synthesis.jobs.complement import sources_of_mode
+        from smolpost.synthesis.jobs.preference_pairs import PreferencePairs
 
-    def make(self, work: Work):
-        from smolpost.data.mixtures import mix
-        from smolpost.model.loading import load_for_inference
-        from smolpost.synthesis.pairs import sample_pairs
-
-        rows = [row for _, row in mix(work.data[self.prompts])]
-        chosen, rejected = (load_for_inference(work.inputs[name]) for name in (self.chosen_from, self.rejected_from))
-        return sample_pairs(self, rows, chosen, rejected, work.folder)
+        complete = ()
+        if self.only_missing:
+            complete = sources_of_mode(work.rows(self.only_missing), self.chosen.thinking, self.suffix)
+        return PreferencePairs(self, work.rows(self.prompts), complete)

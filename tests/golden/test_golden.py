@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
+from smolpost.data.sources import read_rows
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
+from smolpost.schema import Source
 from smolpost.training import reference
 from tests.golden.golden_project import (
     Project,
@@ -159,8 +161,8 @@ def test_reference(project):
 
 
 def test_pairs(project):
-    rows = [json.loads(line) for line in (project.stage("pairs") / "pairs.jsonl").read_text().splitlines()]
-    check("pairs", rows)
+    source = Source(path=str(project.stage("pairs") / "rows.parquet"))
+    check("pairs", [dict(row) for _, row in read_rows(source)])
 
 
 @pytest.mark.parametrize("stage", ["soup", "lawa", "ema"])

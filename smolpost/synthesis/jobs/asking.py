@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smolpost.chat.reasoning import split_reasoning
+from smolpost.chat.reasoning import OPEN, split_reasoning
 from smolpost.chat.render import text_of
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.records import Message, Prompt, Reply, Request
@@ -47,6 +47,14 @@ class Asker:
         instructions = variables.get("custom_instructions") or ""
         asked = [_without_reasoning(message) for message in instructed(messages, instructions)]
         return Request(asked, thinking, seed, prompt.row.get("tools"))
+
+    def turn(self, reply: Reply) -> Message:
+        """`turn_of`, but the text of a checkpoint's reply stays as it is: a model learns from the tokens it wrote."""
+        written = (reply.raw or {}).get("content")
+        starts = OPEN if reply.reasoning is not None else ""
+        if not self.teacher.stage or not isinstance(written, str) or not written.startswith(starts):
+            return turn_of(reply)
+        return turn_of(reply) | {"content": written}
 
     def cannot_ask(self, row: dict[str, Any]) -> bool:
         """Whether a row lists tools in a form that only a template of SmolLM3 can show."""

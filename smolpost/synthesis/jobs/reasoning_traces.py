@@ -1,17 +1,16 @@
 """Prompts of rows, answered in think mode: reasoning data for domains that have none."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from smolpost.synthesis.filters import first_fault, judge_sample
 from smolpost.synthesis.jobs.asking import Asker, has_answer, mode_of_replies, row_of, turn_of
+from smolpost.synthesis.jobs.complement import Complement
 from smolpost.synthesis.jobs.prompts import (
     asks_nothing,
     conversation_of,
     has_tool_turns,
     mode_of,
-    prompts_of,
     question_of,
 )
 from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Sample
@@ -40,17 +39,11 @@ class ReasoningTraces:
     rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]], complete: Collection[str] = ()):
-        self.settings, self.rows, self.complete = settings, rows, frozenset(complete)
+        self.settings, self.left = settings, Complement(rows, complete)
         self.asker = Asker("teacher", settings.teacher, settings.seed)
-        self.left_out: Counter[str] = Counter()
 
     def prompts(self) -> Iterator[Prompt]:
-        self.left_out.clear()
-        for prompt in prompts_of(self.rows):
-            if prompt.source in self.complete:
-                self.left_out[prompt.source] += 1
-            else:
-                yield prompt
+        return iter(self.left)
 
     async def converse(self, role: str, prompt: Prompt, ask: Ask) -> list[Sample]:
         if self._cannot_ask(prompt):
@@ -101,4 +94,4 @@ class ReasoningTraces:
         return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
 
     def report(self) -> dict[str, Any]:
-        return {"sources_left_out": dict(self.left_out)} if self.complete else {}
+        return self.left.report()
