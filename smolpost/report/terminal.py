@@ -172,11 +172,11 @@ def visible(text: str) -> str:
         inner = line.strip(" ")
         left = len(line) - len(line.lstrip(" ")) if inner else len(line)
         right = len(line) - left - len(inner)
-        lines.append(SPACE * left + "".join(map(_visible_character, inner)) + SPACE * right)
+        lines.append(SPACE * left + "".join(map(visible_character, inner)) + SPACE * right)
     return f"{LINE_BREAK}\n".join(lines)
 
 
-def _visible_character(character: str) -> str:
+def visible_character(character: str) -> str:
     if character == "\t":
         return TAB
     if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character != "\u200d":

@@ -1,8 +1,8 @@
 """The stage kinds: importing this package registers the library's own, in this order."""
 
 from smolpost.stages import (  # isort: skip
-    tasks, init, released, sft, preference, kto, distill, grpo, merge, mergekit, sweep, greedy,
-    gsm8k, pairs, reasoning_traces, rejection_samples, judge, everyday_conversations, mode_switch,
+    tasks, gsm8k, init, released, sft, preference, kto, distill, grpo, merge, mergekit, sweep, greedy,
+    pairs, reasoning_traces, rejection_samples, judge, everyday_conversations, mode_switch,
 )  # fmt: skip
 
 __all__ = [

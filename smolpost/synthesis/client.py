@@ -4,8 +4,8 @@ What a user may rely on:
 
 - A request is tried until its deadline: on 408, 409, 425, 429 and 5xx, on time-outs and lost connections. Before each
   further try it waits a random time of at most 1, 2, 4 ... 60 s (full jitter), and at least what Retry-After says.
-- A body that is not a chat completion is tried eight times at most, as each try costs tokens: no JSON, no choices, a
-  choice without message or finish_reason. A message without text is a reply; filters judge it.
+- Ten tries at most end in status 500 or in a body that is not a chat completion: no JSON, no choices, a choice without
+  message or finish_reason. Each of them costs the server its work. A message without text is a reply; filters judge it.
 - Any other status of 4xx fails the request at once, and the run goes on.
 - 401, 402, 403, 404, 405, 407 and redirects say that no request can succeed. They end the run.
 - A server that cannot be reached is waited for: one line says so, and another one that it is back. That time does not
@@ -19,6 +19,8 @@ import itertools
 import json
 import random
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from smolpost.errors import UserError
@@ -26,12 +28,15 @@ from smolpost.progress import duration
 from smolpost.synthesis.connection import Connection, Fault, checked_url, message_of
 from smolpost.synthesis.identity import AGAIN, hopeless, identify
 from smolpost.synthesis.limiter import Limiter
+from smolpost.synthesis.probe import probe
+from smolpost.synthesis.profiles import PROFILES
 from smolpost.synthesis.records import Reply, Request, RequestFailed
+from smolpost.synthesis.replies import reply_of
 from smolpost.synthesis.settings import Teacher
 
 BASE, CAP = 1.0, 60.0  # seconds of the first wait and of the longest one, before jitter
 KNOCK = 5.0  # seconds of the longest wait for a server that cannot be reached: a knock costs it nothing
-MALFORMED = 8  # tries whose body is not a chat completion
+USELESS = 10  # tries that the server works on without giving a reply
 FAILURES = 16  # failed requests in a row that end the run, where fewer may be under way
 
 _jitter = random.Random()  # its own, so that nobody's seeded numbers move
@@ -43,18 +48,21 @@ class ChatEngine:
     Args:
         teacher: With a `url`.
         key: Of the teacher in the recipe, for messages: stages.traces.teacher.
+        modes: Values of `Request.thinking` that `identity` tries; None: the teacher's own.
     Raises:
         UserError: The URL cannot be one. On entering: the variable of `api_key_env` is not set.
     """
 
-    def __init__(self, teacher: Teacher, *, key: str):
+    def __init__(self, teacher: Teacher, *, key: str, modes: Collection[bool | None] | None = None):
         self.teacher, self.key = teacher, key
+        self.modes = (teacher.thinking,) if modes is None else modes
         self.url = checked_url(teacher.url, key)
+        self._limiter = Limiter(teacher.concurrency)
 
     async def __aenter__(self) -> "ChatEngine":
         self._model = self.teacher.model
         self._connection = await Connection(self.url, self.teacher.api_key_env, key=self.key).__aenter__()
-        self._limiter, self._outage = Limiter(self.teacher.concurrency), _Outage(self._connection.shown)
+        self._outage = _Outage(self._connection.shown)
         self._end: UserError | None = None
         self._ended = asyncio.Event()
         self._failed_in_a_row = 0
@@ -75,7 +83,8 @@ class ChatEngine:
     # ------------------------------------------------------------ asking
 
     async def ask(self, request: Request) -> Reply:
-        body = json.dumps(self._payload(request)).encode()
+        payload = {"model": self._model} | PROFILES[self.teacher.server].payload(self.teacher, request)
+        body = json.dumps(payload).encode()
         tries: list[Fault] = []
         first = due = 0.0  # when the first try began, and when the last one has to end
         while True:
@@ -93,7 +102,13 @@ class ChatEngine:
                 self._limiter.release()
             if not isinstance(outcome, Fault):
                 self._failed_in_a_row = 0
-                return self._reply(outcome, request, attempts=len(tries) + 1, seconds=time.monotonic() - first)
+                return reply_of(
+                    outcome["choices"][0],
+                    asked_to_think=request.thinking,
+                    usage=outcome.get("usage"),
+                    attempts=len(tries) + 1,
+                    seconds=time.monotonic() - first,
+                )
             tries.append(outcome)
             await self._wait(tries, due)
             if outcome.unreached:
@@ -107,15 +122,20 @@ class ChatEngine:
         """
         if self._end:
             raise self._end
+        if left <= 0:
+            return Fault("no place before the deadline")
         timeout = min(self.teacher.request_timeout, left)
         content = await self._connection.send("POST", f"{self.url}/chat/completions", timeout, body)
-        if isinstance(content, Fault) and content.unreached:
-            self._outage.begin(content)
-        else:
+        if not isinstance(content, Fault):
             self._outage.end()
-        if isinstance(content, Fault) and content.hopeless:
+            return checked(content)
+        if content.unreached:
+            self._outage.begin(content)
+        elif content.status is not None:
+            self._outage.end()
+        if content.hopeless:
             raise self._stop(await hopeless(self._connection, self._model, content))
-        return content if isinstance(content, Fault) else checked(content)
+        return content
 
     async def _wait(self, tries: list[Fault], due: float) -> None:
         """Wait before the next try.
@@ -128,16 +148,16 @@ class ChatEngine:
         longest = min(KNOCK if fault.unreached else CAP, BASE * 2 ** min(len(tries) - 1, 10))
         wait = max(fault.wait, _jitter.uniform(0, longest))
         if fault.unreached:
-            if (out := self._outage.seconds()) + wait > self.teacher.deadline:
+            if (out := self._outage.seconds()) >= self.teacher.deadline:
                 raise self._stop(
                     f"{self._connection.shown} could not be reached for {duration(out)} ({fault}); start it, "
                     f"and {AGAIN}"
                 )
-            await self._outage.sleep(wait)
+            await self._outage.sleep(min(wait, self.teacher.deadline - out))
         elif not fault.retried:
             raise self._failed(tries, str(fault))
-        elif sum(one.malformed for one in tries) >= MALFORMED:
-            raise self._failed(tries, f"{len(tries)} tries gave no chat completion, the last one: {fault}")
+        elif sum(one.useless for one in tries) >= USELESS:
+            raise self._failed(tries, f"no reply in {len(tries)} tries, the last one: {fault}")
         elif now + wait >= due:
             spent = duration(self.teacher.deadline)
             raise self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {fault}")
@@ -163,28 +183,8 @@ class ChatEngine:
 
     async def identity(self) -> dict[str, Any]:
         self._model, facts = await identify(self._connection, self.teacher)
-        return facts
-
-    # ------------------------------------------------------------ payload and reply
-
-    def _payload(self, request: Request) -> dict[str, Any]:
-        teacher = self.teacher
-        return {
-            "model": self._model, "messages": request.messages, "seed": request.seed,
-            "temperature": teacher.temperature, "top_p": teacher.top_p,
-            "max_tokens": request.max_new_tokens or teacher.max_new_tokens,
-            "chat_template_kwargs": dict(request.template_kwargs or {})
-            | ({} if request.thinking is None else {"enable_thinking": request.thinking}),
-        }  # fmt: skip
-
-    def _reply(self, content: dict[str, Any], request: Request, *, attempts: int, seconds: float) -> Reply:
-        choice, usage = content["choices"][0], content.get("usage") or {}
-        message = choice["message"]
-        return Reply(
-            message.get("content") or "", message.get("reasoning"), choice["finish_reason"],
-            prompt_tokens=usage.get("prompt_tokens"), completion_tokens=usage.get("completion_tokens"),
-            attempts=attempts, seconds=seconds, raw=message,
-        )  # fmt: skip
+        asked = replace(self.teacher, model=self._model)
+        return facts | {"modes": await probe(self.ask, asked, self.modes, key=self.key)}
 
 
 def checked(content: dict[str, Any]) -> dict[str, Any] | Fault:

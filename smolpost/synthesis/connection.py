@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -43,9 +44,9 @@ class Fault(NamedTuple):
     wait: float = 0.0
 
     @property
-    def malformed(self) -> bool:
-        """The server did its work, and what it sent cannot be used."""
-        return self.status == 200
+    def useless(self) -> bool:
+        """The server worked on the request, and what it sent is no reply: to ask again costs as much again."""
+        return self.status in (200, 500)
 
     @property
     def overload(self) -> bool:
@@ -57,7 +58,7 @@ class Fault(NamedTuple):
 
     @property
     def retried(self) -> bool:
-        return self.status is None or self.malformed or self.status in RETRIED or self.status >= 500
+        return self.status is None or self.status == 200 or self.status in RETRIED or self.status >= 500
 
     def __str__(self) -> str:
         return f"{self.name}: {self.said}" if self.said else self.name
@@ -119,8 +120,8 @@ class Connection:
                 return self._content(response.status, response.headers, await response.read())
         except aiohttp.ClientConnectorCertificateError as error:
             raise UserError(
-                f"{self.key}.url={self.url} has a certificate that is not trusted here ({self._line(error)}); point "
-                "SSL_CERT_FILE to the certificates of its authority"
+                f"{self.shown} has a certificate that is not trusted here ({self._line(error.certificate_error)}); "
+                "point SSL_CERT_FILE to the certificates of its authority"
             ) from None
         except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError) as error:
             return Fault(self._line(reason_of(error)), unreached=True)
@@ -203,7 +204,8 @@ def reason_of(error: aiohttp.ClientError) -> str:
     """Why no connection could be opened, in the words of the operating system where it has some."""
     cause = getattr(error, "os_error", error)
     code = getattr(cause, "errno", None)
-    return os.strerror(code) if code and code > 0 else getattr(cause, "strerror", None) or str(cause)
+    known = code and code > 0 and not isinstance(cause, ssl.SSLError)
+    return os.strerror(code) if known else getattr(cause, "strerror", None) or str(cause)
 
 
 def message_of(content: Any) -> str:

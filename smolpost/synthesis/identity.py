@@ -52,7 +52,7 @@ async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, An
     """What the server lists under /models; empty where a hosted one has no such page."""
     shown, due, said = f"{connection.shown}/models", time.monotonic() + teacher.deadline, False
     while isinstance(found := await connection.send("GET", f"{connection.url}/models", LOOK_UP), Fault):
-        if found.unreached:
+        if found.status is None:
             raise UserError(
                 f"{connection.shown} does not answer ({found}); start the server (`smolpost serve` prints how), "
                 "or mend the address"
@@ -61,7 +61,7 @@ async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, An
             return []
         if found.hopeless:
             raise UserError(await hopeless(connection, teacher.model, found))
-        if not found.retried or found.malformed or time.monotonic() > due:
+        if not found.retried or found.status == 200 or time.monotonic() > due:
             raise UserError(f"{shown} answered {found}; give the address of an OpenAI-compatible API")
         if not said:
             print(f"{shown} answered {found}; waiting for it", flush=True)

@@ -3,14 +3,14 @@
 import asyncio
 from collections import deque
 
-START = 32  # requests under way before the server has answered one
+START = 64  # requests under way before the server has answered one
 STEPS = 16  # rounds of replies from nothing to the limit, once the server was overloaded
 
 
 class Limiter:
     """A semaphore whose width follows the server: additive increase, multiplicative decrease.
 
-    It begins at 32 and doubles with each round of replies, as TCP's slow start does, up to the limit or the first sign
+    It begins at 64 and doubles with each round of replies, as TCP's slow start does, up to the limit or the first sign
     of overload. A sign of overload halves the width, once for all requests that were under way together. From then on
     a round of replies adds a sixteenth of the limit.
 

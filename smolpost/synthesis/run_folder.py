@@ -204,9 +204,10 @@ class OpenChunk:
         self._turns.close()
 
     def _note(self, record: Record, offset: int) -> None:
-        self._left -= self._offsets[record.id] is None
-        self._offsets[record.id] = offset
-        self.counts = self.counts.with_record(record)
+        if self._offsets[record.id] is None:  # one record counts, whatever wrote a second one
+            self._offsets[record.id] = offset
+            self._left -= 1
+            self.counts = self.counts.with_record(record)
 
     def _finish_if_whole(self) -> None:
         if not self._left:

@@ -57,7 +57,7 @@ class Faults(NamedTuple):
         max_model_len: Tokens that the models take, as /models says.
         kind: vllm | sglang | llama_cpp | transformers | hosted: which further endpoints it has.
         reasoning: Where the reasoning goes: reasoning | reasoning_content | inline.
-        thinking: None: as enable_thinking says (default: yes); True and False: whatever is asked.
+        thinking: None: as enable_thinking, reasoning_effort or /no_think says; True and False: whatever is asked.
         refused: Keys of a request that get 422.
         fsync: Whether each line of the log is on disk before the reply is sent; off for measurements.
     """
@@ -231,8 +231,12 @@ class Service:
 def reply(text: str, body: dict[str, Any], action: str, faults: Faults) -> dict[str, Any]:
     """The body of a chat completion; always one choice, whatever `n` asks for."""
     question = SCRIPT.sub("", text).strip()
-    asked = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
-    thinks = asked if faults.thinking is None else faults.thinking
+    asked_not_to = (
+        (body.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+        or body.get("reasoning_effort") == "none"
+        or text.endswith("/no_think")
+    )
+    thinks = not asked_not_to if faults.thinking is None else faults.thinking
     content, reasoning = f"answer to {question}", f"reasoning about {question}, seed {body.get('seed')}"
     message: dict[str, Any] = {"role": "assistant", "content": content}
     reason = {"cut": "length", "filtered": "content_filter", "tool": "tool_calls"}.get(action, "stop")

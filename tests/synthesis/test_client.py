@@ -100,6 +100,21 @@ def test_what_may_pass_is_tried_again(shared, quick, faults, attempts):
     assert (reply.attempts, reply.content) == (attempts, "" if faults == "blank" else f"answer to {faults}?")
 
 
+@pytest.mark.parametrize("reasoning", ["reasoning", "reasoning_content", "inline"])
+def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, reasoning):
+    with start_fault_server(tmp_path, reasoning=reasoning) as server:
+        whole, cut = outcomes(teacher_of(server), "one", "<<cut>> two")
+    assert (whole.reasoning, whole.content, whole.closed) == ("reasoning about one, seed 7", "answer to one", True)
+    assert (cut.reasoning, cut.content, cut.closed) == ("reasoning about two, seed 7", "", False)
+    assert cut.finish_reason == "length"
+
+
+def test_tool_calls_and_filtered_replies_are_replies(shared):
+    called, filtered = outcomes(teacher_of(shared), "<<tool>> call", "<<filtered>> no")
+    assert called.finish_reason == "tool_calls" and called.tool_calls[0]["function"]["name"] == "look_up"
+    assert filtered.finish_reason == "content_filter"
+
+
 @pytest.mark.parametrize("wait", ["429@1", "503@@2"])
 def test_retry_after_is_honoured(shared, quick, wait):
     began = time.monotonic()
@@ -131,10 +146,10 @@ def test_a_refused_request_fails_alone(shared):
 def test_a_request_is_tried_until_its_deadline(shared, quick, monkeypatch):
     monkeypatch.setattr(client, "CAP", 0.1)
     began = time.monotonic()
-    [late] = outcomes(teacher_of(shared, deadline=1.0), "<<500|500|503*>> never")
+    [late] = outcomes(teacher_of(shared, deadline=1.0), "<<502|502|503*>> never")
     assert 0.8 < time.monotonic() - began < 2
     assert re.fullmatch(r"no reply in \d+ tries within 1 s, the last one: 503: injected 503", late.reason)
-    assert late.attempts[0] == "500 x 2" and re.fullmatch(r"503 x \d+", late.attempts[1])
+    assert late.attempts[0] == "502 x 2" and re.fullmatch(r"503 x \d+", late.attempts[1])
 
 
 def test_the_deadline_also_cuts_a_try(shared):
@@ -151,8 +166,10 @@ def test_a_longer_wait_than_the_deadline_fails_at_once(shared):
 
 def test_replies_that_cannot_be_used_are_not_paid_for_without_end(shared, quick):
     [failed] = outcomes(teacher_of(shared), "<<garbage|html|no_choices*>> costs tokens")
-    assert failed.reason == "8 tries gave no chat completion, the last one: no choices"
-    assert failed.attempts == ("no JSON object x 2", "no choices x 6")
+    assert failed.reason == "no reply in 10 tries, the last one: no choices"
+    assert failed.attempts == ("no JSON object x 2", "no choices x 8")
+    [failed] = outcomes(teacher_of(shared), "<<503|503|500*>> breaks the template")
+    assert failed.attempts == ("503 x 2", "500 x 10")
 
 
 # ---------------------------------------------------------------- nobody gets a reply
@@ -340,7 +357,7 @@ def test_the_width_doubles_then_halves_once_then_grows_in_steps():
         return widths
 
     widths = asyncio.run(rounds())
-    assert widths[:4] == [64, 128, 256, 256]
+    assert widths[:4] == [128, 256, 256, 256]
     assert widths[4] == 128
     steps = [after - before for before, after in itertools.pairwise(widths[4:])]
     assert all(10 <= step <= 16 for step in steps[:8]) and widths[-1] == 256
@@ -355,7 +372,7 @@ def test_a_width_that_nobody_needs_does_not_grow():
             limiter.release()
         return limiter.width, Limiter(4).width
 
-    assert asyncio.run(alone()) == (32, 4)
+    assert asyncio.run(alone()) == (64, 4)
 
 
 def test_a_place_is_never_lost_or_given_twice():
@@ -404,8 +421,29 @@ def test_the_server_says_who_it_is(tmp_path):
     with start_fault_server(tmp_path / "vllm") as server:
         assert identify(teacher_of(server, revision="abc")) == {
             "server": "vllm", "model": "teacher", "revision": "abc", "max_model_len": 131072, "version": "0.11.0",
-            "template": None,
+            "template": None, "modes": ["default"],
         }  # fmt: skip
+
+
+def test_the_probe_tries_the_modes_that_are_needed(tmp_path):
+    async def say(modes):
+        async with ChatEngine(teacher_of(server), key=KEY, modes=modes) as engine:
+            return (await engine.identity())["modes"]
+
+    with start_fault_server(tmp_path) as server:
+        assert asyncio.run(say({True, False})) == ["no_think", "think"]
+        assert [line["thinking"] for line in server.requests()] in ([True, False], [False, True])
+        assert asyncio.run(say(())) == []
+        server.kill()
+        server.start(thinking=False)
+        with pytest.raises(
+            UserError, match=rf"^{KEY}\.model=teacher was asked to think and replied .* without reasoning"
+        ):
+            asyncio.run(say({True}))
+        server.kill()
+        server.start(thinking=True)
+        with pytest.raises(UserError, match=rf"^{KEY}\.model=teacher was asked not to think and thought "):
+            asyncio.run(say({False}))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +480,8 @@ def test_another_model_several_models_and_no_server_are_refused(tmp_path, quick)
             UserError, match=rf"^{KEY}\.model=c is not served by {server.url}, which has a, b; serve it"
         ):
             identify(teacher_of(server, model="c"))
-        assert identify(teacher_of(server, model="c", server="hosted"))["model"] == "c"
+        with pytest.raises(UserError, match=rf"^{KEY}\.model=c is refused by .*; set it to what is served: a, b$"):
+            identify(teacher_of(server, model="c", server="hosted"))  # which may take names that it does not list
         with pytest.raises(UserError, match=r"max_new_tokens=131072 leaves no room for a prompt in the 131072 tokens"):
             identify(teacher_of(server, model="a", max_new_tokens=131072))
         bare = server.url.removesuffix("/v1")

@@ -129,6 +129,7 @@ def test_counts_add_up(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / results.FAILED_ROWS).read_text().splitlines()]
     assert lines[1] == {
         "id": "7", "source": "code", "error": "HTTP 400: too long", "attempts": {"teacher": ["500", "500"]},
+        "row": {"messages": [{"role": "user", "content": "2 + 2?"}]},
     }  # fmt: skip
 
 

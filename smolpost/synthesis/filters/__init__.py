@@ -97,7 +97,7 @@ def judge_reply(
     if settings.language and language:
         found["language"] = in_language(content, language, settings.min_confidence)
     elif settings.language:
-        found["language"] = same_language(_question(sample, content), content, settings.min_confidence)
+        found["language"] = same_language(_question(sample, reply), content, settings.min_confidence)
     if settings.against and is_last:
         found["against"] = uncontaminated(sample, settings.against, settings.ngram)
     if settings.answer != "off" and is_last:
@@ -123,8 +123,13 @@ def first_fault(verdicts: Mapping[str, Verdict]) -> str:
     return next(faults, "")
 
 
-def _question(sample: Sample, content: str) -> str:
+def _question(sample: Sample, reply: Reply) -> str:
     """Text of the last user turn before the turn that holds the reply."""
     texts = [(message.get("role"), text_of(message.get("content"))) for message in sample.messages]
-    place = max((i for i, (_, text) in enumerate(texts) if content.strip() in text), default=len(texts))
+    place = len(texts)
+    for later in reversed(sample.replies):  # each one is in a turn before that of the next
+        content = (later.content or "").strip()
+        place = next((i for i in range(place - 1, -1, -1) if content in texts[i][1]), place)
+        if later is reply:
+            break
     return next((text for role, text in reversed(texts[:place]) if role == "user"), "")

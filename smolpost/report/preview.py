@@ -1,0 +1,91 @@
+"""A preview of a stage of synthetic data: a few rows, and what all rows would take if they were like these."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+
+from smolpost.data.report import short
+from smolpost.progress import duration
+from smolpost.report.samples import shown
+from smolpost.report.show_samples import print_line, show
+from smolpost.screen import Blocks
+from smolpost.synthesis.provenance import ACCEPTED, status_of
+from smolpost.synthesis.records import Outcome
+from smolpost.synthesis.status import Prices
+
+
+class RoleRun(NamedTuple):
+    """How a preview asked one teacher.
+
+    Attributes:
+        seconds: From the first request to the last reply.
+        concurrency: Requests that the stage keeps under way at most.
+    """
+
+    seconds: float
+    concurrency: int
+    prices: Prices
+
+
+def show_preview(
+    outcomes: Sequence[Outcome], console: Console, *, num_prompts: int, runs: Mapping[str, RoleRun]
+) -> None:
+    """Print a preview's outcomes, and what all prompts would take if they were like these.
+
+    Args:
+        outcomes: At least one.
+        num_prompts: Of the stage.
+        runs: Role -> how its teacher was asked.
+    """
+    for outcome in outcomes:
+        show(shown(outcome), console)
+    console.print()
+    asked = len({outcome.prompt.id for outcome in outcomes})
+    counts = Counter(outcome.reason or status_of(outcome) for outcome in outcomes)
+    stated = ", ".join(f"{number:,} {name}" for name, number in counts.most_common())
+    share = counts[ACCEPTED] / len(outcomes)
+    rows = share * num_prompts * len(outcomes) / asked
+    spread = 2 * math.sqrt(share * (1 - share) / len(outcomes)) * num_prompts * len(outcomes) / asked
+    print_line(console, f"preview of {asked:,} of {num_prompts:,} prompts: {stated}; nothing is kept")
+    table = [_estimate(role, outcomes, asked, num_prompts, run) for role, run in runs.items()]
+    heads = ["all prompts", "tokens in", "tokens out", "time", "cost"]
+    console.print(Blocks(heads, table))
+    print_line(
+        console,
+        f"rows: about {rows:,.0f} ± {spread:,.0f}. ± is two standard errors of {asked:,} prompts, so more of them "
+        "(preview=N) tell more. Time: the shorter one if the teacher answers as fast with all requests under way, the "
+        "longer one at the preview's speed. Cost: by the teacher's input_price and output_price.",
+    )
+
+
+def _estimate(role: str, outcomes: Sequence[Outcome], asked: int, num_prompts: int, run: RoleRun) -> list[str]:
+    """Cells of one teacher."""
+    records = {outcome.prompt.id: outcome.records.get(role) for outcome in outcomes}
+    replies = [[r for s in record.samples for r in s.replies] if record else [] for record in records.values()]
+    tokens_in = [sum(reply.prompt_tokens or 0 for reply in of_one) for of_one in replies]
+    tokens_out = [sum(reply.completion_tokens or 0 for reply in of_one) for of_one in replies]
+    cost = run.prices.cost(num_prompts * statistics.fmean(tokens_in), num_prompts * statistics.fmean(tokens_out))
+    longest = run.seconds * num_prompts / asked
+    shortest = longest * min(asked, run.concurrency) / run.concurrency
+    return [
+        role, _times(tokens_in, num_prompts), _times(tokens_out, num_prompts),
+        duration(longest) if shortest == longest else f"{duration(shortest)} to {duration(longest)}",
+        "no prices set" if cost is None else f"{cost:,.2f}",
+    ]  # fmt: skip
+
+
+def _times(numbers: Sequence[int], prompts: int) -> str:
+    """Sum over all prompts by the mean of some: 1.2M ± 0.3M."""
+    if not any(numbers):
+        return "not counted"
+    mean = statistics.fmean(numbers)
+    error = 2 * statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+    return f"{_amount(mean * prompts)} ± {'?' if math.isnan(error) else _amount(error * prompts)}"
+
+
+def _amount(number: float) -> str:
+    return short(round(number))
