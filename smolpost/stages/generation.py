@@ -224,8 +224,7 @@ class GenerationStage(Stage, Generation):
         from smolpost.model.loading import load_for_inference
         from smolpost.synthesis.local import LocalTeacher
 
-        model, tokenizer = load_for_inference(work.inputs[teacher.stage])
-        return LocalTeacher(model, tokenizer, teacher, self.today, key=key)
+        return LocalTeacher(partial(load_for_inference, work.inputs[teacher.stage]), teacher, self.today, key=key)
 
 
 def named(teacher: Teacher) -> str:

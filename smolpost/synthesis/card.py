@@ -112,13 +112,14 @@ def _teachers(report: Mapping[str, Any]) -> str:
     text = "## Teachers\n"
     for role, teacher in report["facts"]["teachers"].items():
         counts = report["teachers"].get(role, {})
-        identity = {name: value for name, value in teacher.items() if name != "sampling" and value is not None}
+        identity = {name: value for name, value in teacher.items() if name != "sampling"}
         text += f"\n{_settings(role, identity | teacher.get('sampling', {}) | counts)}"
     return text
 
 
 def _settings(title: str, settings: Mapping[str, Any]) -> str:
-    return f"### {title}\n\n{_table(['key', 'value'], settings.items())}"
+    stated = [(key, value) for key, value in settings.items() if value is not None]
+    return f"### {title}\n\n{_table(['key', 'value'], stated)}"
 
 
 def _table(heads: list[str], rows: Iterable) -> str:
