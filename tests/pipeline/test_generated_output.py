@@ -9,12 +9,9 @@ from smolpost.cli import main
 from smolpost.files import digest
 from smolpost.synthesis.push import push
 from smolpost.synthesis.records import RequestFailed
-from tests.synthesis import stand_ins
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
 from tests.synthesis.outcomes import turns
-
-stand_ins.install()
 
 
 @pytest.fixture
