@@ -44,7 +44,8 @@ def show_preview(
     for outcome in outcomes:
         show(shown(outcome), console)
     console.print()
-    asked = len({outcome.prompt.id for outcome in outcomes})
+    # A prompt may become several outcomes.
+    asked = len({record.id for outcome in outcomes for record in outcome.records.values()})
     counts = Counter(outcome.reason or status_of(outcome) for outcome in outcomes)
     stated = ", ".join(f"{number:,} {name}" for name, number in counts.most_common())
     share = counts[ACCEPTED] / len(outcomes)
@@ -64,8 +65,8 @@ def show_preview(
 
 def _estimate(role: str, outcomes: Sequence[Outcome], asked: int, num_prompts: int, run: RoleRun) -> list[str]:
     """Cells of one teacher."""
-    records = {outcome.prompt.id: outcome.records.get(role) for outcome in outcomes}
-    replies = [[r for s in record.samples for r in s.replies] if record else [] for record in records.values()]
+    records = {record.id: record for outcome in outcomes for record in [outcome.records[role]]}
+    replies = [[reply for sample in record.samples for reply in sample.replies] for record in records.values()]
     tokens_in = [sum(reply.prompt_tokens or 0 for reply in of_one) for of_one in replies]
     tokens_out = [sum(reply.completion_tokens or 0 for reply in of_one) for of_one in replies]
     cost = run.prices.cost(num_prompts * statistics.fmean(tokens_in), num_prompts * statistics.fmean(tokens_out))
