@@ -64,7 +64,7 @@ def show_preview(
 
 
 def _share(accepted: int, number: int) -> tuple[float, float, float]:
-    """(low, found, high) share: Wilson's interval at two standard errors, which is not 0 wide where all are accepted."""
+    """(low, found, high) share: Wilson's interval at two standard errors. It is not 0 wide where all are accepted."""
     share, z2 = accepted / number, 4.0
     middle = (share + z2 / (2 * number)) / (1 + z2 / number)
     half = math.sqrt(z2 * (share * (1 - share) / number + z2 / (4 * number**2))) / (1 + z2 / number)

@@ -1,15 +1,16 @@
 """What the stages share that ask teachers: a resumable run for each teacher, then rows from what they replied."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from smolpost.errors import UserError, Wrong
 from smolpost.files import read_json
 from smolpost.schema import Recipe
+from smolpost.screen import console
 from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
 from smolpost.synthesis.settings import Generation, Teacher
 
@@ -115,15 +116,14 @@ class GenerationStage(Stage, Generation):
 
     def make(self, work: Work) -> dict[str, Any]:
         from smolpost.report.show_samples import counts_table
-        from smolpost.screen import console
         from smolpost.synthesis import results
         from smolpost.synthesis.tally import warnings
 
         job = self.job(work)
-        counts = self._ask_all(job, job.prompts, work, None)
+        counts = self._ask_all(job, work, None)
         report = results.write(
             work.folder,
-            self._outcomes(job, work),
+            self._outcomes(job, {role: found.folder for role, found in work.replies.items()}, work.stage.entry),
             facts=self._facts(work),
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
@@ -159,42 +159,55 @@ class GenerationStage(Stage, Generation):
         }
 
     def generate(self, work: Work, task: int | None) -> None:
-        job = self.job(work)
-        self._ask_all(job, job.prompts, work, task)
+        self._ask_all(self.job(work), work, task)
 
     def preview(self, work: Work, rows: int) -> None:
         from smolpost.report.preview import RoleRun, show_preview
-        from smolpost.screen import console
+        from smolpost.synthesis.run import generate
 
-        job = self.job(work)
-        chosen = spread(job.prompts(), rows)
-        replies = {role: found._replace(folder=work.folder / role) for role, found in work.replies.items()}
-        work = replace(work, replies=replies)
-        counts = self._ask_all(job, lambda: iter(chosen), work, None)
-        runs = {
-            role: RoleRun(counts[role].seconds, _concurrency(teacher), _prices(teacher))
-            for role, teacher in self.teachers().items()
-        }
-        number = sum(1 for _ in job.prompts())
-        show_preview(list(self._outcomes(job, work)), console(), num_prompts=number, runs=runs)
+        self._check_start(work.stage.entry)
+        job, whole = self.job(work), replace(self, tasks=1, retry_failed=False)
+        prompts, number = _first_of_each_source(job.prompts(), rows)
+        folders = {role: work.folder / role for role in self.ROLES}
+        runs = {}
+        for role, folder in folders.items():
+            teacher, seconds = self.teachers()[role], [0.0]
+            print(f"{role}: {named(teacher)}", flush=True)
+            generate(
+                folder,
+                prompts,
+                partial(job.converse, role),
+                self.engine(role, work),
+                whole,
+                fingerprint={},
+                concurrency=_concurrency(teacher),
+                watch=lambda event, seconds=seconds: seconds.append(event.counts.seconds),
+            )
+            runs[role] = RoleRun(seconds[-1], _concurrency(teacher), _prices(teacher))
+        outcomes = list(self._outcomes(job, folders, work.stage.entry))
+        show_preview(outcomes, console(), num_prompts=number, runs=runs)
 
-    def _outcomes(self, job: "Job", work: Work) -> Iterator["Outcome"]:
+    def _outcomes(self, job: "Job", folders: Mapping[str, Path], entry: str) -> Iterator["Outcome"]:
+        """What becomes of every prompt, in their order.
+
+        Args:
+            folders: Role -> of its run.
+            entry: Name of the stage in the recipe.
+        """
         from smolpost.synthesis.filters.shared import without_near_duplicates
 
-        outcomes = _outcomes(job, {role: found.folder for role, found in work.replies.items()})
+        outcomes = _joined(job, folders)
         if not self.filters.near:
             return outcomes
-        return without_near_duplicates(outcomes, self.filters.near, f"stages.{work.stage.entry}.filters")
+        return without_near_duplicates(outcomes, self.filters.near, f"stages.{entry}.filters")
 
-    def _ask_all(
-        self, job: "Job", prompts: Callable[[], Iterator["Prompt"]], work: Work, task: int | None
-    ) -> dict[str, "RunCounts"]:
+    def _ask_all(self, job: "Job", work: Work, task: int | None) -> dict[str, "RunCounts"]:
         """Ask one teacher after the other, so that two checkpoints need the memory of one."""
         self._check_start(work.stage.entry)
         for role, found in work.replies.items():
             _note_older(found.folder, f"{work.stage.name}-{role}")
-        number = sum(1 for _ in prompts())
-        return {role: self._ask_and_show(role, job, prompts(), work, task, number) for role in self.ROLES}
+        number = sum(1 for _ in job.prompts())
+        return {role: self._ask_and_show(role, job, work, task, number) for role in self.ROLES}
 
     def _check_start(self, entry: str) -> None:
         """
@@ -212,9 +225,7 @@ class GenerationStage(Stage, Generation):
                     f"address of its API, such as {key}=http://localhost:8000/v1"
                 )
 
-    def _ask_and_show(
-        self, role: str, job: "Job", prompts: Iterator["Prompt"], work: Work, task: int | None, number: int
-    ) -> "RunCounts":
+    def _ask_and_show(self, role: str, job: "Job", work: Work, task: int | None, number: int) -> "RunCounts":
         """The run of one role, with what it does in the terminal and in status.json.
 
         Args:
@@ -233,9 +244,9 @@ class GenerationStage(Stage, Generation):
             prices=_prices(teacher),
             load=None if teacher.stage else lambda: (engine.under_way, engine.width),
         ) as watch:
-            return generate(
+            counts = generate(
                 folder,
-                prompts,
+                job.prompts(),
                 partial(job.converse, role),
                 engine,
                 self,
@@ -244,6 +255,8 @@ class GenerationStage(Stage, Generation):
                 task=task,
                 watch=watch,
             )
+            watch.conclude(counts)
+        return counts
 
     def engine(self, role: str, work: Work) -> "TeacherEngine":
         """The teacher, ready to be asked."""
@@ -258,18 +271,15 @@ class GenerationStage(Stage, Generation):
         return LocalTeacher(partial(load_for_inference, work.inputs[teacher.stage]), teacher, self.today, key=key)
 
 
-def spread(prompts: Iterable["Prompt"], number: int) -> list["Prompt"]:
-    """The first prompts of each source, as many of each as far as it has as many, in their order."""
-    firsts: dict[str, list[tuple[int, Prompt]]] = {}
-    for place, prompt in enumerate(prompts):
-        of_source = firsts.setdefault(prompt.source, [])
-        if len(of_source) < number:
-            of_source.append((place, prompt))
-    in_turn = (found for row in zip_longest(*firsts.values()) for found in row if found)
-    return [prompt for _, prompt in sorted(islice(in_turn, number), key=lambda found: found[0])]
+def named(teacher: Teacher) -> str:
+    """The teacher in a few words."""
+    if teacher.stage:
+        return f"checkpoint of stage {teacher.stage}" if teacher.stage != "checkpoint" else "model.checkpoint"
+    return f"{teacher.model} at {teacher.url or '(no url yet)'}"
 
 
 def _concurrency(teacher: Teacher) -> int:
+    """Requests that the teacher gets at once, at most."""
     return teacher.batch_size if teacher.stage else teacher.concurrency
 
 
@@ -279,22 +289,14 @@ def _prices(teacher: Teacher) -> "Prices":
     return Prices(teacher.input_price, teacher.output_price)
 
 
-def named(teacher: Teacher) -> str:
-    """The teacher in a few words."""
-    if teacher.stage:
-        return f"checkpoint of stage {teacher.stage}" if teacher.stage != "checkpoint" else "model.checkpoint"
-    return f"{teacher.model} at {teacher.url or '(no url yet)'}"
-
-
 def _found(folder: Path) -> str:
     """How many replies lie in a folder, in words."""
-    status = read_json(folder / STATUS)
-    if not folder.is_dir():
-        return f"no replies yet, they will lie in {folder}"
-    if not status:
-        return f"replies: {folder}"
-    failed = f", {status['failed']:,} failed" if status["failed"] else ""
-    return f"{status['done']:,} of {status['prompts']:,} prompts answered{failed}; replies: {folder}"
+    from smolpost.synthesis.run_folder import RunFolder
+
+    if not (folder / RUN).is_file():
+        return f"no replies yet; they will lie in {folder}"
+    run = RunFolder(folder)
+    return f"{run.num_finished():,} of {run.num_prompts:,} prompts are finished; replies: {folder}"
 
 
 def _note_older(folder: Path, name: str) -> None:
@@ -304,8 +306,8 @@ def _note_older(folder: Path, name: str) -> None:
         print(f"teacher, prompts or settings changed, so all prompts are asked again; kept: {', '.join(older)}")
 
 
-def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
-    """What becomes of every prompt, in their order; the records of all roles are read side by side."""
+def _joined(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
+    """The outcomes of all prompts; the records of all roles are read side by side."""
     from smolpost.synthesis.jobs.prompts import numbered
     from smolpost.synthesis.records import Outcome
     from smolpost.synthesis.run import records
@@ -319,3 +321,15 @@ def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
                 yield Outcome(part, None, error=errors[0], records=of_role)
         else:
             yield from job.outcomes(prompt, of_role)
+
+
+def _first_of_each_source(prompts: Iterable["Prompt"], number: int) -> tuple[list["Prompt"], int]:
+    """The first prompts, spread evenly over their sources, and how many there are in all."""
+    firsts: dict[str, list[Prompt]] = {}
+    total = 0
+    for prompt in prompts:
+        total += 1
+        if len(of_source := firsts.setdefault(prompt.source, [])) < number:
+            of_source.append(prompt)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*firsts.values()))
+    return list(itertools.islice(filter(None, in_turn), number)), total

@@ -8,9 +8,8 @@ import pytest
 
 from smolpost.cli import main
 from smolpost.files import digest
-from smolpost.stages.generation import spread
 from smolpost.synthesis.push import push
-from smolpost.synthesis.records import Prompt, RequestFailed
+from smolpost.synthesis.records import RequestFailed
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
 from tests.synthesis.outcomes import turns
@@ -86,12 +85,6 @@ def test_preview_shows_rows_of_every_source_and_keeps_nothing(generated, capsys)
     assert re.search(r"teacher +60 ± 0 +30 ± 0 .* no prices set", text)
     stage = generated.located()[1]
     assert not stage.folder.exists() and not stage.replies["teacher"].folder.exists()
-
-
-def test_the_first_prompts_of_each_source_are_previewed():
-    prompts = [Prompt(f"{source}{i}", source, {}) for source in "aab" for i in range(4)]
-    assert [prompt.id for prompt in spread(prompts, 5)] == ["a0", "a1", "a2", "b0", "b1"]
-    assert [prompt.id for prompt in spread(prompts[:2], 5)] == ["a0", "a1"]
 
 
 def test_counts_are_printed_when_a_stage_is_made(generated, capsys):
