@@ -406,6 +406,9 @@ def _inspected_folder(words: list[str]) -> Path:
     stage = lineage.stages[select_one(lineage.stages.planned.values(), request.stage).name]
     if stage.finished() and is_generated(stage.folder):
         return stage.folder
+    if stage.replies:
+        run = screen.command_line(["smolpost", "run", *words])
+        raise UserError(f"stage={stage.name} has no rows yet; `{run}` makes them")
     if stage.prepared is None or not manifest.read(stage.prepared):
         make = screen.command_line(["smolpost", "prepare", *words])
         raise UserError(f"stage={stage.name} has no prepared rows; `{make}` makes those of a training stage")

@@ -1,6 +1,7 @@
 """Carry out a plan: skip finished stages, continue interrupted ones, and end in one table."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -259,9 +260,12 @@ def _settings(stage: Located, recipe: schema.Recipe) -> list[str]:
         shown.pop(key, None)
     if stage.seed is not None:
         shown = {"seed": stage.seed} | shown
-    if "lora" in shown:
-        shown["lora"] = shown["lora"] if shown["lora"]["r"] else None
+    if "lora" in shown and not shown["lora"]["r"]:
+        del shown["lora"]
     if shown.get("engine") == "smolpost":
-        shown["trl"] = None  # read by the other engine alone
+        del shown["trl"]  # read by the other engine alone
+    for key in [key for key in shown if dataclasses.is_dataclass(getattr(stage.config, key, None))]:
+        usual = dataclasses.asdict(type(getattr(stage.config, key))())
+        shown |= {f"{key}.{name}": value for name, value in shown.pop(key).items() if value != usual[name]}
     lines.append("settings: " + " ".join(f"{key}={value}" for key, value in shown.items() if value is not None))
     return lines + stage.config.notes(recipe) + stage.config.reply_notes(stage.replies)

@@ -113,6 +113,7 @@ class GenerationStage(Stage, Generation):
     def make(self, work: Work) -> dict[str, Any]:
         from smolpost.synthesis import results
         from smolpost.synthesis.filters.shared import without_near_duplicates
+        from smolpost.synthesis.tally import warnings
 
         job, filters = self.job(work), f"stages.{work.stage.entry}.filters"
         counts = self._ask_all(job, work, None)
@@ -126,6 +127,8 @@ class GenerationStage(Stage, Generation):
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
+        for line in warnings(report["lengths"]):
+            print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
         return {**report, **job.report(), "runs": runs}
 
@@ -221,8 +224,7 @@ class GenerationStage(Stage, Generation):
         from smolpost.model.loading import load_for_inference
         from smolpost.synthesis.local import LocalTeacher
 
-        model, tokenizer = load_for_inference(work.inputs[teacher.stage])
-        return LocalTeacher(model, tokenizer, teacher, self.today, key=key)
+        return LocalTeacher(partial(load_for_inference, work.inputs[teacher.stage]), teacher, self.today, key=key)
 
 
 def named(teacher: Teacher) -> str:

@@ -46,6 +46,7 @@ def card(report: Mapping[str, Any], *, with_provenance: bool = True) -> str:
         f"`{facts['kind']}` of smolpost. Replies are texts of language models and can be wrong.\n",
         LOADING,
         _counts(report),
+        _lengths(report["lengths"]),
         _teachers(report),
         f"## Settings\n\n{_settings('Job', facts['job'])}\n{_settings('Filters', facts['filters'])}",
     ]
@@ -79,6 +80,30 @@ def _counts(report: Mapping[str, Any]) -> str:
     return text
 
 
+def _lengths(lengths: Mapping[str, Any]) -> str:
+    """Tokens of accepted and dropped replies, sides of pairs, labels."""
+    lines = [
+        [role, kind, found[kind]["count"], *(_rounded(found[kind][name]) for name in ("mean", "median"))]
+        for role, found in lengths["replies"].items()
+        for kind in ("accepted", "dropped")
+    ]
+    text = "## Lengths\n\n" + _table(["teacher", "replies", "number", "mean tokens", "median tokens"], lines)
+    if pairs := lengths["pairs"]:
+        text += (
+            f"\nThe chosen side is longer in {pairs['chosen_longer']:.0%} of {pairs['count']:,} pairs (means: about "
+            f"{pairs['chosen']:,.0f} and {pairs['rejected']:,.0f} tokens, at 4 bytes a token).\n"
+        )
+    if answers := lengths["answers"]:
+        text += (
+            f"\n{answers['right']:.1%} of {answers['labelled']:,} answers are labelled as right; the others stay.\n"
+        )
+    return text
+
+
+def _rounded(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
 def _share(entry: Mapping[str, Any]) -> str:
     return f"{entry['accepted'] / max(1, entry['prompts']):.1%}"
 
@@ -87,13 +112,14 @@ def _teachers(report: Mapping[str, Any]) -> str:
     text = "## Teachers\n"
     for role, teacher in report["facts"]["teachers"].items():
         counts = report["teachers"].get(role, {})
-        identity = {name: value for name, value in teacher.items() if name != "sampling" and value is not None}
+        identity = {name: value for name, value in teacher.items() if name != "sampling"}
         text += f"\n{_settings(role, identity | teacher.get('sampling', {}) | counts)}"
     return text
 
 
 def _settings(title: str, settings: Mapping[str, Any]) -> str:
-    return f"### {title}\n\n{_table(['key', 'value'], settings.items())}"
+    stated = [(key, value) for key, value in settings.items() if value is not None]
+    return f"### {title}\n\n{_table(['key', 'value'], stated)}"
 
 
 def _table(heads: list[str], rows: Iterable) -> str:

@@ -148,12 +148,12 @@ class ChatEngine:
         longest = min(KNOCK if fault.unreached else CAP, BASE * 2 ** min(len(tries) - 1, 10))
         wait = max(fault.wait, _jitter.uniform(0, longest))
         if fault.unreached:
-            if (out := self._outage.seconds()) + wait > self.teacher.deadline:
+            if (out := self._outage.seconds()) >= self.teacher.deadline:
                 raise self._stop(
                     f"{self._connection.shown} could not be reached for {duration(out)} ({fault}); start it, "
                     f"and {AGAIN}"
                 )
-            await self._outage.sleep(wait)
+            await self._outage.sleep(min(wait, self.teacher.deadline - out))
         elif not fault.retried:
             raise self._failed(tries, str(fault))
         elif sum(one.useless for one in tries) >= USELESS:

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from asyncio import to_thread, wrap_future
+from collections.abc import Callable
 from concurrent.futures import Future
 from copy import copy
 from pathlib import Path
@@ -56,22 +57,28 @@ class LocalTeacher:
     was not. Replies end where the checkpoint's generation config says. Where that is not the end of a turn in the chat
     template, a line says so.
 
+    The checkpoint is in memory only inside `async with`: a run that has all replies loads nothing, and two teachers
+    that answer one after the other need the memory of one.
+
     Args:
+        load: Gives the model and its tokenizer.
         teacher: Its template renders the prompts, whatever template the tokenizer has.
         today: Date rendered into prompts.
         key: Of the teacher in the recipe, for messages.
     Raises:
-        UserError: A weight is NaN or infinite, the template is unknown, or it has no think mode to switch.
+        UserError: The template is unknown.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, today: str, *, key: str
+        self,
+        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        teacher: Teacher,
+        today: str,
+        *,
+        key: str,
     ):
-        self.model, self.teacher, self.today, self.key = model, teacher, today, key
-        self.tokenizer = copy(tokenizer)
-        self.tokenizer.chat_template = load_template(teacher.template)
-        self.stop_tokens = stop_token_ids(model.generation_config)
-        self.name = Path(model.name_or_path).name or "the teacher"
+        self.load, self.teacher, self.today, self.key = load, teacher, today, key
+        self.template = load_template(teacher.template)
         self.sampling = Sampling(
             teacher.temperature,
             top_p=teacher.top_p,
@@ -80,25 +87,35 @@ class LocalTeacher:
             repetition_penalty=teacher.repetition_penalty,
             presence_penalty=teacher.presence_penalty,
         )
-        check_weights(model, f"{key}: {self.name}")
-        self._check_thinking()
-        if line := endless_replies(self.tokenizer, self.stop_tokens, self.name):
-            print(line, flush=True)
         self._waiting: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     async def __aenter__(self) -> "LocalTeacher":
+        """
+        Raises:
+            UserError: A weight is NaN or infinite, or the template has no think mode to switch.
+        """
+        self.model, tokenizer = self.load()
+        self.tokenizer = copy(tokenizer)
+        self.tokenizer.chat_template = self.template
+        self.name = Path(self.model.name_or_path).name or "the teacher"
+        self.stop_tokens = stop_token_ids(self.model.generation_config)
+        self._check_thinking()
+        check_weights(self.model, f"{self.key}: {self.name}")
+        if line := endless_replies(self.tokenizer, self.stop_tokens, self.name):
+            print(line, flush=True)
         self._stopped.clear()
         self._thread = threading.Thread(target=self._answer_all, name=f"{self.key} answers", daemon=True)
         self._thread.start()
         return self
 
     async def __aexit__(self, *error) -> None:
-        """End the thread: a batch under way stops at its next token."""
+        """End the thread, a batch under way at its next token, and let the model go."""
         self._stopped.set()
         self._waiting.put(None)
         await to_thread(self._thread.join)
+        del self.model
 
     async def identity(self) -> dict[str, Any]:
         return {
@@ -106,7 +123,7 @@ class LocalTeacher:
             "revision": None,
             "server": "this process",
             "version": f"transformers {transformers.__version__}",
-            "template": template_hash(self.tokenizer.chat_template),
+            "template": template_hash(self.template),
             "stop_tokens": self.tokenizer.convert_ids_to_tokens(self.stop_tokens),
         }
 

@@ -34,6 +34,7 @@ from smolpost.synthesis.row_table import (
     json_text,
     table,
 )
+from smolpost.synthesis.tally import Tally
 
 FILTERED_ROWS, FAILED_ROWS = "filtered.jsonl", "failed.jsonl"
 REPORT, CARD = "report.json", "README.md"
@@ -78,12 +79,12 @@ def write(
     Returns:
         The report: "prompts" = "accepted" + sum of "filtered" (reason -> number) + "failed"; "errors" (the commonest
         -> number); "sources" (source -> the same counts); "teachers" (role -> "replies", "cut" (at the length limit),
-        "prompt_tokens", "completion_tokens"); and the facts.
+        "prompt_tokens", "completion_tokens"); "lengths" (`Tally.report`); and the facts.
     Raises:
         UserError: An outcome is not exactly one of a row, a reason and an error; there are more or fewer than
             num_prompts; more have failed than max_failed allows; or no row was accepted.
     """
-    counts = Counts()
+    counts, tally = Counts(), Tally()
     with contextlib.ExitStack() as files:
         rows = Rows(folder / ROWS, files)
         sources = files.enter_context(table(folder / PROVENANCE_ROWS, PROVENANCE))
@@ -92,13 +93,14 @@ def write(
             outcome = _checked(outcome, facts)
             sources.add(provenance(outcome, facts))
             counts.add(outcome)
+            tally.add(outcome)
             if outcome.error is not None:
                 _write_failed(failed, outcome)
             elif outcome.row is None:
                 _write_filtered(filtered, outcome)
             else:
                 rows.add(outcome)
-    report = counts.report() | {"facts": facts}
+    report = counts.report() | {"lengths": tally.report(), "facts": facts}
     _check(report, facts["key"], max_failed, num_prompts)
     write_json(folder / REPORT, report)
     write_text(folder / CARD, card(report))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from smolpost.errors import UserError
-from smolpost.files import building, lock, read_json, replacing, write_json, write_text
+from smolpost.files import lock, read_json, remove_parts, replacing, write_json, write_text
 from smolpost.screen import shown
 from smolpost.synthesis.records import Prompt
 from smolpost.synthesis.run_folder import CHUNKS, PROMPTS, REPLIES, RUN, RunFolder, bounds, json_line
@@ -32,14 +32,15 @@ def prepare(
     Memory does not grow with the length of the prompts, and by 16 bytes with each one.
 
     Args:
-        path: The folder is there with all its files or not at all.
+        path: The run has begun when the folder has its run.json, which is written last.
         prompts: In the order of the records.
         given: All that decides the replies beside prompts and teacher; fit for JSON.
         chunk_size: Prompts in a chunk at most; the chunks of all parts are equal in size, up to one prompt.
         tasks: Number of parts.
         teacher: What it says of itself, where it is known before the first request.
     Raises:
-        UserError: There is no prompt, two prompts have one id, or the run was begun with something else.
+        UserError: There is no prompt, two prompts have one id, the run was begun with something else, or
+            the folder has replies without a run.
     """
     begun = {"given": json.loads(json.dumps(given, default=asdict)), "chunk_size": chunk_size, "tasks": tasks}
     with lock(path):
@@ -48,17 +49,23 @@ def prepare(
                 written = _write_prompts(prompts, nowhere)
             _compare(path, read_json(path / RUN), begun | {"prompts": written.facts})
             return RunFolder(path)
-        with building(path) as folder:
-            with replacing(folder / PROMPTS) as file:
-                written = _write_prompts(prompts, file)
-            _refuse_same_ids(written.id_hashes, folder / PROMPTS)
-            number = written.facts["number"]
-            if not number:
-                raise UserError("there is no prompt to ask about; give the prompts mixture at least one row")
-            positions = bounds(number, tasks * -(-number // (tasks * chunk_size)))
-            write_text(folder / CHUNKS, json.dumps([written.offsets[bound.start] for bound in positions]) + "\n")
-            (folder / REPLIES).mkdir()
-            write_json(folder / RUN, begun | {"prompts": written.facts, "teacher": teacher})
+        if any(path.glob(f"{REPLIES}/*")):
+            raise UserError(
+                f"{shown(path)} has replies and no {RUN} that says what they answer; put that file back, or remove the "
+                "folder to ask for them again"
+            )
+        (path / REPLIES).mkdir(parents=True, exist_ok=True)
+        remove_parts(path, [PROMPTS, CHUNKS, RUN])  # of a process that was killed here
+        with replacing(path / PROMPTS) as file:
+            written = _write_prompts(prompts, file)
+            file.flush()
+            _refuse_same_ids(written.id_hashes, file.name)
+        number = written.facts["number"]
+        if not number:
+            raise UserError("there is no prompt to ask about; give the prompts mixture at least one row")
+        positions = bounds(number, tasks * -(-number // (tasks * chunk_size)))
+        write_text(path / CHUNKS, json.dumps([written.offsets[bound.start] for bound in positions]) + "\n")
+        write_json(path / RUN, begun | {"prompts": written.facts, "teacher": teacher})
     return RunFolder(path)
 
 
@@ -95,7 +102,7 @@ def _write_prompts(prompts: Iterable[Prompt], file: BinaryIO) -> _Written:
     return _Written(offsets, id_hashes, {"number": len(offsets), "sha256": whole.hexdigest()})
 
 
-def _refuse_same_ids(id_hashes: array, file: Path) -> None:
+def _refuse_same_ids(id_hashes: array, file: str) -> None:
     hashes = np.frombuffer(id_hashes, np.uint64)
     in_order = np.sort(hashes)
     suspects = set(in_order[1:][in_order[1:] == in_order[:-1]].tolist())

@@ -160,7 +160,7 @@ class TeacherRunner(InferenceRunner):
             if reply := chunk.answered(prompt, request):
                 return reply
             async with semaphore:
-                reply = await server.ask(request)
+                reply = (await server.ask(request))._replace(seed=request.seed)
             chunk.keep_reply(prompt, request, reply)
             return reply
 

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
+from smolpost.data.sources import read_rows
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
+from smolpost.schema import Source
 from smolpost.training import reference
 from tests.golden.golden_project import (
     Project,

@@ -34,6 +34,10 @@ def stage(**changes):
     return PairsStage(**{"prompts": "prompts", **teachers, **changes})
 
 
+def local_teacher(checkpoint, teacher):
+    return LocalTeacher(lambda: checkpoint, teacher, RELEASE_DAY, key="stages.pairs.teacher")
+
+
 def outcomes(settings, rows, chosen, rejected):
     """What becomes of the rows where two engines reply; the job that made them."""
     job = PreferencePairs(settings, [("sums", row) for row in rows])
@@ -57,13 +61,10 @@ def outcomes(settings, rows, chosen, rejected):
 def made(rig):
     """outcomes(...) of two checkpoints that reply as functions say."""
 
-    def make(rows, chosen, rejected, **changes):
+    def make(rows, chosen, rejected, /, **changes):
         settings = stage(**changes)
         checkpoints = {"chosen": rig(chosen), "rejected": rig(rejected)}
-        engines = [
-            LocalTeacher(*checkpoints[role], getattr(settings, role), settings.today, key=f"stages.pairs.{role}")
-            for role in settings.ROLES
-        ]
+        engines = [local_teacher(checkpoints[role], getattr(settings, role)) for role in settings.ROLES]
         make.asked = [model.prompts for model, _ in checkpoints.values()]
         return outcomes(settings, rows, *engines)
 
@@ -225,7 +226,7 @@ def test_rows_without_a_question_are_dropped_and_nobody_is_asked(made):
 
 def test_sides_draw_different_numbers_and_so_do_equal_rows(models, tokenizer):
     settings = stage(filters=Filters(finished=False, think_format=False))
-    engines = [LocalTeacher(models[0], tokenizer, settings.chosen, settings.today, key="k") for _ in range(2)]
+    engines = [local_teacher((models[0], tokenizer), settings.chosen) for _ in range(2)]
     found = outcomes(settings, make_rows(1) * 6, *engines)
     replies = [r.samples[0].messages[-1]["content"] for outcome in found for r in outcome.records.values()]
     assert len(set(replies)) == len(replies) == 12
@@ -249,9 +250,11 @@ def test_an_interrupted_run_gives_the_rows_of_one_that_was_not(models, tokenizer
         teacher = Teacher(stage="sft", max_new_tokens=24, batch_size=4)
         made = Generated(folder, monkeypatch, "pairs", make_rows(22), settings)
         made.engines = {
-            role: LocalTeacher(model, tokenizer, teacher, RELEASE_DAY, key=f"stages.made.{role}")
+            role: local_teacher((model, tokenizer), teacher)
             for role, model in zip(("chosen", "rejected"), models, strict=True)
         }
+        for engine in made.engines.values():  # as the engine of a server says
+            engine.under_way, engine.width = 0, 4
         return made
 
     (tmp_path / "whole").mkdir()

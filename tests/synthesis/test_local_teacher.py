@@ -24,7 +24,7 @@ KEY = "stages.pairs.chosen"
 
 def teacher_of(checkpoint, **changes):
     settings = dict(stage="sft", max_new_tokens=24, batch_size=4, temperature=0.9)
-    return LocalTeacher(*checkpoint, Teacher(**settings | changes), RELEASE_DAY, key=KEY)
+    return LocalTeacher(lambda: checkpoint, Teacher(**settings | changes), RELEASE_DAY, key=KEY)
 
 
 def ask(teacher, requests, at_once=100):
@@ -144,7 +144,11 @@ def test_what_the_template_refuses_fails_alone(checkpoint):
 
 
 def test_identity_names_checkpoint_template_and_version(checkpoint):
-    one, other = (asyncio.run(teacher_of(checkpoint, template=name).identity()) for name in ("smollm3", "chatml"))
+    async def identity(name):
+        async with teacher_of(checkpoint, template=name) as teacher:
+            return await teacher.identity()
+
+    one, other = (asyncio.run(identity(name)) for name in ("smollm3", "chatml"))
     assert {key for key in one if one[key] != other[key]} == {"template"}
     assert one["stop_tokens"] == ["<|im_end|>"] and one["version"].startswith("transformers ")
 
@@ -153,7 +157,7 @@ def test_a_checkpoint_that_never_stops_is_told_of_and_thinking_needs_a_mode(chec
     model = checkpoint[0]
     model.generation_config.eos_token_id, before = 0, model.generation_config.eos_token_id
     try:
-        teacher_of(checkpoint)
+        ask(teacher_of(checkpoint), [])
     finally:
         model.generation_config.eos_token_id = before
     assert "every reply runs to its maximum length" in capsys.readouterr().out
@@ -161,9 +165,9 @@ def test_a_checkpoint_that_never_stops_is_told_of_and_thinking_needs_a_mode(chec
         with pytest.raises(
             UserError, match=rf"^{KEY}.thinking={str(thinking).lower()}, but .*chatml has no think mode"
         ):
-            teacher_of(checkpoint, template="chatml", thinking=thinking)
-        teacher_of(checkpoint, thinking=thinking)
-    teacher_of(checkpoint, template="chatml")
+            ask(teacher_of(checkpoint, template="chatml", thinking=thinking), [])
+        ask(teacher_of(checkpoint, thinking=thinking), [])
+    ask(teacher_of(checkpoint, template="chatml"), [])
 
 
 def test_weights_and_activations_that_are_not_finite_are_refused(tokenizer):
@@ -171,7 +175,7 @@ def test_weights_and_activations_that_are_not_finite_are_refused(tokenizer):
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(UserError, match=f"^{KEY}: .*model.norm.weight holds NaN or infinite numbers; train it again"):
-        teacher_of((model, tokenizer))
+        ask(teacher_of((model, tokenizer)), [])
     with torch.no_grad():
         model.model.norm.weight[:] = 3e38  # logits are sums of inf and -inf
     with pytest.raises(UserError, match=f"^{KEY}: .* cannot answer, a probability is NaN.*; train it again"):
@@ -199,11 +203,17 @@ def test_leaving_stops_a_batch_under_way_and_lets_the_model_go(tokenizer, monkey
         return real(self, *args)
 
     monkeypatch.setattr(generation.RowSampling, "__call__", call)
-    model = make_model(0, tokenizer)
-    teacher = teacher_of((model, tokenizer), max_new_tokens=10**7, batch_size=2)
-    teacher.stop_tokens = []
+    kept = []
 
-    async def cancelled(teacher):
+    def load():
+        model = make_model(0, tokenizer)
+        model.generation_config.eos_token_id = None
+        kept.append(weakref.ref(model))
+        return model, tokenizer
+
+    teacher = LocalTeacher(load, Teacher(stage="sft", max_new_tokens=10**7, batch_size=2), RELEASE_DAY, key=KEY)
+
+    async def cancelled():
         async with teacher:
             asked = [asyncio.create_task(teacher.ask(request)) for request in REQUESTS[:4]]
             await asyncio.to_thread(begun.wait)
@@ -211,9 +221,7 @@ def test_leaving_stops_a_batch_under_way_and_lets_the_model_go(tokenizer, monkey
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
 
-    asyncio.run(asyncio.wait_for(cancelled(teacher), 30))
+    asyncio.run(asyncio.wait_for(cancelled(), 30))
     assert not [thread for thread in threading.enumerate() if KEY in thread.name]
-    kept = weakref.ref(model)
-    del model, teacher
     gc.collect()
-    assert kept() is None
+    assert [model() for model in kept] == [None]

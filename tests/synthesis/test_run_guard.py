@@ -1,6 +1,5 @@
 """A run goes on with what it was begun with, or says in one line what has changed."""
 
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -35,6 +34,10 @@ def cut(tmp_path):
     with pytest.raises(UserError, match="stop"):
         ask(folder, FakeTeacher(error=UserError("stop"), error_after=10))
     return folder
+
+
+def written(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(".lock"))
 
 
 TEACHER = FINGERPRINT["teacher"]
@@ -109,7 +112,8 @@ def test_duplicate_ids_are_named_with_both_places_and_nothing_is_written(tmp_pat
     teacher = FakeTeacher()
     with pytest.raises(UserError, match=r"prompts 8 \(source sums\) and 21 \(source web\) have the same id 'p7'; give"):
         ask(tmp_path / "replies" / "r", teacher, prompts)
-    assert not teacher.asked and os.listdir(tmp_path / "replies") == [".r.lock"]
+    assert not teacher.asked and written(tmp_path / "replies" / "r") == []
+    assert ask(tmp_path / "replies" / "r", teacher).done == 30
 
 
 def test_ids_that_only_share_a_hash_are_no_duplicates(tmp_path, monkeypatch):
@@ -127,7 +131,7 @@ def test_ids_that_only_share_a_hash_are_no_duplicates(tmp_path, monkeypatch):
 def test_no_prompt(tmp_path):
     with pytest.raises(UserError, match="there is no prompt to ask about; give the prompts mixture at least one row"):
         ask(tmp_path / "r", prompts=[])
-    assert not (tmp_path / "r").exists()
+    assert ask(tmp_path / "r").done == 30
 
 
 def test_rows_that_fail_leave_no_run(tmp_path):
@@ -137,7 +141,23 @@ def test_rows_that_fail_leave_no_run(tmp_path):
 
     with pytest.raises(UserError, match="line 4"):
         ask(tmp_path / "r", prompts=failing())
-    assert os.listdir(tmp_path) == [".r.lock"]
+    assert written(tmp_path / "r") == []
+
+
+def test_replies_without_a_run_are_refused(tmp_path):
+    ask(tmp_path / "r")
+    (tmp_path / "r" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"r has replies and no run\.json that says what they answer; put that file"):
+        ask(tmp_path / "r")
+    assert len(written(tmp_path / "r" / "replies")) == 6
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "status.json").write_text("{}")
+    (tmp_path / "r" / ".prompts.jsonl.part-12345678").write_text("of a process that was killed")
+    ask(tmp_path / "r")
+    assert written(tmp_path / "r") == ["chunks.json", "prompts.jsonl", "run.json", "status.json"]
 
 
 def test_planning_takes_flat_memory(tmp_path):

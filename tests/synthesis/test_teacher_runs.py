@@ -3,10 +3,13 @@
 import asyncio
 import errno
 import json
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datatrove.executor import LocalPipelineExecutor
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
 from smolpost.errors import UserError
 from smolpost.synthesis.records import Prompt, Record, Reply, Request, Sample
@@ -218,13 +221,39 @@ def test_the_second_process_on_a_part_is_refused(ask):
     assert ask(FakeTeacher(), make_prompts(4), tasks=2).done == 4  # the lock went with its process's work
 
 
-def test_datatroves_local_executor_runs_the_same_pipeline(tmp_path):
-    folder, prompts = tmp_path / "r", make_prompts(60)
-    prepare(folder, prompts, {}, chunk_size=5, tasks=2)
-    steps = pipeline(folder, three_turns, FakeTeacher(delay=0.001), concurrency=4)
-    LocalPipelineExecutor(steps, tasks=2, workers=2, logging_dir=str(tmp_path / "logs")).run()
-    assert ids(folder) == [prompt.id for prompt in prompts]
+@pytest.fixture
+def prepared(tmp_path):
+    """A run of two parts, and the pipeline that asks about its prompts."""
+    folder = tmp_path / "r"
+    prepare(folder, make_prompts(60), {}, chunk_size=5, tasks=2)
+    yield pipeline(folder, three_turns, FakeTeacher(delay=0.001), concurrency=4)
+    assert ids(folder) == [f"p{i}" for i in range(60)]
     assert all(len(record.samples[0].replies) == 3 for _, record in records(folder))
+
+
+def test_datatroves_local_executor_runs_the_same_pipeline(prepared, tmp_path):
+    LocalPipelineExecutor(prepared, tasks=2, workers=2, logging_dir=str(tmp_path / "logs")).run()
+
+
+SBATCH = """#!/bin/bash
+for last; do :; done
+if grep -q launch_pickled_pipeline "$last"; then
+    for part in 0 1; do SLURM_NODELIST=here SLURM_ARRAY_TASK_ID=$part bash "$last" >> {log} 2>&1 & done
+    wait
+fi
+echo Submitted batch job 7
+"""
+
+
+def test_datatroves_slurm_executor_runs_the_same_pipeline(prepared, tmp_path, monkeypatch):
+    for name, script in {"sbatch": SBATCH.format(log=tmp_path / "log"), "scontrol": "#!/bin/bash\necho here\n"}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    SlurmPipelineExecutor(
+        prepared, tasks=2, time="1:00:00", partition="gpu", with_srun=False, logging_dir=str(tmp_path / "logs")
+    ).run()
 
 
 def test_an_executor_with_another_number_of_tasks_is_refused(tmp_path):
