@@ -1,7 +1,9 @@
 """What the stages share that ask teachers: a resumable run for each teacher, then rows from what they replied."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +14,9 @@ from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
 from smolpost.synthesis.settings import Generation, Teacher
 
 if TYPE_CHECKING:
-    from smolpost.synthesis.records import Job, Outcome, TeacherEngine
+    from smolpost.synthesis.records import Job, Outcome, Prompt, TeacherEngine
     from smolpost.synthesis.run import RunCounts
+    from smolpost.synthesis.status import Prices
 
 # In a folder of replies: what decides them and what the teacher says of itself; how many there are.
 RUN, STATUS = "run.json", "status.json"
@@ -111,22 +114,21 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ work
 
     def make(self, work: Work) -> dict[str, Any]:
+        from smolpost.report.show_samples import counts_table
+        from smolpost.screen import console
         from smolpost.synthesis import results
-        from smolpost.synthesis.filters.shared import without_near_duplicates
         from smolpost.synthesis.tally import warnings
 
-        job, filters = self.job(work), f"stages.{work.stage.entry}.filters"
-        counts = self._ask_all(job, work, None)
-        outcomes = _outcomes(job, {role: found.folder for role, found in work.replies.items()})
-        if self.filters.near:
-            outcomes = without_near_duplicates(outcomes, self.filters.near, filters)
+        job = self.job(work)
+        counts = self._ask_all(job, job.prompts, work, None)
         report = results.write(
             work.folder,
-            outcomes,
+            self._outcomes(job, work),
             facts=self._facts(work),
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
+        console().print(counts_table(report))
         for line in warnings(report["lengths"]):
             print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
@@ -157,15 +159,42 @@ class GenerationStage(Stage, Generation):
         }
 
     def generate(self, work: Work, task: int | None) -> None:
-        self._ask_all(self.job(work), work, task)
+        job = self.job(work)
+        self._ask_all(job, job.prompts, work, task)
 
-    def _ask_all(self, job: "Job", work: Work, task: int | None) -> dict[str, "RunCounts"]:
+    def preview(self, work: Work, rows: int) -> None:
+        from smolpost.report.preview import RoleRun, show_preview
+        from smolpost.screen import console
+
+        job = self.job(work)
+        chosen = spread(job.prompts(), rows)
+        replies = {role: found._replace(folder=work.folder / role) for role, found in work.replies.items()}
+        work = replace(work, replies=replies)
+        counts = self._ask_all(job, lambda: iter(chosen), work, None)
+        runs = {
+            role: RoleRun(counts[role].seconds, _concurrency(teacher), _prices(teacher))
+            for role, teacher in self.teachers().items()
+        }
+        number = sum(1 for _ in job.prompts())
+        show_preview(list(self._outcomes(job, work)), console(), num_prompts=number, runs=runs)
+
+    def _outcomes(self, job: "Job", work: Work) -> Iterator["Outcome"]:
+        from smolpost.synthesis.filters.shared import without_near_duplicates
+
+        outcomes = _outcomes(job, {role: found.folder for role, found in work.replies.items()})
+        if not self.filters.near:
+            return outcomes
+        return without_near_duplicates(outcomes, self.filters.near, f"stages.{work.stage.entry}.filters")
+
+    def _ask_all(
+        self, job: "Job", prompts: Callable[[], Iterator["Prompt"]], work: Work, task: int | None
+    ) -> dict[str, "RunCounts"]:
         """Ask one teacher after the other, so that two checkpoints need the memory of one."""
         self._check_start(work.stage.entry)
         for role, found in work.replies.items():
             _note_older(found.folder, f"{work.stage.name}-{role}")
-        number = sum(1 for _ in job.prompts())
-        return {role: self._ask_and_show(role, job, work, task, number) for role in self.ROLES}
+        number = sum(1 for _ in prompts())
+        return {role: self._ask_and_show(role, job, prompts(), work, task, number) for role in self.ROLES}
 
     def _check_start(self, entry: str) -> None:
         """
@@ -183,14 +212,16 @@ class GenerationStage(Stage, Generation):
                     f"address of its API, such as {key}=http://localhost:8000/v1"
                 )
 
-    def _ask_and_show(self, role: str, job: "Job", work: Work, task: int | None, number: int) -> "RunCounts":
+    def _ask_and_show(
+        self, role: str, job: "Job", prompts: Iterator["Prompt"], work: Work, task: int | None, number: int
+    ) -> "RunCounts":
         """The run of one role, with what it does in the terminal and in status.json.
 
         Args:
             number: Of prompts.
         """
         from smolpost.synthesis.run import generate
-        from smolpost.synthesis.status import Prices, RunStatus
+        from smolpost.synthesis.status import RunStatus
 
         teacher, (folder, parts) = self.teachers()[role], work.replies[role]
         print(f"{role}: {named(teacher)}; replies: {folder}", flush=True)
@@ -199,17 +230,17 @@ class GenerationStage(Stage, Generation):
             f"{work.stage.name}: {role}",
             folder / STATUS if task is None else folder / f"status-{task}.json",
             number,
-            prices=Prices(teacher.input_price, teacher.output_price),
+            prices=_prices(teacher),
             load=None if teacher.stage else lambda: (engine.under_way, engine.width),
         ) as watch:
             return generate(
                 folder,
-                job.prompts(),
+                prompts,
                 partial(job.converse, role),
                 engine,
                 self,
                 fingerprint=parts,
-                concurrency=teacher.batch_size if teacher.stage else teacher.concurrency,
+                concurrency=_concurrency(teacher),
                 task=task,
                 watch=watch,
             )
@@ -225,6 +256,27 @@ class GenerationStage(Stage, Generation):
         from smolpost.synthesis.local import LocalTeacher
 
         return LocalTeacher(partial(load_for_inference, work.inputs[teacher.stage]), teacher, self.today, key=key)
+
+
+def spread(prompts: Iterable["Prompt"], number: int) -> list["Prompt"]:
+    """The first prompts of each source, as many of each as far as it has as many, in their order."""
+    firsts: dict[str, list[tuple[int, Prompt]]] = {}
+    for place, prompt in enumerate(prompts):
+        of_source = firsts.setdefault(prompt.source, [])
+        if len(of_source) < number:
+            of_source.append((place, prompt))
+    in_turn = (found for row in zip_longest(*firsts.values()) for found in row if found)
+    return [prompt for _, prompt in sorted(islice(in_turn, number), key=lambda found: found[0])]
+
+
+def _concurrency(teacher: Teacher) -> int:
+    return teacher.batch_size if teacher.stage else teacher.concurrency
+
+
+def _prices(teacher: Teacher) -> "Prices":
+    from smolpost.synthesis.status import Prices
+
+    return Prices(teacher.input_price, teacher.output_price)
 
 
 def named(teacher: Teacher) -> str:
