@@ -269,6 +269,10 @@ def test_an_interrupted_run_gives_the_rows_of_one_that_was_not(models, tokenizer
     monkeypatch.setattr(local, "generate_each", lambda *a, **k: again.append(len(a[1])) or generate(*a, **k))
     assert interrupted.made("stages.made.chunk_size=5")[0] == rows
     assert 22 < sum(again) < 44  # of both sides
+    for engine in interrupted.engines.values():
+        engine.load = None  # where all replies are there, no checkpoint is loaded
+    other = interrupted.made("stages.made.chunk_size=5", "stages.made.suffix=_other")[0]
+    assert [row["chosen"] for row in other] == [row["chosen"] for row in rows]
 
 
 def test_sources_that_have_pairs_of_the_mode_are_left_out(tmp_path, monkeypatch):
