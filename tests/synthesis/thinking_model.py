@@ -121,7 +121,10 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def _conversation(draw: random.Random, *, wrong: float) -> tuple[list[dict], bool]:
-    """Messages of one or two exchanges, the last a reply, and whether the template asks to think."""
+    """Messages of one or two exchanges, the last a reply, and whether the template asks to think.
+
+    The question of the probe is among them: its answer is any number, and it has to be thought about where it is asked.
+    """
     messages = [{"role": "system", "content": draw.choice(SYSTEM)}] if draw.random() < 0.2 else []
     think = draw.random() < 0.6
     exchanges = draw.choice((1, 1, 2))
