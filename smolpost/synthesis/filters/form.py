@@ -1,6 +1,9 @@
 """The form of a reply: how it ended, where it thinks, how long it is."""
 
+from typing import Any
+
 from smolpost.chat.reasoning import CLOSE, OPEN, split_reasoning
+from smolpost.data.tools import check_arguments
 from smolpost.errors import UserError
 from smolpost.synthesis.records import Reply, Verdict
 
@@ -27,6 +30,26 @@ def finished(reply: Reply) -> Verdict:
 def not_empty(reply: Reply) -> Verdict:
     """The reply has an answer or calls a tool; "empty" otherwise."""
     return PASSED if (reply.content or "").strip() or reply.tool_calls else Verdict(False, "empty")
+
+
+def readable_calls(reply: Reply, tools: list[dict[str, Any]] | None) -> Verdict:
+    """Training can read each call of the reply: "malformed_call", or "unknown_function" for one that is not listed.
+
+    Args:
+        tools: JSON schemas of functions that the teacher was given, or None.
+    """
+    listed = {(tool.get("function") or tool).get("name") for tool in tools or ()}
+    for call in reply.tool_calls or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return Verdict(False, "malformed_call")
+        try:
+            check_arguments(function, "", tools)
+        except UserError:
+            return Verdict(False, "malformed_call")
+        if listed and function["name"] not in listed:
+            return Verdict(False, "unknown_function")
+    return PASSED
 
 
 def think_format(reply: Reply, asked_to_think: bool | None) -> Verdict:
