@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from smolpost.chat.reasoning import CLOSE, OPEN, split_reasoning
+from smolpost.chat.reasoning import split_reasoning
 from smolpost.data.tools import check_arguments
 from smolpost.errors import UserError
 from smolpost.synthesis.records import Reply, Verdict
+from smolpost.synthesis.replies import canonical
 
 #: finish_reason of OpenAI's chat API -> name of the fault. The others are `stop` and `tool_calls`.
 FINISH_FAULTS = {"length": "cut", "content_filter": "content_filter"}
@@ -69,8 +70,8 @@ def think_format(reply: Reply, asked_to_think: bool | None) -> Verdict:
         return Verdict(False, "no_thinking")
     if asked_to_think is False and thinks:
         return Verdict(False, "unasked_thinking")
-    turn = f"{OPEN}\n{reasoning}\n{CLOSE}\n{content}" if thinks else content
-    return PASSED if split_reasoning(turn) == (reasoning if thinks else None, content) else Verdict(False, "think_tags")
+    read = split_reasoning(canonical(reply) or "")
+    return PASSED if read == (reasoning if thinks else None, content) else Verdict(False, "think_tags")
 
 
 def length(reply: Reply, min_tokens: int | None, max_tokens: int | None) -> Verdict:
