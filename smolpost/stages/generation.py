@@ -1,6 +1,8 @@
 """What the stages share that ask teachers: a resumable run for each teacher, then rows from what they replied."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from smolpost.errors import UserError, Wrong
 from smolpost.files import read_json
 from smolpost.schema import Recipe
+from smolpost.screen import console
 from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
 from smolpost.synthesis.settings import Generation, Teacher
 
 if TYPE_CHECKING:
-    from smolpost.synthesis.records import Job, Outcome, TeacherEngine
+    from smolpost.synthesis.records import Job, Outcome, Prompt, TeacherEngine
     from smolpost.synthesis.run import RunCounts
+    from smolpost.synthesis.status import Prices
 
 # In a folder of replies: what decides them and what the teacher says of itself; how many there are.
 RUN, STATUS = "run.json", "status.json"
@@ -43,6 +47,10 @@ class GenerationStage(Stage, Generation):
 
     def teachers(self) -> dict[str, Teacher]:
         return {role: getattr(self, role) for role in self.ROLES}
+
+    def modes(self, role: str) -> set[bool | None]:
+        """Values of `Request.thinking` that the role's server is tried with before the run; None: as each row says."""
+        return {self.teachers()[role].thinking}
 
     # ------------------------------------------------------------ inputs and key
 
@@ -111,22 +119,20 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ work
 
     def make(self, work: Work) -> dict[str, Any]:
+        from smolpost.report.show_samples import counts_table
         from smolpost.synthesis import results
-        from smolpost.synthesis.filters.shared import without_near_duplicates
         from smolpost.synthesis.tally import warnings
 
-        job, filters = self.job(work), f"stages.{work.stage.entry}.filters"
+        job = self.job(work)
         counts = self._ask_all(job, work, None)
-        outcomes = _outcomes(job, {role: found.folder for role, found in work.replies.items()})
-        if self.filters.near:
-            outcomes = without_near_duplicates(outcomes, self.filters.near, filters)
         report = results.write(
             work.folder,
-            outcomes,
+            self._outcomes(job, {role: found.folder for role, found in work.replies.items()}, work.stage.entry),
             facts=self._facts(work),
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
+        console().print(counts_table(report))
         for line in warnings(report["lengths"]):
             print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
@@ -159,6 +165,46 @@ class GenerationStage(Stage, Generation):
     def generate(self, work: Work, task: int | None) -> None:
         self._ask_all(self.job(work), work, task)
 
+    def preview(self, work: Work, rows: int) -> None:
+        from smolpost.report.preview import RoleRun, show_preview
+        from smolpost.synthesis.run import generate
+
+        self._check_start(work.stage.entry)
+        job, whole = self.job(work), replace(self, tasks=1, retry_failed=False)
+        prompts, number = _first_of_each_source(job.prompts(), rows)
+        folders = {role: work.folder / role for role in self.ROLES}
+        runs = {}
+        for role, folder in folders.items():
+            teacher, seconds = self.teachers()[role], [0.0]
+            print(f"{role}: {named(teacher)}", flush=True)
+            generate(
+                folder,
+                prompts,
+                partial(job.converse, role),
+                self.engine(role, work),
+                whole,
+                fingerprint={},
+                concurrency=_concurrency(teacher),
+                watch=lambda event, seconds=seconds: seconds.append(event.counts.seconds),
+            )
+            runs[role] = RoleRun(seconds[-1], _concurrency(teacher), _prices(teacher))
+        outcomes = list(self._outcomes(job, folders, work.stage.entry))
+        show_preview(outcomes, console(), num_prompts=number, runs=runs)
+
+    def _outcomes(self, job: "Job", folders: Mapping[str, Path], entry: str) -> Iterator["Outcome"]:
+        """What becomes of every prompt, in their order.
+
+        Args:
+            folders: Role -> of its run.
+            entry: Name of the stage in the recipe.
+        """
+        from smolpost.synthesis.filters.shared import without_near_duplicates
+
+        outcomes = _joined(job, folders)
+        if not self.filters.near:
+            return outcomes
+        return without_near_duplicates(outcomes, self.filters.near, f"stages.{entry}.filters")
+
     def _ask_all(self, job: "Job", work: Work, task: int | None) -> dict[str, "RunCounts"]:
         """Ask one teacher after the other, so that two checkpoints need the memory of one."""
         self._check_start(work.stage.entry)
@@ -190,7 +236,7 @@ class GenerationStage(Stage, Generation):
             number: Of prompts.
         """
         from smolpost.synthesis.run import generate
-        from smolpost.synthesis.status import Prices, RunStatus
+        from smolpost.synthesis.status import RunStatus
 
         teacher, (folder, parts) = self.teachers()[role], work.replies[role]
         print(f"{role}: {named(teacher)}; replies: {folder}", flush=True)
@@ -199,20 +245,22 @@ class GenerationStage(Stage, Generation):
             f"{work.stage.name}: {role}",
             folder / STATUS if task is None else folder / f"status-{task}.json",
             number,
-            prices=Prices(teacher.input_price, teacher.output_price),
+            prices=_prices(teacher),
             load=None if teacher.stage else lambda: (engine.under_way, engine.width),
         ) as watch:
-            return generate(
+            counts = generate(
                 folder,
                 job.prompts(),
                 partial(job.converse, role),
                 engine,
                 self,
                 fingerprint=parts,
-                concurrency=teacher.batch_size if teacher.stage else teacher.concurrency,
+                concurrency=_concurrency(teacher),
                 task=task,
                 watch=watch,
             )
+            watch.conclude(counts)
+        return counts
 
     def engine(self, role: str, work: Work) -> "TeacherEngine":
         """The teacher, ready to be asked."""
@@ -220,7 +268,7 @@ class GenerationStage(Stage, Generation):
         if not teacher.stage:
             from smolpost.synthesis.client import ChatEngine
 
-            return ChatEngine(teacher, key=key)
+            return ChatEngine(teacher, key=key, modes=self.modes(role))
         from smolpost.model.loading import load_for_inference
         from smolpost.synthesis.local import LocalTeacher
 
@@ -234,15 +282,25 @@ def named(teacher: Teacher) -> str:
     return f"{teacher.model} at {teacher.url or '(no url yet)'}"
 
 
+def _concurrency(teacher: Teacher) -> int:
+    """Requests that the teacher gets at once, at most."""
+    return teacher.batch_size if teacher.stage else teacher.concurrency
+
+
+def _prices(teacher: Teacher) -> "Prices":
+    from smolpost.synthesis.status import Prices
+
+    return Prices(teacher.input_price, teacher.output_price)
+
+
 def _found(folder: Path) -> str:
     """How many replies lie in a folder, in words."""
-    status = read_json(folder / STATUS)
-    if not folder.is_dir():
-        return f"no replies yet, they will lie in {folder}"
-    if not status:
-        return f"replies: {folder}"
-    failed = f", {status['failed']:,} failed" if status["failed"] else ""
-    return f"{status['done']:,} of {status['prompts']:,} prompts answered{failed}; replies: {folder}"
+    from smolpost.synthesis.run_folder import RunFolder
+
+    if not (folder / RUN).is_file():
+        return f"no replies yet; they will lie in {folder}"
+    run = RunFolder(folder)
+    return f"{run.num_finished():,} of {run.num_prompts:,} prompts are finished; replies: {folder}"
 
 
 def _note_older(folder: Path, name: str) -> None:
@@ -252,8 +310,8 @@ def _note_older(folder: Path, name: str) -> None:
         print(f"teacher, prompts or settings changed, so all prompts are asked again; kept: {', '.join(older)}")
 
 
-def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
-    """What becomes of every prompt, in their order; the records of all roles are read side by side."""
+def _joined(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
+    """The outcomes of all prompts; the records of all roles are read side by side."""
     from smolpost.synthesis.jobs.prompts import numbered
     from smolpost.synthesis.records import Outcome
     from smolpost.synthesis.run import records
@@ -267,3 +325,15 @@ def _outcomes(job: "Job", folders: Mapping[str, Path]) -> Iterator["Outcome"]:
                 yield Outcome(part, None, error=errors[0], records=of_role)
         else:
             yield from job.outcomes(prompt, of_role)
+
+
+def _first_of_each_source(prompts: Iterable["Prompt"], number: int) -> tuple[list["Prompt"], int]:
+    """The first prompts, spread evenly over their sources, and how many there are in all."""
+    firsts: dict[str, list[Prompt]] = {}
+    total = 0
+    for prompt in prompts:
+        total += 1
+        if len(of_source := firsts.setdefault(prompt.source, [])) < number:
+            of_source.append(prompt)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*firsts.values()))
+    return list(itertools.islice(filter(None, in_turn), number)), total

@@ -94,9 +94,7 @@ def _lengths(lengths: Mapping[str, Any]) -> str:
             f"{pairs['chosen']:,.0f} and {pairs['rejected']:,.0f} tokens, at 4 bytes a token).\n"
         )
     if answers := lengths["answers"]:
-        text += (
-            f"\n{answers['right']:.1%} of {answers['labelled']:,} answers are labelled as right; the others stay.\n"
-        )
+        text += f"\n{answers['right']:.1%} of {answers['labelled']:,} answers are labelled as right; the others stay.\n"
     return text
 
 

@@ -123,6 +123,13 @@ class RunFolder:
         chunks = (RunCounts(**index["counts"]) for index in indexes)
         return functools.reduce(RunCounts.with_chunk, chunks, RunCounts(self.num_prompts))
 
+    def num_finished(self) -> int:
+        """Prompts with a record, those of unfinished chunks among them."""
+        files = (self.file(chunk, ".jsonl") for chunk in self.unfinished())
+        lines = sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+        counts = self.counts()
+        return counts.done + counts.failed + lines
+
     def records(self) -> Iterator[tuple[Prompt, Record]]:
         """Of the finished chunks, in the order of the prompts.
 

@@ -24,7 +24,7 @@ from smolpost.progress import duration
 from smolpost.screen import Blocks
 
 if TYPE_CHECKING:  # it imports datatrove
-    from smolpost.synthesis.run import Event
+    from smolpost.synthesis.run import Event, RunCounts
 
 TICK = 1.0  # seconds between two looks at the counts
 SAVE = 5.0  # seconds between two states of the file
@@ -66,7 +66,8 @@ class RunStatus:
 
     def __init__(self, what: str, file: Path, total: int, *, prices: Prices = NO_PRICES, load: Load | None = None):
         self.what, self.file, self.total, self.prices, self.load = what, file, total, prices, load
-        self._event: Event | None = None
+        self._counts: RunCounts | None = None
+        self._found = 0  # prompts that were finished before
         self._replies = self._cut = self._tokens = self._prompts = 0  # of this process
         self._state, self._error = "running", None
         self._ended = threading.Event()
@@ -79,7 +80,11 @@ class RunStatus:
                 self._cut += reply.finish_reason == "length"
                 self._tokens += reply.completion_tokens or 0
         self._prompts += 1
-        self._event = event
+        self._counts, self._found = event.counts, event.found.done + event.found.failed
+
+    def conclude(self, counts: "RunCounts") -> None:
+        """Take the counts of the whole run at its end, as it may have had nothing to ask."""
+        self._counts = counts
 
     def __enter__(self) -> "RunStatus":
         self._began = self._saved = self._told = time.monotonic()
@@ -109,7 +114,7 @@ class RunStatus:
     def snapshot(self) -> dict[str, Any]:
         """What the file holds. Times are in seconds, speeds those of the last minute, tokens those of all replies."""
         now = time.monotonic()
-        counts = self._event.counts if self._event else None
+        counts = self._counts
         done, failed = (counts.done, counts.failed) if counts else (0, 0)
         tokens = (counts.prompt_tokens, counts.completion_tokens) if counts else (0, 0)
         began, replies, generated = self._past[0]
@@ -122,7 +127,7 @@ class RunStatus:
             "prompts": self.total,
             "done": done,
             "failed": failed,
-            "found": self._event.found.done + self._event.found.failed if self._event else 0,
+            "found": self._found,
             "in_flight": under_way,
             "limit": limit,
             "prompt_tokens": tokens[0],

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from smolpost import recipe
+from smolpost import cli, recipe
 from smolpost.errors import UserError
+from smolpost.pipeline import steps
 from smolpost.synthesis.records import Reply, RequestFailed
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
@@ -90,6 +91,87 @@ def test_a_failed_prompt_is_counted_and_a_cut_reply_is_filtered(tmp_path, monkey
     rows, report = made.made("stages.made.max_failed=0.2")
     assert [row["source"] for row in rows] == ["doubles_traces", "sums_traces", "doubles_traces"]
     assert report["failed"] == 1 and sum(report["filtered"].values()) == 1
+
+
+def test_failed_prompts_alone_are_asked_again_and_the_status_says_what_there_is(tmp_path, monkeypatch):
+    def reply(request):
+        return RequestFailed("the server said 400", ("400",)) if is_down else thinking_reply(request)
+
+    def status(*words):
+        return json.loads((made.located(*words)[1].replies["teacher"].folder / "status.json").read_text())
+
+    is_down = True
+    made = Generated(tmp_path, monkeypatch, "reasoning_traces", sums(3), TEACHER, teacher=reply)
+    with pytest.raises(
+        UserError, match=r"3 of 3 prompts have failed.*stages.made.retry_failed=true asks exactly these"
+    ):
+        made.make()
+    assert (status()["done"], status()["failed"]) == (0, 3)
+    is_down = False
+    made.make("stages.made.retry_failed=true")
+    assert len(made.asked()) == 6 and (status()["done"], status()["failed"]) == (3, 0)
+    made.make("stages.made.filters.max_tokens=99")
+    assert len(made.asked()) == 6 and (status()["done"], status()["failed"]) == (3, 0)
+    stage = made.located()[1]
+    assert "3 of 3 prompts are finished" in stage.config.reply_notes(stage.replies)[0]
+
+
+def test_a_preview_is_spread_over_the_sources_and_keeps_nothing(traces, capsys):
+    lineage, stage = traces.located()
+    steps.preview(lineage, stage, 3)
+    shown = capsys.readouterr().out
+    asked = [request.messages[-1]["content"] for request in traces.asked()]
+    assert asked == ["0+0?", "1+1?", "2+2?"]  # two of the source with three rows, one of the other
+    assert "preview of 3 of 5 prompts: 3 accepted; nothing is kept" in shown and "You said 1+1?" in shown
+    assert not stage.folder.exists() and not stage.replies["teacher"].folder.exists()
+    steps.preview(lineage, stage, 99)
+    assert len(traces.asked()) == 3 + 5
+
+
+def test_parts_of_the_prompts_are_asked_apart_and_then_made(traces):
+    words = ["stages.made.tasks=2", "stages.made.chunk_size=2"]
+    lineage, stage = traces.located(*words)
+    steps.generate(lineage, stage, 0)
+    first = len(traces.asked())
+    assert 0 < first < 5 and not stage.folder.exists()
+    steps.generate(lineage, stage, 1)
+    assert len(traces.asked()) == 5
+    assert len(traces.made(*words)[0]) == 5 and len(traces.asked()) == 5
+    with pytest.raises(UserError, match="task=2 is not one of the 2 tasks"):
+        steps.generate(lineage, stage, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["preview=0"], "smolpost: preview=0 is not a number of prompts; give one from 1, such as preview=10"),
+        (["preview=ten"], "smolpost: preview=ten is not a number of prompts; give one from 1, such as preview=10"),
+        (["task=0"], "smolpost: task=0 goes with `smolpost generate`, without preview; leave it out"),
+        (["task=-1"], "smolpost: task=-1 is not the number of a task; give one from 0, such as task=0"),
+    ],
+)
+def test_a_wrong_word_is_one_line(traces, capsys, words, line):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["make", *traces.words, "stage=made", *words])
+    assert end.value.code == 2 and capsys.readouterr().err.strip() == line
+
+
+@pytest.mark.parametrize("verb", ["make", "generate"])
+def test_a_preview_on_the_command_line(traces, verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, *traces.words, "stage=made", "preview=2"])
+    assert end.value.code == 0 and "preview of 2 of 5 prompts" in capsys.readouterr().out
+
+
+def test_stages_without_a_teacher_have_neither_preview_nor_parts(tmp_path, capsys):
+    words = ["pipeline=tiny", f"run_dir={tmp_path}", "stage=tasks"]
+    for verb, more, message in [
+        ("make", ["preview=2"], "of kind tasks asks no teacher, so it has no preview"),
+        ("generate", [], "of kind tasks asks no teacher; `smolpost make` makes it"),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            cli.main([verb, *words, *more])
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

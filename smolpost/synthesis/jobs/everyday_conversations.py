@@ -1,4 +1,4 @@
-"""Everyday conversations: a teacher writes both sides, the user's in the role of a persona with something on its mind."""
+"""Everyday conversations: a teacher writes both sides, the user's side in the role of a persona."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -62,7 +62,7 @@ class EverydayConversations:
         self.asker = Asker("teacher", settings.teacher, settings.seed)
 
     def prompts(self) -> Iterator[Prompt]:
-        """A larger number keeps the earlier ones as they are. No persona meets a topic twice before all have met."""
+        """A larger number keeps the earlier ones as they are. A persona meets a topic again when all have met."""
         shares = {code: share for code, share in self.settings.languages.items() if share}
         meetings = [(persona, topic) for persona in self.personas for topic in self.topics]
         random.Random(derive_seed(self.settings.seed, "meetings")).shuffle(meetings)
