@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from smolpost.errors import UserError, Wrong
 from smolpost.files import read_json
 from smolpost.schema import Recipe
-from smolpost.screen import console
+from smolpost.screen import command_line, console
 from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
 from smolpost.synthesis.settings import Generation, Teacher
 
@@ -115,6 +115,7 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ work
 
     def make(self, work: Work) -> dict[str, Any]:
+        from smolpost.report.generated import counts_table, length_lines
         from smolpost.synthesis import results
         from smolpost.synthesis.tally import warnings
 
@@ -127,7 +128,13 @@ class GenerationStage(Stage, Generation):
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
-        for line in warnings(report["lengths"]):
+        look = command_line(["smolpost", "inspect", work.place])
+        console().print(counts_table(report))
+        for line in (
+            *length_lines(report["lengths"]),
+            *warnings(report["lengths"]),
+            f"{work.place}: {report['accepted']:,} rows; `{look}` shows samples, and --html FILE writes a page",
+        ):
             print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
         return {**report, **job.report(), "runs": runs}

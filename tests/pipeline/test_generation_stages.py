@@ -116,6 +116,15 @@ def test_failed_prompts_alone_are_asked_again_and_the_status_says_what_there_is(
     assert "3 of 3 prompts are finished" in stage.config.reply_notes(stage.replies)[0]
 
 
+def test_rows_without_a_reply_are_prompts_and_others_are_refused_by_their_place(tmp_path, monkeypatch):
+    rows = [{"prompt": "1+1?"}, {"messages": [{"role": "user", "content": "2+2?"}]}]
+    made = Generated(tmp_path, monkeypatch, "reasoning_traces", rows, TEACHER, teacher=thinking_reply)
+    assert [row["messages"][0]["content"] for row in made.made()[0]] == ["1+1?", "2+2?"]
+    made.rows.write_text(json.dumps({"prompt": "1+1?"}) + "\n" + json.dumps({"question": "2+2?"}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has the columns question"):
+        made.make()
+
+
 def test_a_preview_is_spread_over_the_sources_and_keeps_nothing(traces, capsys):
     lineage, stage = traces.located()
     steps.preview(lineage, stage, 3)
@@ -197,3 +206,17 @@ def test_a_server_without_an_address_plans_and_is_refused_when_it_is_asked(trace
     ):
         traces.make("stages.made.teacher.url=null")
     assert not traces.asked()
+
+
+def test_what_became_of_the_prompts_is_said_by_source_and_reason(tmp_path, monkeypatch, capsys):
+    def reply(request):
+        is_cut = request.messages[-1]["content"] == "2+2?"
+        return Reply("", "hm", "length", closed=False, completion_tokens=9) if is_cut else thinking_reply(request)
+
+    made = Generated(tmp_path, monkeypatch, "reasoning_traces", sums(5), TEACHER, teacher=reply)
+    folder = made.make()
+    shown = capsys.readouterr().out.splitlines()
+    [doubles] = [line.split() for line in shown if line.startswith("doubles")]
+    assert doubles == ["doubles", "3", "2", "66.7%", "1", "0"]
+    assert "teacher: mean tokens accepted 5 (4 replies), dropped 9 (1 replies); 20.0% cut" in shown
+    assert shown[-1].startswith(f"{folder}: 4 rows; `smolpost inspect {folder}` shows samples")

@@ -74,3 +74,13 @@ def test_samples_are_separate_requests_with_seeds_of_their_own():
 
     outcomes_of(job(), teacher=reply)
     assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_an_earlier_reply_is_not_the_answer_to_the_last_question():
+    asked = RejectionSamples(
+        SimpleNamespace(teacher=Teacher(model="big"), num_samples=1, keep="first_right", suffix="", seed=0,
+                        filters=Filters(answer="keep")),
+        [("mine", {"messages": [*row("2+2?", "4")["messages"], {"role": "user", "content": "3+3?"}]})],
+    )  # fmt: skip
+    [outcome] = outcomes_of(asked, teacher=lambda request: Reply("4", None, "stop"))
+    assert outcome.verdicts["answer"].reason == "no_reference"

@@ -58,7 +58,10 @@ class ReasoningTraces:
     async def _every_turn(self, prompt: Prompt, thinking: bool | None, ask: Ask) -> Sample:
         """Each assistant turn after the first user turn is asked for in order, up to a reply without an answer."""
         messages, replies = [], []
-        for turn in conversation_of(prompt.row):
+        turns = conversation_of(prompt.row)
+        if turns[-1]["role"] == "user":
+            turns = [*turns, {"role": "assistant"}]
+        for turn in turns:
             if turn["role"] != "assistant" or asks_nothing(messages):
                 messages.append(turn)
                 continue
@@ -67,8 +70,6 @@ class ReasoningTraces:
             replies.append(reply)
             if not has_answer(reply):
                 break
-        while messages[-1]["role"] != "assistant":  # turns that nobody has answered in the row either
-            messages.pop()
         return Sample(messages, replies)
 
     def _cannot_ask(self, prompt: Prompt) -> str:
