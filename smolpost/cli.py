@@ -15,6 +15,8 @@ from smolpost import __version__, disks, screen, signals, third_party
 from smolpost.errors import UserError
 from smolpost.importing.command import add_arguments as add_import_arguments
 from smolpost.merging.command import add_arguments as add_merge_arguments
+from smolpost.synthesis.serve import OWN_SERVERS, notes, program, serve_command
+from smolpost.synthesis.settings import Teacher
 
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
@@ -32,10 +34,11 @@ VERBS = {
     "merge": "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file",
     "import": "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
     "export": "convert a checkpoint for another runtime and compare the scores of both",
+    "serve": "print the command that serves a teacher, for vLLM, SGLang, transformers or llama.cpp; --run runs it",
     "push": "copy a stage's synthetic rows, their card and provenance to the Hub or another file system",
     "adopt": "check a checkpoint folder from elsewhere and write its manifest",
 }
-WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "push", "adopt"}  # that compose a recipe
+WITH_WORDS = set(VERBS) - {"compare", "merge", "import", "export", "serve", "push", "adopt"}  # that compose a recipe
 EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
 or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
 its full key, e.g. stages.sft.learning_rate=1e-4."""
@@ -110,6 +113,14 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--max-recall-drop", type=float, default=0.02, help="allowed at any length; default 0.02")
             sub.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="its sources, for gguf; or LLAMA_CPP")
             continue
+        if verb == "serve":
+            sub.add_argument("teacher", metavar="TEACHER", help="a file of recipes/teacher, or a checkpoint folder")
+            sub.add_argument("--server", choices=OWN_SERVERS, help="instead of the one that the teacher's recipe names")
+            sub.add_argument("--run", action="store_true", help="run the command here, in the foreground")
+            sub.add_argument(
+                "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's recipes"
+            )
+            continue
         if verb == "push":
             sub.add_argument("folder", type=Path)
             sub.add_argument("target", metavar="OWNER/NAME or URL", help="dataset of the Hub, or s3://..., file:///...")
@@ -176,6 +187,8 @@ def _do(options: argparse.Namespace) -> int:
         return _compare(options, console)
     if options.verb == "export":
         return _export(options, console)
+    if options.verb == "serve":
+        return _serve(options)
     if options.verb == "push":
         return _push(options, console)
     if options.verb in ("import", "merge"):
@@ -332,6 +345,22 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         max_recall_drop=options.max_recall_drop,
         llama_cpp=options.llama_cpp,
     )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from smolpost import recipe
+
+    is_folder = (Path(options.teacher) / "config.json").is_file()
+    teacher = Teacher(model=options.teacher) if is_folder else recipe.teacher(options.teacher, options.recipes)
+    chosen = teacher.server
+    teacher.server = options.server or chosen
+    words = serve_command(teacher)
+    for line in notes(teacher, chosen):
+        print(f"smolpost: {line}", file=sys.stderr)
+    print(screen.command_line(words), flush=True)
+    if options.run:
+        os.execv(program(teacher.server, words[0]), words)
+    return 0
 
 
 def _push(options: argparse.Namespace, console: Console) -> int:

@@ -102,7 +102,7 @@ def test_accelerate_values_become_launcher_flags():
         (
             ["pipeline=smollm4"],
             "pipeline=smollm4 does not exist; did you mean smollm3? choose one of: gsm8k, smollm3, smollm3_ablated, "
-            "smollm3_from_release, tiny, tiny_distill",
+            "smollm3_data, smollm3_from_release, teachers, tiny, tiny_distill",
         ),
         (["model=huge"], "model=huge does not exist; choose one of: small, smollm3_3b, tiny"),
         (["accelerate=x"], "accelerate=x does not exist; choose one of: ddp, fsdp2, single, zero2, zero3"),
@@ -165,7 +165,7 @@ def test_accelerate_values_become_launcher_flags():
         ),
         (
             ["stages.sft.kind=ppo"],
-            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, init, released, sft",
+            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, gsm8k, init, released, sft",
         ),
         (["stages.sft.max_seq_len"], "cannot read the argument 'stages.sft.max_seq_len'; write key=value"),
         (
@@ -389,8 +389,8 @@ def test_no_number_is_nan_or_infinite(monkeypatch):
         ("hydra.searchpath=[x]", "Hydra's own settings have no part in a recipe; --recipes FOLDER names a folder of"),
         (
             "pipeline=../../x",
-            "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, smollm3_ablated, smollm3_from_release, "
-            "tiny, tiny_distill",
+            "pipeline=../../x does not exist; choose one of: gsm8k, smollm3, smollm3_ablated, smollm3_data, "
+            "smollm3_from_release, teachers, tiny, tiny_distill",
         ),
         ("'stages.sft.today=${nothing}'", "stages.sft.today=${nothing}: nothing is not a key of the recipe; name a"),
     ],

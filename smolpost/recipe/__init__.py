@@ -9,5 +9,6 @@ import smolpost.training.rewards  # noqa: F401
 from smolpost.recipe.places import room
 from smolpost.recipe.request import Request, as_yaml, load
 from smolpost.recipe.secrets import masked
+from smolpost.recipe.teacher import teacher
 
-__all__ = ["Request", "as_yaml", "load", "masked", "room"]
+__all__ = ["Request", "as_yaml", "load", "masked", "room", "teacher"]

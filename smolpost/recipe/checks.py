@@ -25,7 +25,7 @@ def check(recipe: schema.Recipe, written: Written) -> None:
         Wrong: With the full key, the value, and what would do.
     """
     _check_names(recipe)
-    _check_values(recipe, "")
+    check_values(recipe, "")
     processes = recipe.accelerate.get("num_processes", 1)
     if type(processes) is not int or processes < 1:
         raise Wrong("accelerate.num_processes", f"={processes!r} is not a whole number above 0; write 1 or more")
@@ -58,7 +58,7 @@ def _check_names(recipe: schema.Recipe) -> None:
             )
 
 
-def _check_values(node: object, prefix: str) -> None:
+def check_values(node: object, prefix: str) -> None:
     """Check the choices, intervals and lists that fields state; every number must be finite."""
     for f in dataclasses.fields(node):
         key, value = f"{prefix}{f.name}", getattr(node, f.name)
@@ -74,7 +74,7 @@ def _check_values(node: object, prefix: str) -> None:
 
 def _check_items(key: str, value: object, interval: str | None) -> None:
     if dataclasses.is_dataclass(value):
-        _check_values(value, f"{key}.")
+        check_values(value, f"{key}.")
     elif isinstance(value, dict):
         for name, item in value.items():
             _check_items(f"{key}.{name}", item, interval)
@@ -104,7 +104,7 @@ def _check_interval(key: str, value: float, interval: str) -> None:
 def _check_stage(key: str, stage: Stage, recipe: schema.Recipe, written: Written) -> None:
     for name, settings, kind, of in stage.nested_settings():
         written.check_settings(f"{key}.{name}", settings, kind, of)
-        _check_values(kind(**settings), f"{key}.{name}.")
+        check_values(kind(**settings), f"{key}.{name}.")
     stage.check(key, recipe, written.place)
     for name, parent in stage.parents():
         if parent == CHECKPOINT and not recipe.model.checkpoint:

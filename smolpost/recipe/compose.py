@@ -1,6 +1,8 @@
 """Hydra's part: it takes files and words and gives one untyped config. Each error is one line that says where it is."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line, shown
 
 ROOT = "recipe_root"  # what every recipe starts from: a pipeline chooses everything else
+EMPTY = "nothing"  # to which a file is added that is wanted alone
 PACKAGE = "# @package _global_"  # the first line of a pipeline file: its keys stand at the recipe's root
 
 
@@ -54,11 +57,8 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
     _store_schema()
     if places.pipeline is not None:
         words = [*words, f"pipeline='../{_quoted(places.pipeline.stem)}'"]
-    folders = [str(folder.resolve()) for folder in places.folders]
-    search = ",".join(f"'file://{_quoted(folder)}'" for folder in folders[1:])
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(folders[0], version_base="1.3"):
-        defaults = _defaults([f"hydra.searchpath=[{search}]", *words], places)
+    with _searching(places) as search:
+        defaults = _defaults([search, *words], places)
         choices = defaults.overrides.known_choices
         unmeasured = [word.value() for word in parsed if word.key_or_group == "evaluation"][-1:] == ["none"]
         kept = [word.package for word in parsed if word.package]  # +schema@evaluation.tasks.NAME adds one all the same
@@ -67,7 +67,7 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
         written = _written(defaults.defaults, parsed, places, unmeasured)
         added = _added(parsed)
         others = [word for word in words if word not in {a.input_line for a in added}]
-        config = _merged([f"hydra.searchpath=[{search}]", *others], added, places, kept if unmeasured else None)
+        config = _merged([search, *others], added, places, kept if unmeasured else None)
     if OmegaConf.is_missing(config, "pipeline"):
         config.pipeline = Path(choices["pipeline"]).name
     accelerate = places.file(f"accelerate/{choices.get('accelerate')}")
@@ -76,6 +76,36 @@ def compose_recipe(words: list[str], places: Places) -> Composed:
         raise UserError(f"{shown(file)}: chooses no accelerate config; add `- /accelerate: single` to its defaults")
     replaced = places.shadowed([default.config_path for default in defaults.defaults])
     return Composed(config, written, accelerate, replaced)
+
+
+def compose_file(group: str, name: str, places: Places) -> DictConfig:
+    """The keys of one file, merged with the files of its defaults list.
+
+    Raises:
+        UserError: There is no such file, or one of them cannot be read.
+    """
+    ConfigStore.instance().store(name=EMPTY, node={})
+    with _searching(places) as search:
+        try:
+            return compose(EMPTY, overrides=[search, f"+{group}='{_quoted(name)}'"])[group]
+        except MissingConfigException as error:
+            raise UserError(_missing(error, [f"{group}={name}"], places)) from None
+        except yaml.MarkedYAMLError as error:
+            raise UserError(yaml_file.syntax(error)) from None
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError, RecursionError) as error:
+            for file in places.own_files():
+                yaml_file.read(file)
+            raise UserError(_one_line(error, places)) from None
+
+
+@contextlib.contextmanager
+def _searching(places: Places) -> Iterator[str]:
+    """Hydra, ready to compose; gives the word that names the folders to search."""
+    folders = [str(folder.resolve()) for folder in places.folders]
+    search = ",".join(f"'file://{_quoted(folder)}'" for folder in folders[1:])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(folders[0], version_base="1.3"):
+        yield f"hydra.searchpath=[{search}]"
 
 
 def _store_schema() -> None:

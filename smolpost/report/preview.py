@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from smolpost.data.report import short
-from smolpost.progress import duration
+from smolpost.progress import duration, plural
 from smolpost.report.samples import shown
 from smolpost.report.show_samples import print_line, show
 from smolpost.screen import Blocks
@@ -44,28 +44,37 @@ def show_preview(
     for outcome in outcomes:
         show(shown(outcome), console)
     console.print()
-    asked = len({outcome.prompt.id for outcome in outcomes})
+    # A prompt may become several outcomes.
+    asked = len({record.id for outcome in outcomes for record in outcome.records.values()})
     counts = Counter(outcome.reason or status_of(outcome) for outcome in outcomes)
     stated = ", ".join(f"{number:,} {name}" for name, number in counts.most_common())
-    share = counts[ACCEPTED] / len(outcomes)
-    rows = share * num_prompts * len(outcomes) / asked
-    spread = 2 * math.sqrt(share * (1 - share) / len(outcomes)) * num_prompts * len(outcomes) / asked
+    low, likely, high = (
+        share * num_prompts * len(outcomes) / asked for share in _share(counts[ACCEPTED], len(outcomes))
+    )
     print_line(console, f"preview of {asked:,} of {num_prompts:,} prompts: {stated}; nothing is kept")
     table = [_estimate(role, outcomes, asked, num_prompts, run) for role, run in runs.items()]
     heads = ["all prompts", "tokens in", "tokens out", "time", "cost"]
     console.print(Blocks(heads, table))
+    print_line(console, f"rows: about {likely:,.0f}, by this sample {low:,.0f} to {high:,.0f}")
     print_line(
         console,
-        f"rows: about {rows:,.0f} ± {spread:,.0f}. ± is two standard errors of {asked:,} prompts, so more of them "
-        "(preview=N) tell more. Time: the shorter one if the teacher answers as fast with all requests under way, the "
-        "longer one at the preview's speed. Cost: by the teacher's input_price and output_price.",
+        f"± is two standard errors of {asked:,} {plural('prompt', asked)}; preview=N asks more. Time: the first if the "
+        "teacher answers as fast with all requests under way, the second at the preview's speed.",
     )
+
+
+def _share(accepted: int, number: int) -> tuple[float, float, float]:
+    """(low, found, high) share: Wilson's interval at two standard errors. It is not 0 wide where all are accepted."""
+    share, z2 = accepted / number, 4.0
+    middle = (share + z2 / (2 * number)) / (1 + z2 / number)
+    half = math.sqrt(z2 * (share * (1 - share) / number + z2 / (4 * number**2))) / (1 + z2 / number)
+    return max(0.0, middle - half), share, min(1.0, middle + half)
 
 
 def _estimate(role: str, outcomes: Sequence[Outcome], asked: int, num_prompts: int, run: RoleRun) -> list[str]:
     """Cells of one teacher."""
-    records = {outcome.prompt.id: outcome.records.get(role) for outcome in outcomes}
-    replies = [[r for s in record.samples for r in s.replies] if record else [] for record in records.values()]
+    records = {record.id: record for outcome in outcomes for record in [outcome.records[role]]}
+    replies = [[reply for sample in record.samples for reply in sample.replies] for record in records.values()]
     tokens_in = [sum(reply.prompt_tokens or 0 for reply in of_one) for of_one in replies]
     tokens_out = [sum(reply.completion_tokens or 0 for reply in of_one) for of_one in replies]
     cost = run.prices.cost(num_prompts * statistics.fmean(tokens_in), num_prompts * statistics.fmean(tokens_out))
@@ -73,7 +82,7 @@ def _estimate(role: str, outcomes: Sequence[Outcome], asked: int, num_prompts: i
     shortest = longest * min(asked, run.concurrency) / run.concurrency
     return [
         role, _times(tokens_in, num_prompts), _times(tokens_out, num_prompts),
-        duration(longest) if shortest == longest else f"{duration(shortest)} to {duration(longest)}",
+        " to ".join(dict.fromkeys([duration(shortest), duration(longest)])),
         "no prices set" if cost is None else f"{cost:,.2f}",
     ]  # fmt: skip
 

@@ -77,6 +77,9 @@ class EverydayConversationsStage(GenerationStage):
     def _file(self, name: str) -> Path:
         return Path(getattr(self, name) or OWN / f"{name}.txt")
 
+    def modes(self, role):
+        return {False, bool(self.teacher.thinking)}  # a user's turns are written without thinking
+
     def job(self, work: Work):
         from smolpost.synthesis.jobs.everyday_conversations import EverydayConversations
 

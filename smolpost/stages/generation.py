@@ -48,6 +48,10 @@ class GenerationStage(Stage, Generation):
     def teachers(self) -> dict[str, Teacher]:
         return {role: getattr(self, role) for role in self.ROLES}
 
+    def modes(self, role: str) -> set[bool | None]:
+        """Values of `Request.thinking` that the role's server is tried with before the run; None: as each row says."""
+        return {self.teachers()[role].thinking}
+
     # ------------------------------------------------------------ inputs and key
 
     def parents(self):
@@ -115,7 +119,7 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ work
 
     def make(self, work: Work) -> dict[str, Any]:
-        from smolpost.report.generated import counts_table, length_lines
+        from smolpost.report.show_samples import counts_table, length_lines
         from smolpost.synthesis import results
         from smolpost.synthesis.tally import warnings
 
@@ -269,7 +273,7 @@ class GenerationStage(Stage, Generation):
         if not teacher.stage:
             from smolpost.synthesis.client import ChatEngine
 
-            return ChatEngine(teacher, key=key)
+            return ChatEngine(teacher, key=key, modes=self.modes(role))
         from smolpost.model.loading import load_for_inference
         from smolpost.synthesis.local import LocalTeacher
 

@@ -27,6 +27,9 @@ class JudgeStage(GenerationStage, FromRows):
         if self.filters != Filters():
             raise Wrong(f"{key}.filters", " are not read, as a judge's replies become no rows; leave them out")
 
+    def modes(self, role):
+        return {bool(self.teacher.thinking)}
+
     def job(self, work: Work):
         from smolpost.synthesis.jobs.judge import Judge
 

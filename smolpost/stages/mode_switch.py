@@ -29,6 +29,9 @@ class ModeSwitchStage(GenerationStage, FromRows):
                 f"={str(self.teacher.thinking).lower()} fixes the mode that this stage switches; set it to null",
             )
 
+    def modes(self, role):
+        return {True, False}
+
     def job(self, work: Work):
         from smolpost.synthesis.jobs.mode_switch import ModeSwitch
 

@@ -21,7 +21,6 @@ OVERLOAD = {408, 429, 503, 504, 529}
 RETRIED = {408, 409, 425, 429}  # and 5xx
 HOPELESS = {401, 402, 403, 404, 405, 407}  # and 3xx: no request can succeed
 LONGEST = 300  # characters of what a server says that are shown
-LOOPBACK = ("localhost", "127.", "::1")
 
 
 class Fault(NamedTuple):
@@ -92,7 +91,7 @@ class Connection:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
-            proxy=proxy_for(self.url),
+            proxy=proxy_for(self.url, self.key),
         )
         return self
 
@@ -192,12 +191,24 @@ def secret(name: str, key: str) -> str:
     return value
 
 
-def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for a URL; None for this machine."""
+def proxy_for(url: str, key: str) -> str | None:
+    """The proxy that the environment names for a URL; None for this machine.
+
+    Raises:
+        UserError: It is not an HTTP proxy.
+    """
     parts = urlsplit(url)
-    if parts.hostname.startswith(LOOPBACK) or proxy_bypass(parts.hostname):
+    if parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.") or proxy_bypass(parts.hostname):
         return None
-    return getproxies().get(parts.scheme)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if proxy and not proxy.startswith(("http://", "https://")):
+        raise UserError(
+            f"{key}.url={url} goes through {parts.scheme}_proxy of the environment, which is a {proxy.split(':')[0]} "
+            f"proxy; name an HTTP proxy there, or add {parts.hostname} to no_proxy"
+        )
+    return proxy or None
 
 
 def reason_of(error: aiohttp.ClientError) -> str:

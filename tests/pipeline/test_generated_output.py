@@ -1,6 +1,7 @@
 """What a stage of synthetic data leaves behind, through the commands that read it."""
 
 import json
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,12 +10,9 @@ from smolpost.cli import main
 from smolpost.files import digest
 from smolpost.synthesis.push import push
 from smolpost.synthesis.records import RequestFailed
-from tests.synthesis import stand_ins
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
 from tests.synthesis.outcomes import turns
-
-stand_ins.install()
 
 
 @pytest.fixture
@@ -70,3 +68,25 @@ def test_status_of_the_run_stays_beside_its_replies(generated):
     [status] = generated.located()[1].replies["teacher"].folder.glob("status.json")
     found = json.loads(status.read_text())
     assert (found["state"], found["prompts"], found["done"], found["failed"]) == ("finished", 6, 5, 1)
+
+
+# ---------------------------------------------------------------- preview
+
+
+def test_preview_shows_rows_of_every_source_and_keeps_nothing(generated, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["make", *generated.words, "stage=made", "preview=3"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("══ ") == 3 and "── reply\nthink: They say 0?\nanswer: You said 0?" in text
+    assert "preview of 3 of 6 prompts: 3 accepted; nothing is kept" in text
+    assert sorted(request.messages[-1]["content"] for request in generated.asked()) == ["0?", "1?", "2?"]
+    # 10 tokens of prompt and 5 of answer for each of 6 prompts.
+    assert re.search(r"teacher +60 ± 0 +30 ± 0 .* no prices set", text)
+    stage = generated.located()[1]
+    assert not stage.folder.exists() and not stage.replies["teacher"].folder.exists()
+
+
+def test_counts_are_printed_when_a_stage_is_made(generated, capsys):
+    generated.make()
+    assert re.search(r"s0 +3 +2 +66\.7% +1\n", capsys.readouterr().out)

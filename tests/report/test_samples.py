@@ -167,7 +167,8 @@ def test_preview_extrapolates_with_its_spread():
     # Standard deviation 258.2, of the mean of four 129.1, twice that times 4,000: 1.03M. 8 s for 4 prompts: 8,000 s
     # for all of them at 4 requests at once, 2,000 s at 16. Costs 4,000 x (100 + 10 x 1,300) / 10^6.
     assert re.search(r"teacher +400k ± 0 +5\.2M ± 1\.03M +33 min to 2 h 13 min +52\.40\n", text)
-    assert "rows: about 3,000 ± 1,732." in text
+    # Wilson's interval of 3 in 4 with z = 2: (0.75 + 0.5) / 2 -+ sqrt(4 (0.046875 + 0.0625)) / 2 = 0.294 and 0.956.
+    assert "rows: about 3,000, by this sample 1,177 to 3,823\n" in text
 
 
 def test_preview_says_what_it_does_not_know():

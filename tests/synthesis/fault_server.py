@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 SCRIPT = re.compile(r"<<(.*?)>>", re.DOTALL)
 
@@ -295,6 +296,7 @@ class Connection(asyncio.Protocol):
             return
         self.buffer = rest[size:]
         method, path, _ = first.split(" ")
+        path = urlsplit(path).path  # a client that takes this for its proxy sends all of a URL
         self.task = asyncio.ensure_future(self.respond(method, path, headers.get("authorization", ""), rest[:size]))
 
     async def respond(self, method: str, path: str, authorization: str, data: bytes) -> None:

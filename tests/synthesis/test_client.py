@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import time
 
@@ -34,6 +35,7 @@ def shared(tmp_path_factory):
 def quick(monkeypatch):
     """Waits of milliseconds."""
     monkeypatch.setattr(client, "BASE", 0.01)
+    monkeypatch.setattr(client, "CAP", 0.1)
     monkeypatch.setattr(client, "KNOCK", 0.05)
     monkeypatch.setattr(identity, "POLL", 0.05)
 
@@ -100,6 +102,11 @@ def test_what_may_pass_is_tried_again(shared, quick, faults, attempts):
     assert (reply.attempts, reply.content) == (attempts, "" if faults == "blank" else f"answer to {faults}?")
 
 
+def test_a_reply_that_takes_too_long_is_asked_for_again(shared, quick):
+    reply = outcome(teacher_of(shared, request_timeout=0.5), "<<slow>> in pieces")
+    assert (reply.attempts, reply.content) == (2, "answer to in pieces")
+
+
 @pytest.mark.parametrize("reasoning", ["reasoning", "reasoning_content", "inline"])
 def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, reasoning):
     with start_fault_server(tmp_path, reasoning=reasoning) as server:
@@ -113,6 +120,16 @@ def test_tool_calls_and_filtered_replies_are_replies(shared):
     called, filtered = outcomes(teacher_of(shared), "<<tool>> call", "<<filtered>> no")
     assert called.finish_reason == "tool_calls" and called.tool_calls[0]["function"]["name"] == "look_up"
     assert filtered.finish_reason == "content_filter"
+
+
+def test_in_a_storm_of_faults_each_question_is_answered_once(shared, quick):
+    kinds = ("429", "500", "502", "503", "408", "reset", "drop", "half", "garbage", "html", "error", "no_message")
+    draw = random.Random(5)
+    texts = [f"<<{'|'.join([*draw.choices(kinds, k=draw.randrange(4)), 'ok'])}>> storm {i}" for i in range(300)]
+    found = outcomes(teacher_of(shared, concurrency=64), *texts)
+    assert [reply.content for reply in found] == [f"answer to storm {i}" for i in range(300)]
+    answered = [line["prompt"] for line in shared.requests(200) if line["action"] == "ok" and "storm" in line["prompt"]]
+    assert sorted(answered) == sorted(texts)
 
 
 @pytest.mark.parametrize("wait", ["429@1", "503@@2"])
@@ -143,8 +160,7 @@ def test_a_refused_request_fails_alone(shared):
     assert unprocessable.attempts == ("422",)
 
 
-def test_a_request_is_tried_until_its_deadline(shared, quick, monkeypatch):
-    monkeypatch.setattr(client, "CAP", 0.1)
+def test_a_request_is_tried_until_its_deadline(shared, quick):
     began = time.monotonic()
     [late] = outcomes(teacher_of(shared, deadline=1.0), "<<502|502|503*>> never")
     assert 0.8 < time.monotonic() - began < 2
@@ -265,18 +281,31 @@ def test_what_cannot_be_a_url_is_refused(url, words):
     assert checked_url("http://host:8000/v1/", KEY) == "http://host:8000/v1"
 
 
-def test_proxies_come_from_the_environment_but_not_for_this_machine(monkeypatch):
+@pytest.fixture
+def proxies(monkeypatch):
+    """Set the proxies of the environment, and no others."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    assert proxy_for("https://api.example.com/v1") is None
-    monkeypatch.setenv("https_proxy", "http://proxy.example.com:3128")
-    monkeypatch.setenv("no_proxy", "inside.example.com")
-    assert proxy_for("https://api.example.com/v1") == "http://proxy.example.com:3128"
-    assert [proxy_for(f"https://{host}/v1") for host in ("localhost:1", "127.0.0.1", "inside.example.com")] == [
-        None
-    ] * 3
-    assert proxy_for("http://api.example.com/v1") is None
+    return lambda **given: [monkeypatch.setenv(name, value) for name, value in given.items()]
+
+
+def test_proxies_come_from_the_environment_but_not_for_this_machine(proxies):
+    assert proxy_for("https://api.example.com/v1", KEY) is None
+    proxies(https_proxy="proxy.example.com:3128", http_proxy="socks5://me:hidden@host:1", no_proxy="inside.example.com")
+    assert proxy_for("https://api.example.com/v1", KEY) == "http://proxy.example.com:3128"
+    own = ("localhost:1", "127.0.0.1", "[::1]:8000", "inside.example.com")
+    assert [proxy_for(f"https://{host}/v1", KEY) for host in own] == [None] * 4
+    with pytest.raises(
+        UserError, match=r"goes through http_proxy of the environment, which is a socks5 proxy; "
+    ) as found:
+        proxy_for("http://api.example.com/v1", KEY)
+    assert "hidden" not in str(found.value)
+
+
+def test_a_teacher_is_asked_through_a_proxy(shared, proxies):
+    proxies(http_proxy=shared.url.removesuffix("/v1"))
+    assert outcome(teacher_of(shared, url="http://teacher.invalid/v1"), "far").content == "answer to far"
 
 
 def test_retry_after_in_all_its_forms():

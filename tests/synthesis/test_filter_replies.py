@@ -146,6 +146,11 @@ def test_a_loop_at_the_end_is_found_in_any_script(text, loops):
         (ENGLISH, f"$$\\text{{{GERMAN}}}$$ {ENGLISH}", ""),
         (ENGLISH, f"```\n{GERMAN}", ""),  # a fence that never closes
         ("", ENGLISH, ""),
+        (GERMAN, f"{GERMAN} {ENGLISH * 20}", "language"),  # a reply that goes on in another language
+        (ENGLISH, f"{ENGLISH * 20} {GERMAN * 3}", "language"),
+        (f"{ENGLISH * 3}\n{GERMAN * 10}", ENGLISH, ""),  # a question about a text in another language
+        (f"{ENGLISH * 3}\n{GERMAN * 10}", GERMAN, ""),
+        (f"{ENGLISH * 3}\n{GERMAN * 10}", FRENCH, "language"),
     ],
 )
 def test_the_answer_is_in_the_language_of_the_question(question, answer, fault):

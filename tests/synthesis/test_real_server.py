@@ -1,40 +1,163 @@
-"""A real server: a tiny model that thinks, behind `transformers serve` on loopback."""
+"""A real server: a tiny model that thinks, behind `transformers serve` on loopback, asked by the real client."""
 
-import json
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from tests.synthesis.thinking_model import NUMBERS, answer, question, reasoning, served
+from smolpost.errors import UserError
+from smolpost.synthesis.client import ChatEngine
+from smolpost.synthesis.probe import probe
+from smolpost.synthesis.records import Reply, Request, RequestFailed
+from smolpost.synthesis.settings import Teacher
+from tests.small import environment
+from tests.synthesis.thinking_model import NUMBERS, Server, answer, question, reasoning, served
 
 pytestmark = pytest.mark.slow  # training the models takes half a minute
 
-
-def ask(server, number: int, **settings) -> dict:
-    body = {"model": str(server.model), "messages": [{"role": "user", "content": question(number)}], **settings}
-    request = urllib.request.Request(
-        server.url + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)["choices"][0]["message"]
+QWEN3 = dict(server="transformers", temperature=0.6, top_p=0.95, top_k=20, min_p=0.0, max_new_tokens=40)
 
 
-def test_the_strong_model_is_right_and_the_weak_one_often_wrong(thinking_models):
-    right = []
-    for model in thinking_models:
-        with served(model) as server:
-            replies = [ask(server, number, max_tokens=40)["content"] for number in NUMBERS[:40]]
-        right.append(sum(reply == answer(n) for reply, n in zip(replies, NUMBERS, strict=False)))
-    assert right[0] >= 36 and right[1] <= 30, right
-
-
-def test_it_thinks_as_it_is_asked_and_comes_back_on_its_port(thinking_models):
+@pytest.fixture(scope="module")
+def strong(thinking_models):
     with served(thinking_models[0]) as server:
-        assert ask(server, 47, max_tokens=40)["reasoning_content"] == reasoning(47)
-        silent = ask(server, 47, max_tokens=40, chat_template_kwargs={"enable_thinking": False})
-        assert "reasoning_content" not in silent and silent["content"] == answer(47)
-        server.kill()
-        with pytest.raises(OSError):
-            ask(server, 47)
-        server.start()
-        assert ask(server, 47, max_tokens=40)["content"] == answer(47)
+        yield server
+
+
+def engine(at: Server, **settings) -> ChatEngine:
+    teacher = Teacher(model=str(at.model), url=at.url, **(QWEN3 | settings))
+    return ChatEngine(teacher, key="stages.t.teacher")
+
+
+def ask(at: Server, numbers: Sequence[int], thinking: bool | None, **settings) -> list[Reply]:
+    async def all_replies() -> list[Reply]:
+        async with engine(at, **settings) as teacher:
+            asked = [Request([{"role": "user", "content": question(n)}], thinking, seed=n) for n in numbers]
+            return await asyncio.gather(*map(teacher.ask, asked))
+
+    return asyncio.run(all_replies())
+
+
+def identity(server: Server, **settings) -> dict:
+    async def who() -> dict:
+        async with engine(server, **settings) as teacher:
+            return await teacher.identity()
+
+    return asyncio.run(who())
+
+
+def num_right(replies: list[Reply], numbers: Sequence[int]) -> int:
+    return sum(reply.content == answer(n) for reply, n in zip(replies, numbers, strict=True))
+
+
+def test_the_strong_teacher_is_right_and_the_weak_one_often_wrong(strong, thinking_models):
+    numbers = NUMBERS[:40]
+    assert num_right(ask(strong, numbers, False), numbers) >= 36
+    with served(thinking_models[1]) as weak:
+        assert num_right(ask(weak, numbers, True), numbers) <= 30
+
+
+@pytest.mark.parametrize("thinking_by", ["server", "words"])
+def test_it_thinks_as_it_is_asked(strong, thinking_by):
+    [silent] = ask(strong, [47], False, thinking_by=thinking_by)
+    assert (silent.content, silent.reasoning, silent.finish_reason) == (answer(47), None, "stop")
+    assert silent.prompt_tokens > 10 and silent.completion_tokens > 5 and silent.attempts == 1
+    if thinking_by == "server":
+        [thought] = ask(strong, [47], True)
+        assert (thought.content, thought.reasoning, thought.closed) == (answer(47), reasoning(47), True)
+        [cut] = ask(strong, [47], True, max_new_tokens=6)
+        assert cut.content == "" and not cut.closed and reasoning(47).startswith(cut.reasoning)
+        assert (cut.finish_reason, cut.completion_tokens) == ("length", 6)
+
+
+def test_sampling_reaches_the_model(strong):
+    """At top_k 1 the highest temperature is greedy, which this model never is where top_k stays at its own 20."""
+    numbers = NUMBERS[:20]
+    assert num_right(ask(strong, numbers, False, temperature=50.0, top_p=1.0, top_k=1), numbers) == 20
+    assert num_right(ask(strong, numbers, False, temperature=50.0, top_p=1.0, top_k=None), numbers) < 5
+
+
+def test_the_probe_knows_a_model_that_thinks_and_one_that_cannot(strong, thinking_models, tmp_path):
+    found = identity(strong, thinking=True)
+    assert (found["model"], found["server"], found["modes"]) == (str(strong.model), "transformers", ["think"])
+    assert identity(strong, thinking=False)["modes"] == ["no_think"]
+    mute = shutil.copytree(thinking_models[0], tmp_path / "mute")
+    template = mute / "chat_template.jinja"
+    switch = "if enable_thinking is defined and enable_thinking is false"
+    assert switch in template.read_text()
+    template.write_text(template.read_text().replace(switch, "if true"))
+    with served(mute) as server, pytest.raises(UserError) as caught:
+        identity(server, thinking=True)
+    line = str(caught.value)
+    assert "was asked to think and replied " in line and "its chat template may not read enable_thinking" in line
+
+
+def test_a_setting_that_the_server_does_not_know_fails_in_one_line(strong):
+    """As `vllm` the settings go out under vLLM's names, which transformers serve answers with 422."""
+    with pytest.raises(RequestFailed, match=r"422: .*Unexpected fields in the request: .*top_k"):
+        ask(strong, [47], None, server="vllm", min_p=None)
+    with pytest.raises(UserError, match=r"refuses a plain question: 422.*set stages.t.teacher.server to what answers"):
+        asyncio.run(_probe_as_vllm(strong))
+
+
+async def _probe_as_vllm(server: Server) -> None:
+    async with engine(server, server="vllm") as teacher:
+        await probe(teacher.ask, teacher.teacher, [None], key="stages.t.teacher")
+
+
+def test_a_server_that_is_killed_and_restarted_loses_no_reply(thinking_models, capsys):
+    with served(thinking_models[0]) as server:
+
+        async def all_replies() -> list[Reply]:
+            async with engine(server, concurrency=4) as teacher:
+                asked = [Request([{"role": "user", "content": question(n)}], True, seed=n) for n in NUMBERS]
+                replies = [asyncio.create_task(teacher.ask(request)) for request in asked]
+                while sum(reply.done() for reply in replies) < 10:
+                    await asyncio.sleep(0.01)
+                server.kill()
+                assert not all(reply.done() for reply in replies)
+                await asyncio.to_thread(server.start)
+                return await asyncio.gather(*replies)
+
+        replies = asyncio.run(all_replies())
+    assert num_right(replies, NUMBERS) >= 0.9 * len(NUMBERS)
+    assert any(reply.attempts > 1 for reply in replies)
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be reached") == printed.count("is back after") == 1
+
+
+def test_smolpost_serve_runs_the_server(thinking_models, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "mine.yaml").write_text(
+        f"model: {thinking_models[0]}\nserver: transformers\nurl: http://127.0.0.1:{port}/v1\nserve: {{device: cpu}}\n"
+    )
+    command = [sys.executable, "-m", "smolpost.cli", "serve", "mine", "--recipes", str(tmp_path), "--run"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=Path.cwd())
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(port):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        assert process.wait(timeout=30) is not None
+    assert not _answers(port)  # the program is the server itself: nothing is left behind
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False

@@ -1,13 +1,21 @@
 # ruff: noqa: E501 - whole lines are compared
 """Teachers as recipe files: what they hold, how a pipeline and a command line choose them, and what a mistake says."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from smolpost import recipe
 from smolpost.errors import UserError
 from smolpost.recipe import room
+from smolpost.stages.everyday_conversations import EverydayConversationsStage
+from smolpost.stages.judge import JudgeStage
+from smolpost.stages.mode_switch import ModeSwitchStage
+from smolpost.stages.pairs import PairsStage
+from smolpost.stages.reasoning_traces import ReasoningTracesStage
+from smolpost.stages.rejection_samples import RejectionSamplesStage
 from smolpost.synthesis.settings import Teacher
 
 NAMES = sorted(file.stem for file in (room("recipes") / "teacher").glob("*.yaml"))
@@ -119,3 +127,22 @@ def test_a_file_with_a_wrong_key_names_it(here):
     assert line.startswith(
         "mine/teacher/own.yaml: stages.traces.teacher.topk is not a key of the recipe; did you mean stages.traces.teacher.top_k?"
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "role", "modes"),
+    [
+        (ReasoningTracesStage(), "teacher", {True}),
+        (RejectionSamplesStage(), "teacher", {None}),
+        (PairsStage(chosen=Teacher(thinking=False), rejected=Teacher(thinking=False)), "rejected", {False}),
+        (ModeSwitchStage(), "teacher", {True, False}),
+        (JudgeStage(), "teacher", {False}),
+        (EverydayConversationsStage(), "teacher", {False}),
+        (EverydayConversationsStage(teacher=Teacher(thinking=True)), "teacher", {True, False}),
+    ],
+)
+def test_a_server_is_tried_in_the_modes_that_its_stage_asks_for(stage, role, modes):
+    for name in stage.ROLES:
+        setattr(stage, name, replace(getattr(stage, name), url="http://localhost:1/v1"))
+    engine = stage.engine(role, SimpleNamespace(stage=SimpleNamespace(entry="made")))
+    assert set(engine.modes) == modes and engine.key == f"stages.made.{role}"

@@ -21,6 +21,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from smolpost.synthesis.probe import QUESTION
 from tests.small import environment
 
 # Qwen3's own in short: turns before the last user turn lose their think block, and /no_think in a user turn is left to
@@ -120,7 +121,10 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def _conversation(draw: random.Random, *, wrong: float) -> tuple[list[dict], bool]:
-    """Messages of one or two exchanges, the last a reply, and whether the template asks to think."""
+    """Messages of one or two exchanges, the last a reply, and whether the template asks to think.
+
+    The question of the probe is among them: its answer is any number, and it has to be thought about where it is asked.
+    """
     messages = [{"role": "system", "content": draw.choice(SYSTEM)}] if draw.random() < 0.2 else []
     think = draw.random() < 0.6
     exchanges = draw.choice((1, 1, 2))
@@ -128,7 +132,7 @@ def _conversation(draw: random.Random, *, wrong: float) -> tuple[list[dict], boo
         number = draw.choice(NUMBERS)
         replied = draw.choice(NUMBERS) if draw.random() < wrong else number
         flagged = think and draw.random() < 0.2
-        asked = draw.choice(ASKED).format(number) + (" /no_think" if flagged else "")
+        asked = draw.choice((*ASKED, QUESTION)).format(number) + (" /no_think" if flagged else "")
         block = f"<think>\n{reasoning(replied)}\n</think>\n\n" if not flagged else "<think>\n\n</think>\n\n"
         reply = (block if think and exchange == exchanges - 1 else "") + answer(replied)
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
