@@ -137,6 +137,7 @@ class GenerationStage(Stage, Generation):
         for line in (
             *length_lines(report["lengths"]),
             *warnings(report["lengths"]),
+            *job.lines(),
             f"{work.place}: {report['accepted']:,} rows; `{look}` shows samples, and --html FILE writes a page",
         ):
             print(line, flush=True)
@@ -168,7 +169,9 @@ class GenerationStage(Stage, Generation):
         }
 
     def generate(self, work: Work, task: int | None) -> None:
-        self._ask_all(self.job(work), work, task)
+        for role, found in self._ask_all(self.job(work), work, task).items():
+            print(f"{role}: {found.done + found.failed:,} of {found.prompts:,} prompts are finished", flush=True)
+        print(f"`smolpost make` with the same words makes {work.stage.name} when all are", flush=True)
 
     def preview(self, work: Work, rows: int) -> None:
         from smolpost.report.preview import RoleRun, show_preview

@@ -57,6 +57,7 @@ REMEDIES = {
     "identical": "take a weaker rejected teacher, or raise its temperature",
     "too_similar": "take a weaker rejected teacher, or raise max_similarity",
     "chosen_wrong": "take a stronger chosen teacher, or set keep to different",
+    "rejected_empty": "take another rejected teacher, or raise its max_new_tokens",
     "rejected_right": "take a weaker rejected teacher, or set keep to chosen_right",
     "margin": "take a weaker rejected teacher, or lower min_margin",
     "none_right": "take a stronger teacher, raise num_samples, or set filters.answer to label",

@@ -99,3 +99,4 @@ def test_the_complement_leaves_out_sources_that_have_rows_of_the_mode():
     asked = job([row("4?", source="maths"), row("5?", source="code"), row("6?", source="maths")], {"maths"})
     assert [outcome.row["source"] for outcome in outcomes_of(asked, teacher=thinking_reply)] == ["code_traces"]
     assert asked.report() == {"sources_left_out": {"maths": 2}}
+    assert asked.lines() == ["sources left out, as they have rows of this mode: maths (2 prompts)"]

@@ -44,6 +44,7 @@ def test_one_of_the_right_replies_stays(keep, text):
             "hard": {"prompts": 1, "pass@1": 0.0, "pass@4": 0.0},
         },
     }
+    assert asked.lines() == ["sums: pass@1 75.0%, pass@4 100.0%", "hard: pass@1 0.0%, pass@4 0.0%"]
 
 
 def test_a_random_one_is_right_and_the_same_each_time():

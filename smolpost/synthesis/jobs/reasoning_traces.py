@@ -13,7 +13,7 @@ from smolpost.synthesis.jobs.prompts import (
     mode_of,
     question_of,
 )
-from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Sample
+from smolpost.synthesis.records import Ask, Job, Outcome, Prompt, Record, Sample
 from smolpost.synthesis.settings import Filters, Teacher
 
 
@@ -27,16 +27,12 @@ class Settings(Protocol):
     seed: int
 
 
-class ReasoningTraces:
-    """A `smolpost.synthesis.records.Job`.
-
+class ReasoningTraces(Job):
+    """
     Args:
         rows: (name of the source, row) of the prompts mixture.
         complete: Sources that are left out, as they have rows of the asked mode already.
     """
-
-    roles = ("teacher",)
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]], complete: Collection[str] = ()):
         self.settings, self.left = settings, Complement(rows, complete)
@@ -96,3 +92,6 @@ class ReasoningTraces:
 
     def report(self) -> dict[str, Any]:
         return self.left.report()
+
+    def lines(self) -> list[str]:
+        return self.left.lines()
