@@ -57,8 +57,16 @@ REMEDIES = {
     "identical": "take a weaker rejected teacher, or raise its temperature",
     "too_similar": "take a weaker rejected teacher, or raise max_similarity",
     "chosen_wrong": "take a stronger chosen teacher, or set keep to different",
+    "rejected_empty": "take another rejected teacher, or raise its max_new_tokens",
     "rejected_right": "take a weaker rejected teacher, or set keep to chosen_right",
     "margin": "take a weaker rejected teacher, or lower min_margin",
+    "none_right": "take a stronger teacher, raise num_samples, or set filters.answer to label",
+    "no_user_turn": "give prompts in which a user speaks",
+    "template_tools": "give their functions as `tools`, or let a checkpoint of the run answer (teacher.stage)",
+    "tool_turns": "set turns to last, or give prompts without tool results",
+    "one_turn": "give conversations with several user turns, or more rows of each source to chain",
+    "low_score": "lower min_score",
+    "unreadable_verdict": "take a stronger judge, or raise its max_new_tokens",
     "not_text": "take another teacher: its replies are not valid Unicode",
 }
 
