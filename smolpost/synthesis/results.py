@@ -59,6 +59,17 @@ REMEDIES = {
     "chosen_wrong": "take a stronger chosen teacher, or set keep to different",
     "rejected_right": "take a weaker rejected teacher, or set keep to chosen_right",
     "margin": "take a weaker rejected teacher, or lower min_margin",
+    "unanswered": "raise the teacher's max_new_tokens, or take another teacher",
+    "refused": "take another teacher, or other prompts: the server refuses to answer",
+    "empty": "take another teacher: its answers are empty",
+    "think_tags": "take another teacher: its answers hold tags of think blocks",
+    "none_right": "take a stronger teacher, or raise num_samples",
+    "unreadable_verdict": "take a judge that ends in the form it is asked for, or raise its max_new_tokens",
+    "low_score": "lower min_score, or give better rows",
+    "no_user_turn": "give prompts with a user turn before the last reply",
+    "one_turn": "give more rows of each source, or rows with several user turns",
+    "tool_turns": "give prompts without tool results, or set turns to last where the stage has it",
+    "template_tools": "take a checkpoint as the teacher, or give the tools as `tools`",
     "not_text": "take another teacher: its replies are not valid Unicode",
 }
 
