@@ -46,7 +46,8 @@ class Filters:
     answer: str = choice("off", "label", "keep")  # math-verify against the row's answer; label: noted, nothing removed
     language: bool = False  # the answer is in the language of the question
     min_confidence: float = number("(0, 1]", 0.5)  # of the detected language, below which a reply stays
-    max_repetition: float | None = number("(0, 1]", None)  # share of a reply's word 8-grams that occurred before in it
+    # Share of a reply's word 8-grams that occurred before in it; a loop at its end does not stay either.
+    max_repetition: float | None = number("(0, 1]", None)
     min_tokens: int | None = count(None)  # of a reply, its reasoning included
     max_tokens: int | None = count(None)
     near: float = number("[0, 1]", 0.0)  # replies this similar to an earlier one (Jaccard, word 5-grams); 0: off

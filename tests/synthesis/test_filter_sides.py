@@ -89,7 +89,7 @@ def test_verdicts_of_both_sides_keep_their_order_and_name_the_side():
 def test_long_sides_are_compared_in_seconds():
     words = [str(i) for i in range(30_000)]  # 170 kB, a reply of 32,768 tokens
     changed = [word if i % 10 else "x" for i, word in enumerate(words)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert dissimilar(" ".join(words), " ".join(changed), 0.9) == Verdict(False, "too_similar", 0.9)
     assert dissimilar(" ".join(words), " ".join(reversed(words)), 0.9).passed
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -22,6 +22,7 @@ from smolpost.synthesis.records import Verdict
 
 CPU_SECONDS = 10.0  # for one pair
 MEMORY = 4 << 30  # bytes of address space
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread reserves some of the MEMORY
 MOST_PAIRS = 2000  # of one process: sympy keeps what it has seen
 
 Pair = tuple[str, str]  # reference, answer
@@ -96,7 +97,7 @@ class _Worker:
 
     def __init__(self, seconds: float):
         command = [sys.executable, "-m", "smolpost.synthesis.filters.answer_worker", str(seconds), str(MEMORY)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.left = MOST_PAIRS
         if not self.process.stdout.readline():
