@@ -93,6 +93,10 @@ class ChatEngine:
             if not tries:  # the wait for the first turn is not the server's fault
                 first, due = began, began + self.teacher.deadline
             try:
+                if self._end:
+                    raise self._end
+                if began >= due:
+                    raise self._late(tries)
                 outcome = await self._try(body, due - began)
                 if not isinstance(outcome, Fault):
                     self._limiter.answered()
@@ -120,10 +124,6 @@ class ChatEngine:
         Raises:
             UserError: No request can succeed.
         """
-        if self._end:
-            raise self._end
-        if left <= 0:
-            return Fault("no place before the deadline")
         timeout = min(self.teacher.request_timeout, left)
         content = await self._connection.send("POST", f"{self.url}/chat/completions", timeout, body)
         if not isinstance(content, Fault):
@@ -159,10 +159,13 @@ class ChatEngine:
         elif sum(one.useless for one in tries) >= USELESS:
             raise self._failed(tries, f"no reply in {len(tries)} tries, the last one: {fault}")
         elif now + wait >= due:
-            spent = duration(self.teacher.deadline)
-            raise self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {fault}")
+            raise self._late(tries)
         else:
             await _sleep(self._ended, wait)
+
+    def _late(self, tries: list[Fault]) -> Exception:
+        spent = duration(self.teacher.deadline)
+        return self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {tries[-1]}")
 
     def _failed(self, tries: list[Fault], reason: str) -> Exception:
         self._failed_in_a_row += 1

@@ -53,6 +53,7 @@ class Faults(NamedTuple):
         actions: In turn, for requests with the same last user turn.
         key: That every request must bring; "" for none.
         unauthorized_after: Chat requests that are answered before all others get 401; None: all are.
+        loading: So many first looks at /models get 503.
         capacity: Chat requests worked on at a time; more get 429. None: any number.
         models: Ids that it serves; requests for others get 404.
         max_model_len: Tokens that the models take, as /models says.
@@ -68,6 +69,7 @@ class Faults(NamedTuple):
     actions: tuple[str, ...] = ()
     key: str = ""
     unauthorized_after: int | None = None
+    loading: int = 0
     capacity: int | None = None
     models: tuple[str, ...] = ("teacher",)
     max_model_len: int = 131072
@@ -165,7 +167,7 @@ class Service:
     def __init__(self, port: int, log: str, faults: Faults):
         self.port, self.faults, self.log = port, faults, open(log, "a", encoding="utf-8")  # noqa: SIM115
         self.counts: Counter[str] = Counter()
-        self.answered = self.under_way = 0
+        self.answered = self.under_way = self.looks = 0
         self.connections: set[Connection] = set()
         self.server: asyncio.Server | None = None
         self.restart: asyncio.Task | None = None  # kept, or it would be collected
@@ -190,6 +192,9 @@ class Service:
 
     def look_up(self, path: str) -> Answer:
         """What a GET finds."""
+        self.looks += 1
+        if self.looks <= self.faults.loading:
+            return as_json(503, {"error": {"message": "Loading model"}})
         length = {"max_model_len": self.faults.max_model_len}
         models = [{"id": name, "object": "model", "root": name, **length} for name in self.faults.models]
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}

@@ -1,7 +1,6 @@
 """ChatEngine against a server that misbehaves, over real HTTP on loopback."""
 
 import asyncio
-import itertools
 import json
 import os
 import pickle
@@ -12,16 +11,13 @@ import time
 import pytest
 
 from smolpost.errors import UserError
-from smolpost.synthesis import client, connection, identity
+from smolpost.synthesis import client, connection
 from smolpost.synthesis.client import ChatEngine
 from smolpost.synthesis.connection import asked_wait, checked_url, proxy_for, whole_text
-from smolpost.synthesis.limiter import Limiter
-from smolpost.synthesis.records import Reply, Request, RequestFailed
+from smolpost.synthesis.records import Reply, RequestFailed
 from smolpost.synthesis.settings import Teacher
+from tests.synthesis.asking import KEY, VARIABLE, asked, outcome, outcomes, teacher_of
 from tests.synthesis.fault_server import start_fault_server
-
-KEY = "stages.traces.teacher"
-VARIABLE = "SMOLPOST_TEST_KEY"
 
 
 @pytest.fixture(scope="module")
@@ -37,40 +33,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(client, "BASE", 0.01)
     monkeypatch.setattr(client, "CAP", 0.1)
     monkeypatch.setattr(client, "KNOCK", 0.05)
-    monkeypatch.setattr(identity, "POLL", 0.05)
-
-
-def asked(text: str, **more) -> Request:
-    return Request([{"role": "user", "content": text}], True, 7, **more)
-
-
-def teacher_of(at, **settings) -> Teacher:
-    return Teacher(**({"model": "teacher", "url": at.url, "request_timeout": 5.0, "deadline": 20.0} | settings))
-
-
-def outcomes(teacher: Teacher, *texts: str) -> list:
-    """What asking all the texts at once gave: replies and exceptions."""
-
-    async def ask_all():
-        async with ChatEngine(teacher, key=KEY) as engine:
-            return await asyncio.gather(*(engine.ask(asked(text)) for text in texts), return_exceptions=True)
-
-    return asyncio.run(ask_all())
-
-
-def outcome(teacher: Teacher, text: str) -> Reply:
-    [found] = outcomes(teacher, text)
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-def identify(teacher: Teacher) -> dict:
-    async def say():
-        async with ChatEngine(teacher, key=KEY) as engine:
-            return await engine.identity()
-
-    return asyncio.run(say())
 
 
 # ---------------------------------------------------------------- replies
@@ -220,6 +182,15 @@ def test_a_key_that_ends_during_the_run(tmp_path):
         assert [type(one) for one in found] == [Reply] * 3 + [UserError] * 3
 
 
+def test_requests_that_wait_end_with_the_others(tmp_path):
+    with start_fault_server(tmp_path, unauthorized_after=1) as server:
+        texts = ("<<429@60>> much later", "now", "<<ok>> then")
+        began = time.monotonic()
+        found = outcomes(teacher_of(server, concurrency=1, deadline=100.0), *texts)
+    assert [type(one) for one in found] == [UserError, Reply, UserError] and str(found[0]) == str(found[2])
+    assert time.monotonic() - began < 5
+
+
 def test_the_key_is_in_no_message_record_or_picture_of_the_engine(tmp_path, monkeypatch, shared):
     monkeypatch.setenv(VARIABLE, "sk-secret-value")
     teacher = teacher_of(shared, api_key_env=VARIABLE)
@@ -365,70 +336,6 @@ def test_a_server_that_is_gone_ends_the_run_and_no_prompt(tmp_path, quick):
 # ---------------------------------------------------------------- how many at once
 
 
-def test_the_width_doubles_then_halves_once_then_grows_in_steps():
-    async def rounds():
-        limiter, widths = Limiter(256), []
-        crowd = [asyncio.ensure_future(limiter.acquire()) for _ in range(5000)]
-
-        async def one_round(tell):
-            await asyncio.sleep(0)
-            for when in [turn.result() for turn in crowd if turn.done()]:
-                tell(when)
-                limiter.release()
-            crowd[:] = [turn for turn in crowd if not turn.done()]
-            widths.append(limiter.width)
-
-        for _ in range(4):
-            await one_round(lambda when: limiter.answered())
-        await one_round(limiter.overloaded)
-        for _ in range(10):
-            await one_round(lambda when: limiter.answered())
-        return widths
-
-    widths = asyncio.run(rounds())
-    assert widths[:4] == [128, 256, 256, 256]
-    assert widths[4] == 128
-    steps = [after - before for before, after in itertools.pairwise(widths[4:])]
-    assert all(10 <= step <= 16 for step in steps[:8]) and widths[-1] == 256
-
-
-def test_a_width_that_nobody_needs_does_not_grow():
-    async def alone():
-        limiter = Limiter(256)
-        for _ in range(100):
-            await limiter.acquire()
-            limiter.answered()
-            limiter.release()
-        return limiter.width, Limiter(4).width
-
-    assert asyncio.run(alone()) == (64, 4)
-
-
-def test_a_place_is_never_lost_or_given_twice():
-    async def crowd():
-        limiter, most = Limiter(5), 0
-        limiter._width = 5.0
-
-        async def one(number):
-            nonlocal most
-            await limiter.acquire(first=number % 7 == 0)
-            most = max(most, limiter.under_way)
-            try:
-                await asyncio.sleep(0.001 * (number % 3))
-            finally:
-                limiter.release()
-
-        tasks = [asyncio.ensure_future(one(number)) for number in range(200)]
-        for number, task in enumerate(tasks):
-            if number % 3 == 0:
-                await asyncio.sleep(0)
-                task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return most, limiter.under_way
-
-    assert asyncio.run(crowd()) == (5, 0)
-
-
 def test_an_overloaded_server_gets_fewer_requests_and_all_replies_come(tmp_path, quick):
     with start_fault_server(tmp_path, capacity=10, latency=0.02) as server:
 
@@ -441,82 +348,3 @@ def test_an_overloaded_server_gets_fewer_requests_and_all_replies_come(tmp_path,
         refused = len(server.requests(429))
     assert len({reply.content for reply in found}) == 600
     assert width < 40 and refused < 400
-
-
-# ---------------------------------------------------------------- who answers
-
-
-def test_the_server_says_who_it_is(tmp_path):
-    with start_fault_server(tmp_path / "vllm") as server:
-        assert identify(teacher_of(server, revision="abc")) == {
-            "server": "vllm", "model": "teacher", "revision": "abc", "max_model_len": 131072, "version": "0.11.0",
-            "template": None, "modes": ["default"],
-        }  # fmt: skip
-
-
-def test_the_probe_tries_the_modes_that_are_needed(tmp_path):
-    async def say(modes):
-        async with ChatEngine(teacher_of(server), key=KEY, modes=modes) as engine:
-            return (await engine.identity())["modes"]
-
-    with start_fault_server(tmp_path) as server:
-        assert asyncio.run(say({True, False})) == ["no_think", "think"]
-        assert [line["thinking"] for line in server.requests()] in ([True, False], [False, True])
-        assert asyncio.run(say(())) == []
-        server.kill()
-        server.start(thinking=False)
-        with pytest.raises(
-            UserError, match=rf"^{KEY}\.model=teacher was asked to think and replied .* without reasoning"
-        ):
-            asyncio.run(say({True}))
-        server.kill()
-        server.start(thinking=True)
-        with pytest.raises(UserError, match=rf"^{KEY}\.model=teacher was asked not to think and thought "):
-            asyncio.run(say({False}))
-
-
-@pytest.mark.parametrize(
-    "kind, version, template",
-    [
-        ("sglang", "0.5.3", False),
-        ("llama_cpp", "b6700-abc", True),
-        ("transformers", None, False),
-        ("hosted", None, False),
-    ],
-)
-def test_other_servers_say_what_they_know(tmp_path, kind, version, template):
-    with start_fault_server(tmp_path, kind=kind) as server:
-        found = identify(teacher_of(server, server=kind))
-    assert (found["server"], found["version"], bool(found["template"])) == (kind, version, template)
-
-
-def test_the_only_model_is_taken_and_said(tmp_path, capsys):
-    async def ask():
-        async with ChatEngine(teacher_of(server, model=None), key=KEY) as engine:
-            await engine.identity()
-            return await engine.ask(asked("question"))
-
-    with start_fault_server(tmp_path, models=("only",)) as server:
-        assert asyncio.run(ask()).content == "answer to question"
-    assert capsys.readouterr().out == f"{KEY}.model is not set: {server.url} serves only, which is asked\n"
-
-
-def test_another_model_several_models_and_no_server_are_refused(tmp_path, quick):
-    with start_fault_server(tmp_path, models=("a", "b")) as server:
-        with pytest.raises(UserError, match=rf"^{KEY}\.model is not set, and {server.url} serves a, b; name the model"):
-            identify(teacher_of(server, model=None))
-        with pytest.raises(
-            UserError, match=rf"^{KEY}\.model=c is not served by {server.url}, which has a, b; serve it"
-        ):
-            identify(teacher_of(server, model="c"))
-        with pytest.raises(UserError, match=rf"^{KEY}\.model=c is refused by .*; set it to what is served: a, b$"):
-            identify(teacher_of(server, model="c", server="hosted"))  # which may take names that it does not list
-        with pytest.raises(UserError, match=r"max_new_tokens=131072 leaves no room for a prompt in the 131072 tokens"):
-            identify(teacher_of(server, model="a", max_new_tokens=131072))
-        bare = server.url.removesuffix("/v1")
-        with pytest.raises(UserError, match=rf"^{KEY}\.url={bare} is not the address .*; set it to {server.url}$"):
-            identify(teacher_of(server, model="a", url=bare))
-        server.kill()
-        with pytest.raises(UserError, match=r"does not answer \(Connection refused\); start the server"):
-            identify(teacher_of(server, model="a"))
-        server.start()
