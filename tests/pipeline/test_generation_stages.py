@@ -8,6 +8,7 @@ import pytest
 from smolpost import cli, recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import steps
+from smolpost.pipeline.run import status
 from smolpost.synthesis.records import Reply, RequestFailed
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
@@ -60,6 +61,12 @@ def test_filters_cost_no_tokens_and_other_sampling_keeps_the_older_replies(trace
     assert len(traces.asked()) == 10
     older = traces.located()[1].replies["teacher"].folder
     assert f"asked again; kept: {older.name}" in capsys.readouterr().out
+
+
+def test_of_a_nested_setting_the_plan_says_what_changed(traces):
+    name = traces.make().name
+    reason = status(traces.located("stages.made.teacher.temperature=0.9")[1])
+    assert reason == ("run", f"changed: teacher.temperature 0.6 -> 0.9 ({name} is kept)")
 
 
 def test_what_is_in_which_key(traces):
