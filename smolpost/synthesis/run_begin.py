@@ -118,7 +118,8 @@ def _refuse_same_ids(id_hashes: array, file: str) -> None:
                 first, source = places[prompt.id]
                 raise UserError(
                     f"prompts {first} (source {source}) and {number} (source {prompt.source}) have the same id "
-                    f"{prompt.id!r}; give each row an id of its own"
+                    f"{prompt.id!r}; give each row an id of its own, or a source's column another name with rename: "
+                    "{id: row_id}, so that ids follow from the content"
                 )
             places[prompt.id] = number, prompt.source
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from smolpost.chat.fates import Fate
+from smolpost.chat.masks import encode
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.chat.render import render
 from smolpost.data.rows import Row
@@ -76,6 +78,16 @@ def test_a_prepared_row_thinks_exactly_where_its_user_asks_for_it():
         assert [split_reasoning(reply)[0] is not None for reply in replies] == modes
         assert [("<think>" in reply) for reply in replies] == modes
         assert "Reasoning Mode: /think" in text
+        encoded = encode(
+            tokenizer,
+            outcome.row["messages"],
+            template_kwargs=outcome.row["chat_template_kwargs"],
+            today="08 July 2025",
+        )
+        trained = [i for i, fate in zip(encoded.input_ids, encoded.fates, strict=True) if fate == Fate.TRAINED]
+        said = [turn["content"] for turn in outcome.row["messages"] if turn["role"] == "assistant"]
+        assert tokenizer.decode(trained) == "".join(f"{content}<|im_end|>" for content in said)
+        assert encoded.thinks and not encoded.lost
 
 
 def test_the_teacher_is_switched_and_sees_no_words():
