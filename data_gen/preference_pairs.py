@@ -1,6 +1,6 @@
-"""Sample a stronger and a weaker checkpoint on the same prompts; write SmolTalk2 Preference rows.
+"""Ask a strong and a weak teacher the same prompts; write SmolTalk2 Preference rows.
 
-In small what the recipe did with Qwen3-32B (chosen) against Qwen3-0.6B (rejected).
+The recipe did this with Qwen3-32B (chosen) against Qwen3-0.6B (rejected); the miniature takes two of its checkpoints.
 
 python data_gen/preference_pairs.py pipeline=tiny stage=pairs
 """

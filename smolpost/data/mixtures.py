@@ -13,7 +13,7 @@ from smolpost.errors import UserError
 from smolpost.schema import Hygiene, Mixture, Source
 
 
-def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, Row]]:
+def mix(mixture: Mixture, refused: list[str] | None = None, *, replies: bool = True) -> list[tuple[str, Row]]:
     """All rows of a mixture in memory, each with its source's name: for vocabularies, prompts and held-out rows.
 
     A weight of 1 takes a source's rows in file order. Any other weight shuffles them and takes round(weight * rows);
@@ -22,6 +22,7 @@ def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, R
 
     Args:
         refused: Gets the reasons of refused rows, which are then left out; None: the first refused row is an error.
+        replies: As `validate_row`.
     Raises:
         UserError: A setting is out of range or needs tokens, a weight keeps no row, or a row is refused.
     """
@@ -37,7 +38,9 @@ def mix(mixture: Mixture, refused: list[str] | None = None) -> list[tuple[str, R
                     f"sources.{name}.{key} counts what training stages tokenize, and this mixture is read as text; "
                     "use max_rows or weight"
                 )
-    taken = {name: take(source, name, mixture.seed, refused) for name, source in mixture.sources.items()}
+    taken = {
+        name: take(source, name, mixture.seed, refused, replies=replies) for name, source in mixture.sources.items()
+    }
     rows = [(name, row) for name, found in taken.items() for row in found]
     return [rows[i] for i in order(mixture, {name: len(found) for name, found in taken.items()})]
 
@@ -50,13 +53,13 @@ def rows_alone(mixture: Mixture) -> Mixture:
     return replace(mixture, sources=sources, hygiene=Hygiene())
 
 
-def take(source: Source, name: str, seed: int, refused: list[str] | None = None) -> list[Row]:
+def take(source: Source, name: str, seed: int, refused: list[str] | None = None, *, replies: bool = True) -> list[Row]:
     """The rows of one source by its weight; the arguments are those of `mix`."""
     rows = []
     for _, row in read_rows(source, faults=True):
         try:
             own = as_row(row, source)
-            validate_row(own, row.where)
+            validate_row(own, row.where, replies=replies)
         except UserError as error:
             if refused is None:
                 raise

@@ -17,14 +17,15 @@ OTHER_CALLS = re.compile(r"(?m)^[ \t]*(<function|<\|python_tag\|>|\[TOOL_CALLS\]
 QUESTION_AND_ANSWER = (("query", "response"), ("question", "answer"), ("question", "response"), ("input", "output"))
 
 
-def validate_row(row: dict, where: str, pairs: bool = False) -> str:
-    """The row's shape: "preference", "messages" or "text". A column that holds null counts as missing.
+def validate_row(row: dict, where: str, pairs: bool = False, replies: bool = True) -> str:
+    """The row's shape: "preference", "messages", "text" or "prompt". A column that holds null counts as missing.
 
     Args:
         row: As `as_row` gives it. Preference rows hold `chosen` and `rejected`, two full conversations, and may hold
             `prompt`, a string or messages; rows with `messages` and `text` are conversations.
         where: File and row, for the message.
         pairs: What is checked of a row that has messages and a pair: the pair.
+        replies: False: conversations need no reply, and `prompt` alone is enough, as the row is only to be answered.
     Raises:
         UserError: The row has no known shape, or breaks its shape's rules.
     """
@@ -40,9 +41,13 @@ def validate_row(row: dict, where: str, pairs: bool = False) -> str:
         _check_pair(row, where)
         return "preference"
     if row.get("messages") is not None:
-        _check_messages(row["messages"], f"{where}: messages", row.get("tools"))
-        _check_reply(row["messages"], f"{where}: messages")
+        _check_messages(row["messages"], f"{where}: messages", row.get("tools"), replies)
+        if replies:
+            _check_reply(row["messages"], f"{where}: messages")
         return "messages"
+    if not replies and row.get("prompt") is not None:
+        _check_messages(turns_of_prompt(row["prompt"]), f"{where}: prompt", row.get("tools"), replies)
+        return "prompt"
     if row.get("text") is not None:
         if not isinstance(row["text"], str) or not row["text"]:
             found = "empty" if row["text"] == "" else kind_of(row["text"])
@@ -52,6 +57,11 @@ def validate_row(row: dict, where: str, pairs: bool = False) -> str:
     raise UserError(
         f"{where}: has the columns {found}; expected messages, or chosen and rejected, or text; {_hint(row)}"
     )
+
+
+def turns_of_prompt(prompt) -> list:
+    """The turns of a column that holds a text or messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _hint(row: dict) -> str:
@@ -97,7 +107,7 @@ def _check_pair(row: dict, where: str) -> None:
         _check_reply(row[key], f"{where}: {key}")
 
 
-def _check_messages(messages, where: str, tools: list | None = None) -> None:
+def _check_messages(messages, where: str, tools: list | None = None, replies: bool = True) -> None:
     if not isinstance(messages, list) or not messages:
         found = "empty" if messages == [] else kind_of(messages)
         raise UserError(f"{where} is {found}; expected a list of messages, each with role and content")
@@ -122,7 +132,7 @@ def _check_messages(messages, where: str, tools: list | None = None) -> None:
             f"{where} ends in two user turns; the last one looks like a reply that is labelled user; "
             "set the source's last_user_is_reply: true if it is a reply, or delete the row"
         )
-    if not any(message["role"] == "assistant" for message in messages):
+    if replies and not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{where} has no assistant turn; expected at least one to train on; delete the row")
 
 

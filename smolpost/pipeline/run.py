@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -52,9 +53,21 @@ def _changes(stage: Located) -> str:
     if not earlier:
         return "new"
     last, now = earlier[-1], estimate.as_stored(stage)
-    changed = [f"{k} {last['config'].get(k)} -> {v}" for k, v in now.items() if last["config"].get(k) != v]
+    changed = _differences(last["config"], now)
     changed += [f"{name} is another" for name, key in stage.parent_keys.items() if last["parents"].get(name) != key]
     return f"changed: {', '.join(changed) or 'data, or the version of a step'} ({stage.name}-{last['key']} is kept)"
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ, each with its old and its new value; of nested ones only the parts that do."""
+    found = []
+    for name in now | before:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} {old} -> {new}")
+    return found
 
 
 def run(request: Request, console: Console) -> int:

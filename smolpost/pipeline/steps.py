@@ -85,8 +85,10 @@ def work_of(lineage: Lineage, stage: Located, folder: Path) -> Work:
         recipe=lineage.recipe,
         inputs=input_folders(lineage, stage),
         data=stage.data,
-        rows=lambda name: list(mix(lineage.filled(name))),
+        rows=lambda name: mix(lineage.filled(name)),
+        prompts=lambda name: mix(lineage.filled(name), replies=False),
         folder=folder,
+        place=stage.folder,
         prepared=stage.prepared,
         root=lineage.root,
         checkpoints={

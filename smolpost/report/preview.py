@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from smolpost.report.samples import shown
 from smolpost.report.show_samples import print_line, show
 from smolpost.screen import Blocks
 from smolpost.synthesis.provenance import ACCEPTED, status_of
-from smolpost.synthesis.records import Outcome
+from smolpost.synthesis.records import Outcome, Reply
 from smolpost.synthesis.status import Prices
 
 
@@ -44,7 +44,6 @@ def show_preview(
     for outcome in outcomes:
         show(shown(outcome), console)
     console.print()
-    # A prompt may become several outcomes.
     asked = len({record.id for outcome in outcomes for record in outcome.records.values()})
     counts = Counter(outcome.reason or status_of(outcome) for outcome in outcomes)
     stated = ", ".join(f"{number:,} {name}" for name, number in counts.most_common())
@@ -73,10 +72,11 @@ def _share(accepted: int, number: int) -> tuple[float, float, float]:
 
 def _estimate(role: str, outcomes: Sequence[Outcome], asked: int, num_prompts: int, run: RoleRun) -> list[str]:
     """Cells of one teacher."""
-    records = {record.id: record for outcome in outcomes for record in [outcome.records[role]]}
-    replies = [[reply for sample in record.samples for reply in sample.replies] for record in records.values()]
-    tokens_in = [sum(reply.prompt_tokens or 0 for reply in of_one) for of_one in replies]
-    tokens_out = [sum(reply.completion_tokens or 0 for reply in of_one) for of_one in replies]
+    replies: dict[str, list[Reply]] = defaultdict(list)  # of each prompt, which may have become several outcomes
+    for record in (outcome.records[role] for outcome in outcomes):
+        replies[record.id] += [reply for sample in record.samples for reply in sample.replies]
+    tokens_in = [sum(reply.prompt_tokens or 0 for reply in of_one) for of_one in replies.values()]
+    tokens_out = [sum(reply.completion_tokens or 0 for reply in of_one) for of_one in replies.values()]
     cost = run.prices.cost(num_prompts * statistics.fmean(tokens_in), num_prompts * statistics.fmean(tokens_out))
     longest = run.seconds * num_prompts / asked
     shortest = longest * min(asked, run.concurrency) / run.concurrency

@@ -54,6 +54,31 @@ def count_lines(report: Mapping) -> list[tuple[str, Mapping]]:
     return [*lines, ("all", report)] if len(lines) > 1 else lines
 
 
+def length_lines(report: Mapping) -> list[str]:
+    """Mean lengths of what became a row and of what did not, by role; of pairs, those of both sides.
+
+    Args:
+        report: `synthesis.tally.Tally.report`.
+    """
+    lines = []
+    for role, found in report["replies"].items():
+        parts = [
+            f"{name} {found[name]['mean']:,.0f} ({found[name]['count']:,} replies)"
+            for name in ("accepted", "dropped")
+            if found[name]["count"]
+        ]
+        if parts:
+            lines.append(f"{role}: mean tokens {', '.join(parts)}; {found['cut']:.1%} cut")
+    if pairs := report["pairs"]:
+        lines.append(
+            f"pairs: chosen about {pairs['chosen']:,.0f} tokens, rejected about {pairs['rejected']:,.0f}; chosen is "
+            f"longer in {pairs['chosen_longer']:.0%}"
+        )
+    if answers := report["answers"]:
+        lines.append(f"answers: {answers['right']:.1%} of {answers['labelled']:,} are right")
+    return lines
+
+
 def show(one: Shown, console: Console) -> None:
     """Print one outcome."""
     console.print()

@@ -109,7 +109,9 @@ class Work:
         inputs: Folder of every checkpoint that it starts from, by name.
         data: The mixtures that it reads, by name, with the paths of all files filled in.
         rows: Name of any mixture -> its (source, row) pairs, in the mixture's order.
+        prompts: The same of rows that are only to be answered, so that they need no reply.
         folder: Where it writes: an empty folder, or for `Stage.RESUMABLE` kinds what an earlier try left there.
+        place: Where that folder lies when the stage is finished.
         prepared: Folder of its prepared rows, or None.
         root: The pipeline's folder, for what stages share.
         checkpoints: Folder of every checkpoint of `Stage.checkpoints`, by key.
@@ -121,7 +123,9 @@ class Work:
     inputs: dict[str, Path]
     data: dict[str, Mixture]
     rows: Callable[[str], list[tuple[str, dict]]]
+    prompts: Callable[[str], list[tuple[str, dict]]]
     folder: Path
+    place: Path
     prepared: Path | None
     root: Path
     checkpoints: dict[str, Path] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from smolpost.errors import UserError, Wrong
 from smolpost.files import read_json
 from smolpost.schema import Recipe
-from smolpost.screen import console
+from smolpost.screen import command_line, console
 from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
 from smolpost.synthesis.settings import Generation, Teacher
 
@@ -119,7 +119,7 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ work
 
     def make(self, work: Work) -> dict[str, Any]:
-        from smolpost.report.show_samples import counts_table
+        from smolpost.report.show_samples import counts_table, length_lines
         from smolpost.synthesis import results
         from smolpost.synthesis.tally import warnings
 
@@ -132,8 +132,14 @@ class GenerationStage(Stage, Generation):
             max_failed=self.max_failed,
             num_prompts=counts[self.ROLES[0]].prompts * job.rows_per_prompt,
         )
+        look = command_line(["smolpost", "inspect", work.place])
         console().print(counts_table(report))
-        for line in warnings(report["lengths"]):
+        for line in (
+            *length_lines(report["lengths"]),
+            *warnings(report["lengths"]),
+            *job.lines(),
+            f"{work.place}: {report['accepted']:,} rows; `{look}` shows samples, and --html FILE writes a page",
+        ):
             print(line, flush=True)
         runs = {role: found._asdict() for role, found in counts.items()}
         return {**report, **job.report(), "runs": runs}
@@ -163,7 +169,9 @@ class GenerationStage(Stage, Generation):
         }
 
     def generate(self, work: Work, task: int | None) -> None:
-        self._ask_all(self.job(work), work, task)
+        for role, found in self._ask_all(self.job(work), work, task).items():
+            print(f"{role}: {found.done + found.failed:,} of {found.prompts:,} prompts are finished", flush=True)
+        print(f"`smolpost make` with the same words makes {work.stage.name} when all are", flush=True)
 
     def preview(self, work: Work, rows: int) -> None:
         from smolpost.report.preview import RoleRun, show_preview

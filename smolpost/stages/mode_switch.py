@@ -35,4 +35,4 @@ class ModeSwitchStage(GenerationStage, FromRows):
     def job(self, work: Work):
         from smolpost.synthesis.jobs.mode_switch import ModeSwitch
 
-        return ModeSwitch(self, work.rows(self.prompts))
+        return ModeSwitch(self, work.prompts(self.prompts))

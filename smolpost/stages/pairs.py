@@ -53,4 +53,4 @@ class PairsStage(GenerationStage, FromRows):
         complete = ()
         if self.only_missing:
             complete = sources_of_mode(work.rows(self.only_missing), self.chosen.thinking, self.suffix)
-        return PreferencePairs(self, work.rows(self.prompts), complete)
+        return PreferencePairs(self, work.prompts(self.prompts), complete)

@@ -5,6 +5,7 @@ The recipe did this with Qwen3-32B for the domains of its SFT data that had no r
 
 from dataclasses import dataclass, field
 
+from smolpost.errors import Wrong
 from smolpost.schema import choice
 from smolpost.stages.base import Work, stage_kind
 from smolpost.stages.generation import GenerationStage
@@ -27,6 +28,14 @@ class ReasoningTracesStage(GenerationStage, FromRows):
     def mixtures(self):
         return [*super().mixtures(), *([("only_missing", self.only_missing)] if self.only_missing else [])]
 
+    def check(self, key, recipe, place):
+        super().check(key, recipe, place)
+        if self.only_missing and self.teacher.thinking is None:
+            raise Wrong(
+                f"{key}.only_missing",
+                f"={self.only_missing} needs one mode for all prompts; set {key}.teacher.thinking to true or false",
+            )
+
     def job(self, work: Work):
         from smolpost.synthesis.jobs.complement import sources_of_mode
         from smolpost.synthesis.jobs.reasoning_traces import ReasoningTraces
@@ -34,4 +43,4 @@ class ReasoningTracesStage(GenerationStage, FromRows):
         complete = ()
         if self.only_missing:
             complete = sources_of_mode(work.rows(self.only_missing), self.teacher.thinking, self.suffix)
-        return ReasoningTraces(self, work.rows(self.prompts), complete)
+        return ReasoningTraces(self, work.prompts(self.prompts), complete)

@@ -34,4 +34,4 @@ class RejectionSamplesStage(GenerationStage, FromRows):
     def job(self, work: Work):
         from smolpost.synthesis.jobs.rejection_samples import RejectionSamples
 
-        return RejectionSamples(self, work.rows(self.prompts))
+        return RejectionSamples(self, work.prompts(self.prompts))

@@ -1,5 +1,6 @@
 """The dataset card: what the rows are, how they were made, and how to load them. The Hub shows it as README.md."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,16 +33,15 @@ PROVENANCE_TEXT = """## Provenance
 """  # noqa: E501
 
 
-def card(report: Mapping[str, Any], *, with_provenance: bool = True) -> str:
+def card(report: Mapping[str, Any]) -> str:
     """The card in Markdown, with a YAML header that says which file holds what.
 
     Args:
         report: As `results.write` returns it.
-        with_provenance: The provenance lies beside the rows.
     """
     facts = report["facts"]
     parts = [
-        _header(report["accepted"], with_provenance),
+        _header(report["accepted"]),
         f"# {facts['name']}\n\n{report['accepted']:,} rows, made from {report['prompts']:,} prompts by a stage of kind "
         f"`{facts['kind']}` of smolpost. Replies are texts of language models and can be wrong.\n",
         LOADING,
@@ -50,23 +50,39 @@ def card(report: Mapping[str, Any], *, with_provenance: bool = True) -> str:
         _teachers(report),
         f"## Settings\n\n{_settings('Job', facts['job'])}\n{_settings('Filters', facts['filters'])}",
     ]
-    if with_provenance:
-        parts.append(PROVENANCE_TEXT.format(file=PROVENANCE_ROWS))
-    parts.append(
+    parts += [
+        PROVENANCE_TEXT.format(file=PROVENANCE_ROWS),
         "## Licence\n\nNone is stated here. The prompts keep the licences of their sources, and the terms of the "
         "teachers' licences apply to their replies. Whoever publishes the rows has to check both and add `license` to "
-        "the header.\n"
-    )
+        "the header.\n",
+    ]
     return "\n".join(parts)
 
 
-def _header(num_rows: int, with_provenance: bool) -> str:
-    configs = [{"config_name": "default", "data_files": ROWS}]
-    if with_provenance:
-        configs.append({"config_name": "provenance", "data_files": PROVENANCE_ROWS})
+def without_provenance(text: str) -> str:
+    """A card, also one that its owner has changed, for rows that are published without their provenance."""
+    text = re.sub(r"(?ms)^## Provenance\n.*?(?=^## |\Z)", "", text)
+    if not (found := re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)):
+        return text
+    header = yaml.safe_load(found[1])
+    header["configs"] = [entry for entry in header.get("configs", []) if entry.get("data_files") != PROVENANCE_ROWS]
+    return _yaml_header(header) + text[found.end() :]
+
+
+def _header(num_rows: int) -> str:
+    files = {"default": ROWS, "provenance": PROVENANCE_ROWS}
     size = next((name for limit, name in SIZES if num_rows < limit), "n>10M")
-    header = {"configs": configs, "tags": ["synthetic", "smolpost"], "size_categories": [size]}
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+    return _yaml_header(
+        {
+            "configs": [{"config_name": name, "data_files": file} for name, file in files.items()],
+            "tags": ["synthetic", "smolpost"],
+            "size_categories": [size],
+        }
+    )
+
+
+def _yaml_header(content: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _counts(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from smolpost.synthesis.settings import Teacher
 
 LOOK_UP = 30.0  # seconds for one page
 POLL = 2.0  # seconds between two looks at a server that is loading its model
+# transformers lists its cache, fails without one, and loads what is asked; hosted APIs do not list all their names.
+UNLISTED = ("transformers", "hosted")
 AGAIN = "run the same command again: it goes on from here"
 
 
@@ -49,7 +51,7 @@ async def identify(connection: Connection, teacher: Teacher) -> tuple[str, dict[
 
 
 async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, Any]]:
-    """What the server lists under /models; empty where a hosted one has no such page."""
+    """What the server lists under /models; empty where it needs no such page."""
     shown, due, said = f"{connection.shown}/models", time.monotonic() + teacher.deadline, False
     while isinstance(found := await connection.send("GET", f"{connection.url}/models", LOOK_UP), Fault):
         if found.status is None:
@@ -57,7 +59,7 @@ async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, An
                 f"{connection.shown} does not answer ({found}); start the server (`smolpost serve` prints how), "
                 "or mend the address"
             )
-        if teacher.server == "hosted" and found.status in (404, 405, 501):
+        if teacher.server in UNLISTED and found.status in (404, 405, 500, 501):
             return []
         if found.hopeless:
             raise UserError(await hopeless(connection, teacher.model, found))
@@ -86,8 +88,7 @@ def _chosen(models: list[dict[str, Any]], connection: Connection, teacher: Teach
         raise UserError(f"{key} is not set, and {connection.url} serves {listed(models)}; name the model to ask")
     if model := served_as(models, teacher.model):
         return model
-    # transformers lists what lies in its cache and loads what is asked; hosted APIs have names that they do not list.
-    if teacher.server in ("transformers", "hosted"):
+    if teacher.server in UNLISTED:
         return {"id": teacher.model}
     raise UserError(
         f"{key}={teacher.model} is not served by {connection.url}, which has {listed(models)}; serve it there, or set "

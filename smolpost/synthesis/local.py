@@ -36,17 +36,13 @@ class Asked(NamedTuple):
     Attributes:
         ids: Tokens of the prompt.
         most: Longest reply, in tokens.
-        opened: The prompt ends inside a think block.
-        since: When it was asked, by time.perf_counter.
-        reply: Where its reply goes.
+        reply: Where its tokens go, the stop token included.
     """
 
     ids: list[int]
     most: int
     seed: int
-    opened: bool
-    since: float
-    reply: "Future[Reply]"
+    reply: "Future[list[int]]"
 
 
 class LocalTeacher:
@@ -101,6 +97,7 @@ class LocalTeacher:
         self.tokenizer.chat_template = self.template
         self.name = Path(self.model.name_or_path).name or "the teacher"
         self.stop_tokens = stop_token_ids(self.model.generation_config)
+        self.pad_token = padding_token_id(self.tokenizer)
         self._check_thinking()
         check_weights(self.model, f"{self.key}: {self.name}")
         if line := endless_replies(self.tokenizer, self.stop_tokens, self.name):
@@ -140,10 +137,10 @@ class LocalTeacher:
             check_length(self.model, len(ids) + most, "prompt and reply")
         except UserError as error:
             raise RequestFailed(str(error)) from error
-        opened = opens_thinking(self.tokenizer, ids)
-        asked = Asked(ids, most, request.seed, opened, since, Future())
+        asked = Asked(ids, most, request.seed, Future())
         self._waiting.put(asked)
-        return await wrap_future(asked.reply)
+        tokens = await wrap_future(asked.reply)
+        return self._reply(ids, tokens)._replace(seconds=time.perf_counter() - since)
 
     def _check_thinking(self) -> None:
         if self.teacher.thinking is None:
@@ -168,12 +165,26 @@ class LocalTeacher:
             self.tokenizer, request.messages, template_kwargs=kwargs, tools=request.tools, today=self.today
         )
 
-    # ---------------------------------------------------------------- on the thread
+    def _reply(self, prompt: list[int], tokens: list[int]) -> Reply:
+        text = reply_text(self.tokenizer, tokens, self.stop_tokens)
+        opened = opens_thinking(self.tokenizer, prompt)
+        reasoning, answer = split_reasoning(text, opened_in_prompt=opened)
+        return Reply(
+            content=answer,
+            reasoning=reasoning,
+            finish_reason="stop" if tokens[-1] in self.stop_tokens else "length",
+            closed=not ends_thinking(text, opened_in_prompt=opened),
+            prompt_tokens=len(prompt),
+            completion_tokens=len(tokens),
+            raw={"role": "assistant", "content": text},
+        )
+
+    # ---------------------------------------------------------------- on the thread, without the tokenizer
 
     def _answer_all(self) -> None:
         while batch := self._next_batch():
             try:
-                replies = self._replies(batch)
+                replies = self._generate(batch)
             except Exception as error:
                 for asked in batch:
                     asked.reply.set_exception(error)
@@ -196,7 +207,7 @@ class LocalTeacher:
                 batch.append(asked)
         return batch
 
-    def _replies(self, batch: list[Asked]) -> list[Reply]:
+    def _generate(self, batch: list[Asked]) -> list[list[int]]:
         try:
             replies = generate_each(
                 self.model,
@@ -205,7 +216,7 @@ class LocalTeacher:
                 self.sampling,
                 max_new_tokens=max(asked.most for asked in batch),
                 eos_token_ids=self.stop_tokens,
-                pad_token_id=padding_token_id(self.tokenizer),
+                pad_token_id=self.pad_token,
                 check=self._go_on,
             )
         except torch.OutOfMemoryError as error:
@@ -214,31 +225,17 @@ class LocalTeacher:
             raise UserError(
                 f"{self.key}: {self.name} cannot answer, {error}; train it again with a lower learning_rate"
             ) from error
-        return [self._reply(asked, reply[: asked.most]) for asked, reply in zip(batch, replies, strict=True)]
+        return [reply[: asked.most] for asked, reply in zip(batch, replies, strict=True)]
 
     def _go_on(self) -> None:
         if self._stopped.is_set():
             raise InterruptedError("the run ended")
 
-    def _reply(self, asked: Asked, tokens: list[int]) -> Reply:
-        text = reply_text(self.tokenizer, tokens, self.stop_tokens)
-        reasoning, answer = split_reasoning(text, opened_in_prompt=asked.opened)
-        return Reply(
-            content=answer,
-            reasoning=reasoning,
-            finish_reason="stop" if tokens[-1] in self.stop_tokens else "length",
-            closed=not ends_thinking(text, opened_in_prompt=asked.opened),
-            prompt_tokens=len(asked.ids),
-            completion_tokens=len(tokens),
-            seconds=time.perf_counter() - asked.since,
-            raw={"role": "assistant", "content": text},
-        )
-
     def _too_large(self, batch: list[Asked]) -> str:
         longest, most = max(len(asked.ids) for asked in batch), max(asked.most for asked in batch)
-        half = self.teacher.batch_size // 2
-        remedy = f"set {self.key}.batch_size={half}" if half else f"lower {self.key}.max_new_tokens"
+        half = len(batch) // 2
+        remedy = f"set {self.key}.batch_size={half}" if half else f"lower {self.key}.max_new_tokens={most}"
         return (
-            f"{self.key}.batch_size={self.teacher.batch_size} needs more memory than {self.model.device} has, for "
-            f"prompts of {longest} tokens and replies of up to {most}; {remedy}"
+            f"{self.key}.batch_size={self.teacher.batch_size}: {len(batch)} prompts of up to {longest} tokens, with "
+            f"replies of up to {most}, need more memory than {self.model.device} has; {remedy}"
         )

@@ -47,7 +47,8 @@ async def _asked(ask: Ask, teacher: Teacher, thinking: bool | None, key: str) ->
     except RequestFailed as error:
         raise UserError(
             f"{key}: {PROFILES[teacher.server].title} (server={teacher.server}) refuses a plain question: "
-            f"{error.reason}; set {key}.server to what answers there, and its sampling to what that takes"
+            f"{error.reason}; set {key}.server and {key}.model to what answers there, and the sampling to what that "
+            "takes"
         ) from error
 
 

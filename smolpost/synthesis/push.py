@@ -5,6 +5,7 @@ has not ended, then the card, which names the file of the rows, and last the row
 there, and other people's files are never taken for ours.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST, hashed, read_json, replacing, verify
-from smolpost.synthesis.card import card
+from smolpost.synthesis.card import card, without_provenance
 from smolpost.synthesis.results import CARD, FAILED_ROWS, FILTERED_ROWS, REPORT
 from smolpost.synthesis.row_table import PROVENANCE_ROWS, ROWS, json_text
 
@@ -92,10 +93,13 @@ def _package(folder: Path, with_provenance: bool) -> Package:
         raise UserError(f"{folder} holds no synthetic data: {ROWS} or {REPORT} is missing; name another stage's folder")
     verify(folder)
     names = [name for name in ORDER if with_provenance or name not in RAW]
-    files: dict[str, Path | bytes] = {name: folder / name for name in names if name != CARD}
-    files = {CARD: card(report, with_provenance=with_provenance).encode()} | files
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    # As it lies there: its owner may have added a licence.
+    text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else card(report)
+    files[CARD] = content = (text if with_provenance else without_provenance(text)).encode()
     listed = hashed((file for file in files.values() if isinstance(file, Path)), folder)
-    return Package(files, {"key": key, "rows": report["accepted"], "files": {CARD: None} | listed})
+    listed[CARD] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    return Package(files, {"key": key, "rows": report["accepted"], "files": listed})
 
 
 def _is_there(package: Package, found: Target, target: str, replace: bool, ignored: tuple[str, ...] = ()) -> bool:

@@ -1,5 +1,6 @@
 """What a teacher is asked, what it replies, and what is kept of it. Plain data that goes into JSON and back."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -168,7 +169,7 @@ class Outcome(NamedTuple):
     records: Mapping[str, Record] = {}
 
 
-class Job(Protocol):
+class Job(ABC):
     """What one kind of synthetic data needs beside the engine that all of them share.
 
     Attributes:
@@ -176,15 +177,18 @@ class Job(Protocol):
         rows_per_prompt: Number of outcomes of each prompt.
     """
 
-    roles: tuple[str, ...]
-    rows_per_prompt: int
+    roles: tuple[str, ...] = ("teacher",)
+    rows_per_prompt: int = 1
 
+    @abstractmethod
     def prompts(self) -> Iterator[Prompt]:
         """In the order of the rows; ids are unique."""
 
+    @abstractmethod
     async def converse(self, role: str, prompt: Prompt, ask: Ask) -> list[Sample]:
         """Ask one teacher about one prompt. It depends on its arguments alone, so that it can be asked again."""
 
+    @abstractmethod
     def outcomes(self, prompt: Prompt, records: Mapping[str, Record]) -> list[Outcome]:
         """Filter the replies of all roles and make the row; one for each row where a prompt may become several.
 
@@ -192,4 +196,9 @@ class Job(Protocol):
         """
 
     def report(self) -> dict[str, Any]:
-        """What `outcomes` has counted so far beside the reasons, fit for JSON; {} where there is nothing."""
+        """What `outcomes` has counted so far beside the reasons, fit for JSON."""
+        return {}
+
+    def lines(self) -> list[str]:
+        """What a user should read of the report, in words."""
+        return []

@@ -1,12 +1,14 @@
 """Stages that ask teachers: what decides their replies and their rows, and what each command does."""
 
 import json
+import re
 
 import pytest
 
 from smolpost import cli, recipe
 from smolpost.errors import UserError
 from smolpost.pipeline import steps
+from smolpost.pipeline.run import status
 from smolpost.synthesis.records import Reply, RequestFailed
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
@@ -59,6 +61,12 @@ def test_filters_cost_no_tokens_and_other_sampling_keeps_the_older_replies(trace
     assert len(traces.asked()) == 10
     older = traces.located()[1].replies["teacher"].folder
     assert f"asked again; kept: {older.name}" in capsys.readouterr().out
+
+
+def test_of_a_nested_setting_the_plan_says_what_changed(traces):
+    name = traces.make().name
+    reason = status(traces.located("stages.made.teacher.temperature=0.9")[1])
+    assert reason == ("run", f"changed: teacher.temperature 0.6 -> 0.9 ({name} is kept)")
 
 
 def test_what_is_in_which_key(traces):
@@ -116,6 +124,15 @@ def test_failed_prompts_alone_are_asked_again_and_the_status_says_what_there_is(
     assert "3 of 3 prompts are finished" in stage.config.reply_notes(stage.replies)[0]
 
 
+def test_rows_without_a_reply_are_prompts_and_others_are_refused_by_their_place(tmp_path, monkeypatch):
+    rows = [{"prompt": "1+1?"}, {"messages": [{"role": "user", "content": "2+2?"}]}]
+    made = Generated(tmp_path, monkeypatch, "reasoning_traces", rows, TEACHER, teacher=thinking_reply)
+    assert [row["messages"][0]["content"] for row in made.made()[0]] == ["1+1?", "2+2?"]
+    made.rows.write_text(json.dumps({"prompt": "1+1?"}) + "\n" + json.dumps({"question": "2+2?"}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: has the columns question"):
+        made.make()
+
+
 def test_a_preview_is_spread_over_the_sources_and_keeps_nothing(traces, capsys):
     lineage, stage = traces.located()
     steps.preview(lineage, stage, 3)
@@ -128,14 +145,15 @@ def test_a_preview_is_spread_over_the_sources_and_keeps_nothing(traces, capsys):
     assert len(traces.asked()) == 3 + 5
 
 
-def test_parts_of_the_prompts_are_asked_apart_and_then_made(traces):
+def test_parts_of_the_prompts_are_asked_apart_and_then_made(traces, capsys):
     words = ["stages.made.tasks=2", "stages.made.chunk_size=2"]
     lineage, stage = traces.located(*words)
     steps.generate(lineage, stage, 0)
     first = len(traces.asked())
     assert 0 < first < 5 and not stage.folder.exists()
+    assert f"teacher: {first} of 5 prompts are finished" in capsys.readouterr().out
     steps.generate(lineage, stage, 1)
-    assert len(traces.asked()) == 5
+    assert len(traces.asked()) == 5 and "teacher: 5 of 5 prompts are finished" in capsys.readouterr().out
     assert len(traces.made(*words)[0]) == 5 and len(traces.asked()) == 5
     with pytest.raises(UserError, match="task=2 is not one of the 2 tasks"):
         steps.generate(lineage, stage, 2)
@@ -197,3 +215,103 @@ def test_a_server_without_an_address_plans_and_is_refused_when_it_is_asked(trace
     ):
         traces.make("stages.made.teacher.url=null")
     assert not traces.asked()
+
+
+def test_what_became_of_the_prompts_is_said_by_source_and_reason(tmp_path, monkeypatch, capsys):
+    def reply(request):
+        is_cut = request.messages[-1]["content"] == "2+2?"
+        return Reply("", "hm", "length", closed=False, completion_tokens=9) if is_cut else thinking_reply(request)
+
+    made = Generated(tmp_path, monkeypatch, "reasoning_traces", sums(5), TEACHER, teacher=reply)
+    folder = made.make()
+    shown = capsys.readouterr().out.splitlines()
+    [doubles] = [line.split() for line in shown if line.startswith("doubles")]
+    assert doubles == ["doubles", "3", "2", "66.7%", "1", "0"]
+    assert "teacher: mean tokens accepted 5 (4 replies), dropped 9 (1 replies); 20.0% cut" in shown
+    assert shown[-1].startswith(f"{folder}: 4 rows; `smolpost inspect {folder}` shows samples")
+
+
+SWITCH = "stages.made.teacher.thinking"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("reasoning_traces", [f"{SWITCH}=null", "stages.made.only_missing=prompts"],
+         "stages.made.only_missing=prompts needs one mode for all prompts; set stages.made.teacher.thinking to"),
+        ("rejection_samples", ["stages.made.teacher.temperature=0"],
+         "stages.made.teacher.temperature=0 gives 4 equal replies; raise it, or set stages.made.num_samples=1"),
+        ("judge", ["stages.made.filters.language=true"], "stages.made.filters are not read, as a judge"),
+        ("mode_switch", [f"{SWITCH}=true"], f"{SWITCH}=true fixes the mode that this stage switches"),
+        ("mode_switch", ["stages.made.turns=1"], "stages.made.turns=1 is below 2, its least value"),
+        ("everyday_conversations", ["stages.made.min_turns=5"], "stages.made.min_turns=5 is above max_turns=4"),
+        ("everyday_conversations", ["+stages.made.languages.nl=1"], "stages.made.languages.nl is not a language"),
+        ("everyday_conversations", ["stages.made.languages={en: -1}"], "stages.made.languages.en=-1 is below 0"),
+        ("everyday_conversations", ["stages.made.languages={en: 0, fr: 0, es: 0, de: 0, it: 0, pt: 0}"],
+         "stages.made.languages has no share above 0; give one"),
+        ("everyday_conversations", ["stages.made.filters.answer=keep"], "stages.made.filters.answer=keep needs right"),
+        ("everyday_conversations", ["stages.made.personas=lost.txt"], "stages.made.personas=lost.txt is not a file"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, monkeypatch, kind, words, message):
+    settings = f"prompts: prompts\n{TEACHER}" if kind == "judge" else TEACHER
+    made = Generated(tmp_path, monkeypatch, kind, sums(2), settings)
+    assert recipe.load(made.words).recipe.stages["made"].kind == kind
+    with pytest.raises(UserError, match=re.escape(message)):
+        recipe.load([*made.words, *words])
+
+
+def test_personas_of_ones_own_are_in_the_key(tmp_path, monkeypatch):
+    def reply(request):
+        text = request.messages[-1]["content"]
+        return Reply("What is a good soup for a cold winter evening?" if "Play a person" in text else "Onion soup.",
+                     None, "stop")  # fmt: skip
+
+    settings = (
+        "languages: {en: 1, fr: 0, es: 0, de: 0, it: 0, pt: 0}\nnum_conversations: 3\nfilters: {language: false}\n"
+    )
+    made = Generated(tmp_path, monkeypatch, "everyday_conversations", [], settings + TEACHER, teacher=reply)
+    file = tmp_path / "people.txt"
+    file.write_text("a diver\n\na diver\na smith\n")
+    words = [f"stages.made.personas={file}"]
+    rows, report = made.made(*words)
+    assert report["accepted"] == 3 and {row["source"] for row in rows} == {"everyday_en"}
+    played = {request.messages[0]["content"].split("\n")[1] for request in made.asked() if "Play" in str(request)}
+    assert played <= {"The person: a diver.", "The person: a smith."}
+    before = made.located(*words)[1]
+    file.write_text("a diver\na smith\n")
+    assert made.located(*words)[1].key == before.key  # the same people
+    file.write_text("a diver\na smith\na monk\n")
+    after = made.located(*words)[1]
+    assert after.key != before.key and after.replies["teacher"].folder != before.replies["teacher"].folder
+    file.write_text("\n")
+    with pytest.raises(UserError, match=r"people.txt: has no line; write one for each of the personas"):
+        made.located(*words)
+
+
+def test_pairs_can_be_judged_by_a_later_stage(tmp_path, monkeypatch):
+    """Jobs are stages: one reads another's rows."""
+
+    def reply(request):
+        text = request.messages[-1]["content"]
+        if text.startswith("You compare"):
+            first_is_good = text.index("good answer") < text.index("bad answer")
+            return Reply("A: 9, B: 2" if first_is_good else "A: 2, B: 9", None, "stop")
+        return Reply("good answer", None, "stop")
+
+    made = Generated(
+        tmp_path, monkeypatch, "pairs", sums(3),
+        "chosen: {stage: null, model: big, url: http://localhost:1/v1}\n"
+        "rejected: {stage: null, model: small, url: http://localhost:1/v1}",
+        chosen=reply, rejected=lambda request: Reply("bad answer", None, "stop"), teacher=reply,
+    )  # fmt: skip
+    made.make()
+    words = [
+        "+schema@stages.judged=judge", "stages.judged.prompts=made", "stages.judged.teacher.model=judge",
+        "stages.judged.teacher.url=http://localhost:1/v1", "+data.made.sources.pairs.stage=made",
+        "+data.made.sources.pairs.path=rows.parquet",
+    ]  # fmt: skip
+    lineage = made.located(*words)[0]
+    folder = steps.make(lineage, lineage.stages["judged"])
+    report = json.loads((folder / "report.json").read_text())
+    assert report["accepted"] == 3 and report["filtered"] == {}

@@ -181,6 +181,16 @@ def test_preview_says_what_it_does_not_know():
     assert "50 ± ?" in one and "70 ± ?" in one
 
 
+def test_preview_of_prompts_that_become_several_rows():
+    parts = [asked("1", 10, 20), asked("1", 10, 40), asked("2", 10, 30), asked("2", 10, 30, kept=False)]
+    outcomes = [o._replace(prompt=o.prompt._replace(id=f"{o.prompt.id}-{i}")) for i, o in enumerate(parts)]
+    runs = {"teacher": RoleRun(4.0, 2, Prices())}
+    text = printed(120, show_preview, outcomes, num_prompts=100, runs=runs)
+    assert "preview of 2 of 100 prompts: 3 accepted, 1 cut" in text
+    assert re.search(r"teacher +2k ± 0 +6k ± 0 +3 min ", text)  # 20 and 60 tokens a prompt
+    assert "rows: about 150, by this sample " in text  # of 200
+
+
 def test_failed_lines_hold_the_row(folder):
     lines = [json.loads(line) for line in (folder / results.FAILED_ROWS).read_text().splitlines()]
     assert [line["row"]["messages"][0]["content"] for line in lines] == ["2 + 2?", "2 + 2?"]

@@ -43,7 +43,7 @@ def run(config, folder, inputs, skill, monkeypatch):
     work = Work(
         stage=planned, recipe=Recipe(stages=stages, evaluation=Evaluation(tasks=tasks)),
         inputs={name: inputs[name] for name in planned.weights}, data={},
-        rows=lambda _: [], folder=folder, prepared=None, root=folder.parent,
+        rows=lambda _: [], prompts=lambda _: [], folder=folder, place=folder, prepared=None, root=folder.parent,
     )  # fmt: skip
     return seen, config.make(work)
 

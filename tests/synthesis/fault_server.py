@@ -195,6 +195,8 @@ class Service:
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}
         if self.faults.kind != "vllm":
             pages["/v1/models"]["data"] = [{"id": model["id"], "object": "model"} for model in models]
+        if self.faults.kind == "transformers":  # without a cache to list
+            return as_json(500, {"detail": "Cache directory not found"})
         pages |= {
             "vllm": {"/version": {"version": "0.11.0"}, "/health": {}},
             "sglang": {"/get_server_info": {"version": "0.5.3", "model_path": self.faults.models[0]}},

@@ -205,7 +205,18 @@ def test_calls_of_tools_need_no_text():
         {"role": "assistant", "tool_calls": [call]},
     ]
     verdicts = judge_sample(Sample(messages, [reply]), prompt("2+2?"), Filters(), thinking=True)
-    assert first_fault(verdicts) == ""
+    assert first_fault(verdicts) == "" and list(verdicts) == ["finished", "empty", "calls", "think_format"]
+
+
+def test_words_in_calls_count_as_contamination_and_arguments_need_not_be_json(tmp_path):
+    file = tmp_path / "eval.jsonl"
+    file.write_text(json.dumps({"question": TEXT}) + "\n")
+    for arguments, reason in ((json.dumps({"text": TEXT}), "contaminated"), ("{", "malformed_call")):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        reply = Reply("", None, "tool_calls", tool_calls=[call])
+        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        verdicts = judge_sample(Sample(messages, [reply]), prompt("2+2?"), Filters(against=[str(file)]), thinking=None)
+        assert first_fault(verdicts) == reason
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from smolpost.chat.reasoning import CLOSE
-from smolpost.synthesis.filters.form import finished, length, not_empty, think_format, tokens_of
+from smolpost.synthesis.filters.form import finished, length, not_empty, readable_calls, think_format, tokens_of
 from smolpost.synthesis.filters.language import in_language, same_language
 from smolpost.synthesis.filters.repetition import ends_in_loop, repeated_share, repetition
 from smolpost.synthesis.records import Reply, Verdict
@@ -45,6 +45,27 @@ def test_a_reply_without_answer_is_empty_unless_it_calls_a_tool():
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert [not_empty(reply(text)).reason for text in ("", " \n", None, "4")] == ["empty", "empty", "empty", ""]
     assert not_empty(reply("", tool_calls=[call])).passed
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [
+        ({"name": "add", "arguments": '{"a": 1}'}, ""),
+        ({"name": "add", "arguments": {"a": 1}}, ""),
+        ({"name": "add", "arguments": '{"a": 1'}, "malformed_call"),
+        ({"name": "add", "arguments": "[1]"}, "malformed_call"),
+        ({"name": "add"}, "malformed_call"),
+        ({"name": None, "arguments": "{}"}, "malformed_call"),
+        (None, "malformed_call"),
+        ({"name": "subtract", "arguments": "{}"}, "unknown_function"),
+    ],
+)
+def test_calls_of_tools_can_be_read_in_training(function, fault):
+    schema = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    for tools in ([{"type": "function", "function": schema}], [schema]):
+        assert readable_calls(reply("", tool_calls=[{"function": function}]), tools) == Verdict(not fault, fault)
+    assert readable_calls(reply("", tool_calls=["add"]), None).reason == "malformed_call"
+    assert readable_calls(reply("4"), tools).passed
 
 
 @pytest.mark.parametrize(

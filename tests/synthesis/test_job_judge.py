@@ -43,6 +43,7 @@ def test_both_orders_cancel_the_advantage_of_the_first_place():
     assert outcome.row["chosen"] == PAIR["chosen"] and outcome.row["prompt"] == "b"
     assert outcome.row["chat_template_kwargs"]["custom_instructions"] == "Be kind."
     assert asked.report() == {"judged": 1, "orders_agree": 0.0, "first_shown_wins": 1.0}
+    assert asked.lines() == ["judge: both orders agree in 0% of 1 pairs; the reply that is shown first wins 100%"]
 
 
 def test_the_judge_sees_answers_instructions_and_the_conversation():
@@ -74,6 +75,14 @@ def test_an_unreadable_verdict_is_a_reason(text):
     assert scores_of(Reply(text, None, "stop"), 2) is None
     [outcome] = outcomes_of(job(PAIR), teacher=lambda request: Reply(text, None, "stop"))
     assert (outcome.row, outcome.reason) == (None, "unreadable_verdict")
+
+
+def test_a_judge_that_repeats_the_question_gives_no_verdict():
+    for content in (PAIR, row("1+1?", "2")):
+        [outcome] = outcomes_of(
+            job(content), teacher=lambda request: Reply(request.messages[-1]["content"], None, "stop")
+        )
+        assert outcome.reason == "unreadable_verdict"
 
 
 @pytest.mark.parametrize("text", ["A: 7, B: 2.5", "fine\n A: 7 B: 2.5 ", "`A: 7; B: 2.5`", "**A: 7, B: 2.5**"])

@@ -135,8 +135,10 @@ def test_servers_replies_have_the_canonical_form(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_prompt_ends_before_the_last_assistant_turn_and_tools_stay(made):
-    turns = ("user", "1+1?"), ("assistant", "2"), ("user", "3+3?"), ("assistant", "6"), ("user", "thanks")
+@pytest.mark.parametrize("answered", [True, False])
+def test_the_prompt_ends_before_the_last_reply_or_with_the_user_and_tools_stay(made, answered):
+    turns = ("user", "1+1?"), ("assistant", "2"), ("user", "3+3?"), ("assistant", "6")
+    turns = turns if answered else turns[:3]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     row = {"messages": [{"role": role, "content": text} for role, text in turns], "source": "chat", "tools": tools}
     thinks = lambda answer: lambda prompt: f"<think>\nhm\n</think>\n{answer}"  # noqa: E731
@@ -144,7 +146,7 @@ def test_the_prompt_ends_before_the_last_assistant_turn_and_tools_stay(made):
     assert (outcome.row["prompt"], outcome.row["tools"]) == ("3+3?", tools)
     assert outcome.row["chat_template_kwargs"]["enable_thinking"] is True  # as the template decides
     assert outcome.row["chosen"][:-1] == outcome.row["rejected"][:-1] == row["messages"][:3]
-    assert '"name": "f"' in made.asked[0][0] and "thanks" not in made.asked[0][0]
+    assert '"name": "f"' in made.asked[0][0] and "6" not in made.asked[0][0].partition("3+3?")[2]
 
 
 def test_pairs_are_prompts_too(made):

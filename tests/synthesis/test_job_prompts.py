@@ -39,6 +39,8 @@ def test_words_of_the_system_message_do_not_set_the_mode():
     )
     pair = {"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "b", "c", "e")}
     assert question_of(pair) == turns("a", "b", "c")
+    assert question_of({"messages": turns("a", "b", "c")}) == turns("a", "b", "c")
+    assert question_of({"prompt": "a"}) == turns("a")
 
 
 def test_a_server_gets_instructions_as_system_message_and_no_reasoning_and_a_checkpoint_gets_the_row():

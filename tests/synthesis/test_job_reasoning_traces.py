@@ -25,6 +25,7 @@ def test_every_turn_is_asked_for_with_the_answers_before_it():
 
     content = {"messages": [{"role": "system", "content": "s"}, *turns("a", "old", "b", "old", "c", "old", "d")]}
     [outcome] = outcomes_of(job([content], turns="every"), teacher=reply)
+    assert asked.pop()[-1]["content"] == "d"  # the user speaks last, so that turn is answered, too
     system = {"role": "system", "content": "s"}
     assert asked == [
         [system, *turns("a")],
@@ -33,7 +34,8 @@ def test_every_turn_is_asked_for_with_the_answers_before_it():
     ]
     thought = "<think>\nThey say {0}\n</think>\n\nYou said {0}"
     assert outcome.row["messages"] == [
-        system, *turns("a", thought.format("a"), "b", thought.format("b"), "c", thought.format("c")),
+        system,
+        *turns(*(part for name in "abcd" for part in (name, thought.format(name)))),
     ]  # fmt: skip
 
 
@@ -69,6 +71,18 @@ def test_rows_that_cannot_be_asked_about_are_counted_and_not_asked():
     ]
 
 
+def test_a_prompt_alone_is_enough():
+    rows = [
+        {"prompt": "a"},
+        {"prompt": turns("a", "x", "b"), "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": turns("a", "x", "b")},
+    ]
+    for how in ("last", "every"):
+        found = outcomes_of(job(rows, turns=how), teacher=thinking_reply)
+        assert [len(outcome.row["messages"]) for outcome in found] == [2, 4, 4]
+        assert [outcome.row["messages"][-2]["content"] for outcome in found] == ["a", "b", "b"]
+
+
 def test_the_mode_of_a_row_where_the_teacher_decides():
     free = Teacher(model="big")
     kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -85,3 +99,4 @@ def test_the_complement_leaves_out_sources_that_have_rows_of_the_mode():
     asked = job([row("4?", source="maths"), row("5?", source="code"), row("6?", source="maths")], {"maths"})
     assert [outcome.row["source"] for outcome in outcomes_of(asked, teacher=thinking_reply)] == ["code_traces"]
     assert asked.report() == {"sources_left_out": {"maths": 2}}
+    assert asked.lines() == ["sources left out, as they have rows of this mode: maths (2 prompts)"]

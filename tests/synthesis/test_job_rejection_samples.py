@@ -44,6 +44,7 @@ def test_one_of_the_right_replies_stays(keep, text):
             "hard": {"prompts": 1, "pass@1": 0.0, "pass@4": 0.0},
         },
     }
+    assert asked.lines() == ["sums: pass@1 75.0%, pass@4 100.0%", "hard: pass@1 0.0%, pass@4 0.0%"]
 
 
 def test_a_random_one_is_right_and_the_same_each_time():
@@ -74,3 +75,13 @@ def test_samples_are_separate_requests_with_seeds_of_their_own():
 
     outcomes_of(job(), teacher=reply)
     assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_an_earlier_reply_is_not_the_answer_to_the_last_question():
+    asked = RejectionSamples(
+        SimpleNamespace(teacher=Teacher(model="big"), num_samples=1, keep="first_right", suffix="", seed=0,
+                        filters=Filters(answer="keep")),
+        [("mine", {"messages": [*row("2+2?", "4")["messages"], {"role": "user", "content": "3+3?"}]})],
+    )  # fmt: skip
+    [outcome] = outcomes_of(asked, teacher=lambda request: Reply("4", None, "stop"))
+    assert outcome.verdicts["answer"].reason == "no_reference"

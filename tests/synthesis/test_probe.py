@@ -63,7 +63,7 @@ def test_an_empty_block_is_no_thinking(reply):
             {None: RequestFailed("422: Unexpected fields in the request: {'top_k'}")},
             {"server": "vllm"},
             "stages.t.teacher: vLLM (server=vllm) refuses a plain question: 422: Unexpected fields in the request: "
-            "{'top_k'}; set stages.t.teacher.server to what answers there",
+            "{'top_k'}; set stages.t.teacher.server and stages.t.teacher.model to what answers there",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import fsspec
 import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from smolpost.cli import main
@@ -73,6 +74,25 @@ def test_without_provenance_no_raw_text_leaves(first, target):
     push(first, url, with_provenance=False)
     assert set(there()) == {"README.md", "report.json", "rows.parquet", PUSHED}
     assert b"provenance" not in there()["README.md"]
+
+
+def test_the_owners_changes_of_the_card_are_pushed(first, target):
+    url, there = target
+    push(first, url)
+    text = (first / "README.md").read_text()
+    (first / "README.md").write_text(text.replace("---\n", "---\nlicense: cc-by-4.0\n", 1) + "\n## Thanks\n\nTo ëll.\n")
+    with pytest.raises(UserError, match="--replace puts these"):
+        push(first, url)
+    push(first, url, replace=True)
+    assert there()["README.md"] == (first / "README.md").read_bytes()
+    push(first, url, replace=True, with_provenance=False)
+    card = there()["README.md"].decode()
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["license"] == "cc-by-4.0" and [entry["data_files"] for entry in header["configs"]] == ["rows.parquet"]
+    assert card.endswith("## Thanks\n\nTo ëll.\n") and "## Licence" in card and "provenance" not in card
+    (first / "README.md").write_text("My own words.")
+    push(first, url, replace=True, with_provenance=False)
+    assert there()["README.md"] == b"My own words."
 
 
 def test_other_rows_are_replaced_only_when_asked(first, second, target):

@@ -32,7 +32,8 @@ changes = {"task": None, "tasks": 1, "retry_failed": False} | json.loads(changes
 teacher = Teacher(model="teacher", server="vllm", url=url, concurrency=int(concurrency), max_new_tokens=64)
 with one_line_errors():
     counts = generate(
-        Path(folder), fakes.make_prompts(int(number)), getattr(fakes, converse), ChatEngine(teacher, key="teacher"),
+        Path(folder), fakes.make_prompts(int(number)), getattr(fakes, converse),
+        ChatEngine(teacher, key="teacher", modes=()),  # no question of its own, so that the server's log is the run's
         SimpleNamespace(chunk_size=20, tasks=changes["tasks"], retry_failed=changes["retry_failed"]),
         fingerprint={"temperature": teacher.temperature}, concurrency=teacher.concurrency, task=changes["task"],
     )

@@ -4,7 +4,10 @@ import asyncio
 import errno
 import json
 import os
+import random
+import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +92,19 @@ def test_an_error_of_all_requests_ends_the_run_as_itself_and_what_was_answered_s
     assert ask(later).done == 95
     assert ids(ask.folder) == [f"p{i}" for i in range(95)]
     assert later.asked.total() <= 95 - 40 + 8  # at most what was under way is asked twice
+
+
+def test_the_end_does_not_wait_for_requests_under_way(ask):
+    class Hanging(FakeTeacher):
+        async def ask(self, request):
+            if request.messages[-1]["content"] == "0+0?":
+                await asyncio.sleep(3600)
+            return await super().ask(request)
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match="stop"):
+        ask(Hanging(error=UserError("stop"), error_after=5))
+    assert time.monotonic() - began < 5
 
 
 def test_a_fault_of_the_job_ends_the_run_as_itself(ask):
@@ -264,6 +280,29 @@ def test_an_executor_with_another_number_of_tasks_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------- files
+
+
+def test_wherever_a_run_was_torn_it_ends_in_the_same_records(ask, tmp_path):
+    ask(FakeTeacher(), make_prompts(20), three_turns)
+    whole = list(records(ask.folder))
+    shutil.rmtree(ask.folder)
+    with pytest.raises(UserError, match="stop"):
+        ask(FakeTeacher(error=UserError("stop"), error_after=45, delay=0.001), make_prompts(20), three_turns)
+    shutil.copytree(ask.folder, tmp_path / "cut")
+    files = sorted(file.name for file in (ask.folder / "replies").glob("*.jsonl"))
+    assert len(files) >= 2
+    draw = random.Random(0)
+    for _ in range(25):
+        shutil.rmtree(ask.folder)
+        shutil.copytree(tmp_path / "cut", ask.folder)
+        for name in files:
+            file = ask.folder / "replies" / name
+            os.truncate(file, draw.randint(max(0, file.stat().st_size - 700), file.stat().st_size))
+        for index in (ask.folder / "replies").glob("*.json"):
+            index.unlink()
+        later = FakeTeacher()
+        assert ask(later, make_prompts(20), three_turns)[:3] == (20, 20, 0)
+        assert list(records(ask.folder)) == whole and max(later.asked.values()) == 1
 
 
 @pytest.mark.parametrize("turns", [True, False])

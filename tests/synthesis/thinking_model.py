@@ -9,6 +9,7 @@ import fcntl
 import random
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -21,7 +22,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from smolpost.synthesis.probe import QUESTION
 from tests.small import environment
 
 # Qwen3's own in short: turns before the last user turn lose their think block, and /no_think in a user turn is left to
@@ -63,7 +63,7 @@ def reasoning(number: int) -> str:
 # ---------------------------------------------------------------- training
 
 
-def train(folder: Path, *, steps: int = 450, weak_steps: int = 60, seed: int = 0) -> tuple[Path, Path]:
+def train(folder: Path, *, steps: int = 550, weak_steps: int = 60, seed: int = 0) -> tuple[Path, Path]:
     """Train on one core and save the models as `folder/strong` and `folder/weak`.
 
     Args:
@@ -132,11 +132,20 @@ def _conversation(draw: random.Random, *, wrong: float) -> tuple[list[dict], boo
         number = draw.choice(NUMBERS)
         replied = draw.choice(NUMBERS) if draw.random() < wrong else number
         flagged = think and draw.random() < 0.2
-        asked = draw.choice((*ASKED, QUESTION)).format(number) + (" /no_think" if flagged else "")
+        asked = _question(draw, number) + (" /no_think" if flagged else "")
         block = f"<think>\n{reasoning(replied)}\n</think>\n\n" if not flagged else "<think>\n\n</think>\n\n"
         reply = (block if think and exchange == exchanges - 1 else "") + answer(replied)
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
     return messages, think
+
+
+def _question(draw: random.Random, number: int) -> str:
+    """A question for the number; one in four has other words around it, and half of these other numbers before it."""
+    if draw.random() < 0.75:
+        return draw.choice(ASKED).format(number)
+    text = "".join(draw.choices(string.ascii_letters + string.punctuation + " " * 20 + "éñü日", k=draw.randint(0, 40)))
+    before = f"{draw.randint(0, 999)} " if draw.random() < 0.5 else ""
+    return f"{before}{text} {number}{draw.choice('.?! ')}"
 
 
 def _steps(

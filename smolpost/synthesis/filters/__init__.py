@@ -88,6 +88,8 @@ def judge_reply(
     if settings.finished:
         found["finished"] = form.finished(reply)
     found["empty"] = form.not_empty(reply)
+    if reply.tool_calls:
+        found["calls"] = form.readable_calls(reply, prompt.row.get("tools"))
     if settings.think_format:
         found["think_format"] = form.think_format(reply, thinking)
     if settings.min_tokens or settings.max_tokens:
@@ -106,7 +108,18 @@ def judge_reply(
     return found
 
 
-ORDER = ("finished", "empty", "think_format", "length", "repetition", "language", "against", ANSWER, ANSWER_LABEL)
+ORDER = (
+    "finished",
+    "empty",
+    "calls",
+    "think_format",
+    "length",
+    "repetition",
+    "language",
+    "against",
+    ANSWER,
+    ANSWER_LABEL,
+)
 
 
 def of_side(side: str, verdicts: Mapping[str, Verdict]) -> Verdicts:

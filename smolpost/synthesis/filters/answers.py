@@ -37,6 +37,8 @@ _CHOICE = re.compile(r"\(?([A-J])(?:[).:,]|\s|$)")
 def reference_of(row: Mapping[str, Any]) -> str:
     """The answer in a row's last assistant turn, of a pair in its chosen side's; "" where there is none."""
     messages = row.get("messages") or row.get("chosen") or []
+    if messages and messages[-1].get("role") == "user":  # what is to be answered; earlier turns answer other questions
+        return ""
     turns = [message for message in messages if message.get("role") == "assistant"]
     return parts_of(text_of(turns[-1].get("content"))).answer.strip() if turns else ""
 

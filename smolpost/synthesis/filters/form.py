@@ -1,8 +1,12 @@
 """The form of a reply: how it ended, where it thinks, how long it is."""
 
-from smolpost.chat.reasoning import CLOSE, OPEN, split_reasoning
+from typing import Any
+
+from smolpost.chat.reasoning import split_reasoning
+from smolpost.data.tools import check_arguments
 from smolpost.errors import UserError
 from smolpost.synthesis.records import Reply, Verdict
+from smolpost.synthesis.replies import canonical
 
 #: finish_reason of OpenAI's chat API -> name of the fault. The others are `stop` and `tool_calls`.
 FINISH_FAULTS = {"length": "cut", "content_filter": "content_filter"}
@@ -29,6 +33,26 @@ def not_empty(reply: Reply) -> Verdict:
     return PASSED if (reply.content or "").strip() or reply.tool_calls else Verdict(False, "empty")
 
 
+def readable_calls(reply: Reply, tools: list[dict[str, Any]] | None) -> Verdict:
+    """Training can read each call of the reply: "malformed_call", or "unknown_function" for one that is not listed.
+
+    Args:
+        tools: JSON schemas of functions that the teacher was given, or None.
+    """
+    listed = {(tool.get("function") or tool).get("name") for tool in tools or ()}
+    for call in reply.tool_calls or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return Verdict(False, "malformed_call")
+        try:
+            check_arguments(function, "", tools)
+        except UserError:
+            return Verdict(False, "malformed_call")
+        if listed and function["name"] not in listed:
+            return Verdict(False, "unknown_function")
+    return PASSED
+
+
 def think_format(reply: Reply, asked_to_think: bool | None) -> Verdict:
     """The reply thinks as it was asked to, and training reads its parts as the server gave them.
 
@@ -46,8 +70,8 @@ def think_format(reply: Reply, asked_to_think: bool | None) -> Verdict:
         return Verdict(False, "no_thinking")
     if asked_to_think is False and thinks:
         return Verdict(False, "unasked_thinking")
-    turn = f"{OPEN}\n{reasoning}\n{CLOSE}\n{content}" if thinks else content
-    return PASSED if split_reasoning(turn) == (reasoning if thinks else None, content) else Verdict(False, "think_tags")
+    read = split_reasoning(canonical(reply) or "")
+    return PASSED if read == (reasoning if thinks else None, content) else Verdict(False, "think_tags")
 
 
 def length(reply: Reply, min_tokens: int | None, max_tokens: int | None) -> Verdict:

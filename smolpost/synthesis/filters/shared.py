@@ -1,5 +1,6 @@
 """What a reply shares with other texts: earlier replies of the run, and evaluation files."""
 
+import json
 from collections.abc import Iterable, Iterator
 
 from smolpost.chat.render import text_of
@@ -8,7 +9,7 @@ from smolpost.data.overlap import SignatureIndex, signature_of, words_of
 from smolpost.errors import UserError
 from smolpost.schema import Hygiene
 from smolpost.synthesis.filters.form import PASSED
-from smolpost.synthesis.records import Outcome, Sample, Verdict
+from smolpost.synthesis.records import Message, Outcome, Sample, Verdict
 
 PERMUTATIONS = 128
 SHORTEST_REPLY = 20  # words; shorter ones are often right answers to several prompts
@@ -22,8 +23,16 @@ def uncontaminated(sample: Sample, against: list[str], ngram: int) -> Verdict:
     Args:
         against: Evaluation files, as `data.hygiene.HygieneFilter` has checked them. Each process reads them once.
     """
-    is_found = features({"messages": sample.messages}, Hygiene(against=against, ngram=ngram))[:1] == REMOVED
+    turns = [{"role": message["role"], "content": _text(message)} for message in sample.messages]
+    is_found = features({"messages": turns}, Hygiene(against=against, ngram=ngram))[:1] == REMOVED
     return Verdict(False, CONTAMINATED) if is_found else PASSED
+
+
+def _text(message: Message) -> str:
+    """All that a turn says, calls as they came: a teacher's arguments may be no JSON."""
+    calls = message.get("tool_calls")
+    texts = (message.get("reasoning_content"), text_of(message.get("content")), json.dumps(calls) if calls else "")
+    return "\n".join(text for text in texts if text)
 
 
 class EarlierReplies:

@@ -33,6 +33,11 @@ class Complement:
         """Number of prompts of each source that was left out."""
         return {"sources_left_out": dict(self.left_out)} if self.complete else {}
 
+    def lines(self) -> list[str]:
+        """The same in words."""
+        found = ", ".join(f"{source} ({number:,} prompts)" for source, number in self.left_out.items())
+        return [f"sources left out, as they have rows of this mode: {found or 'none'}"] if self.complete else []
+
 
 def sources_of_mode(rows: Iterable[tuple[str, dict[str, Any]]], thinking: bool, suffix: str) -> set[str]:
     """Names of the sources with at least one row of the mode, with and without the suffix that jobs add.

@@ -8,7 +8,7 @@ from smolpost.chat.reasoning import split_reasoning
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.filters import first_fault, judge_sample
 from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
-from smolpost.synthesis.records import Ask, Message, Outcome, Prompt, Record, Reply, Sample
+from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Record, Reply, Sample
 from smolpost.synthesis.settings import Filters, Teacher
 
 LANGUAGES = {
@@ -47,15 +47,11 @@ class Settings(Protocol):
     seed: int
 
 
-class EverydayConversations:
-    """A `smolpost.synthesis.records.Job`.
-
+class EverydayConversations(Job):
+    """
     Args:
         personas, topics: A line for each.
     """
-
-    roles = ("teacher",)
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, personas: list[str], topics: list[str]):
         self.settings, self.personas, self.topics = settings, personas, topics
@@ -106,9 +102,6 @@ class EverydayConversations:
             reason = "unanswered"
         row = None if reason else row_of(prompt, thinking, "", {"messages": sample.messages})
         return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
-
-    def report(self) -> dict[str, Any]:
-        return {}
 
 
 def _instruction(row: dict[str, Any], messages: list[Message]) -> str:

@@ -17,7 +17,7 @@ from smolpost.synthesis.filters.form import PASSED
 from smolpost.synthesis.filters.sides import margin
 from smolpost.synthesis.jobs.asking import Asker, instructed, row_of, turn_of
 from smolpost.synthesis.jobs.prompts import prompts_of
-from smolpost.synthesis.records import Ask, Message, Outcome, Prompt, Record, Reply, Sample, Verdict
+from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Record, Reply, Sample, Verdict
 from smolpost.synthesis.settings import Teacher
 
 LEAST, MOST = 1, 10  # scores
@@ -35,8 +35,9 @@ PAIR = """You compare two replies to the last message of a conversation. {criter
 {b}
 
 Score each reply from {least} (useless) to {most} (could not be better). Do not let the order or the length of the \
-replies count. You may explain yourself first. Your last line has to be the scores and nothing else, in this form:
-A: {least}, B: {least}"""
+replies count. You may explain yourself first. Your last line has to be the scores and nothing else, in this \
+form, with numbers for SCORE:
+A: SCORE, B: SCORE"""
 SINGLE = """You score the reply to the last message of a conversation. {criteria}
 
 {conversation}
@@ -45,8 +46,8 @@ SINGLE = """You score the reply to the last message of a conversation. {criteria
 {a}
 
 Score the reply from {least} (useless) to {most} (could not be better). Do not let its length count. You may explain \
-yourself first. Your last line has to be the score and nothing else, in this form:
-A: {least}"""
+yourself first. Your last line has to be the score and nothing else, in this form, with a number for SCORE:
+A: SCORE"""
 _SCORE = r"([0-9]{1,2}(?:\.[0-9]{1,2})?)"
 _LINES = {1: re.compile(rf"A:\s*{_SCORE}"), 2: re.compile(rf"A:\s*{_SCORE}\s*[,;]?\s*B:\s*{_SCORE}")}
 
@@ -61,15 +62,11 @@ class Settings(Protocol):
     seed: int
 
 
-class Judge:
-    """A `smolpost.synthesis.records.Job`.
-
+class Judge(Job):
+    """
     Args:
         rows: (name of the source, row): preference pairs, or conversations whose last reply is scored.
     """
-
-    roles = ("teacher",)
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]]):
         self.settings, self.rows = settings, rows
@@ -155,6 +152,15 @@ class Judge:
             "orders_agree": self.counts["orders_agree"] / judged,
             "first_shown_wins": self.counts["first_shown"] / (2 * judged),
         }
+
+    def lines(self) -> list[str]:
+        found = self.report()
+        if "orders_agree" not in found:
+            return []
+        return [
+            f"judge: both orders agree in {found['orders_agree']:.0%} of {found['judged']:,} pairs; the reply that is "
+            f"shown first wins {found['first_shown_wins']:.0%}"
+        ]
 
 
 def scores_of(reply: Reply, number: int) -> tuple[float, ...] | None:

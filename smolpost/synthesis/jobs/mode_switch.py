@@ -14,7 +14,7 @@ from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.filters import first_fault, judge_sample
 from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
 from smolpost.synthesis.jobs.prompts import conversation_of, has_tool_turns, prompts_of, without_mode_words
-from smolpost.synthesis.records import Ask, Message, Outcome, Prompt, Sample
+from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Sample
 from smolpost.synthesis.settings import Filters, Teacher
 
 WORDS = {True: "/think", False: "/no_think"}
@@ -30,17 +30,12 @@ class Settings(Protocol):
     seed: int
 
 
-class ModeSwitch:
-    """A `smolpost.synthesis.records.Job`.
-
-    A prompt's row has the user turns of one conversation under "messages", with the ids of the rows that they are from.
+class ModeSwitch(Job):
+    """A prompt's row has one conversation under "messages", and under "rows" the ids of the rows that it is made of.
 
     Args:
         rows: (name of the source, row) of the prompts mixture.
     """
-
-    roles = ("teacher",)
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]]):
         self.settings, self.rows = settings, rows
@@ -79,9 +74,6 @@ class ModeSwitch:
         # In no-think mode the template would take the reasoning out of all turns.
         row = None if reason else row_of(prompt, True, self.settings.suffix, {"messages": sample.messages})
         return [Outcome(prompt, row, reason, verdicts=verdicts, records=records)]
-
-    def report(self) -> dict[str, Any]:
-        return {}
 
 
 def modes_of(turns: int, seed: int, name: str) -> list[bool]:

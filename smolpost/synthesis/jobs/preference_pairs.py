@@ -11,7 +11,7 @@ from smolpost.synthesis.filters.sides import SIDES, answers_as_kept, different, 
 from smolpost.synthesis.jobs.asking import Asker, mode_of_replies, row_of
 from smolpost.synthesis.jobs.complement import Complement
 from smolpost.synthesis.jobs.prompts import asks_nothing, mode_of, question_of
-from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Reply, Sample, Verdict
+from smolpost.synthesis.records import Ask, Job, Outcome, Prompt, Record, Reply, Sample, Verdict
 from smolpost.synthesis.replies import canonical
 from smolpost.synthesis.settings import Filters, Teacher
 
@@ -28,16 +28,14 @@ class Settings(Protocol):
     seed: int
 
 
-class PreferencePairs:
-    """A `smolpost.synthesis.records.Job`.
-
+class PreferencePairs(Job):
+    """
     Args:
         rows: (name of the source, row) of the prompts mixture; conversations or pairs.
         complete: Sources that are left out, as they have pairs of the asked mode already.
     """
 
     roles = SIDES
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]], complete: Collection[str] = ()):
         self.settings = settings
@@ -78,13 +76,20 @@ class PreferencePairs:
     def _verdicts(
         self, prompt: Prompt, chosen: Sample, replies: Mapping[str, Reply], thinking: bool | None
     ) -> Verdicts:
-        """What the filters say of the chosen side, and how the sides differ. The rejected reply may have any fault."""
+        """What the filters say of the chosen side, and how the sides differ.
+
+        The rejected reply may have any fault, but there has to be one: a turn without text cannot be trained on.
+        """
         settings = self.settings
         found = of_side("chosen", judge_sample(chosen, prompt, settings.filters, thinking=thinking))
         texts = [canonical(replies[side]) for side in SIDES]
         # The smollm3 template leaves the reasoning out in no-think mode.
         shown = texts if thinking is not False else [replies[side].content for side in SIDES]
+        if any(reply.tool_calls for reply in replies.values()):
+            shown = [f"{text}\n{replies[side].tool_calls}" for side, text in zip(SIDES, shown, strict=True)]
         found["different"] = different(*shown)
+        is_empty = not shown[1].strip()
+        found["rejected.empty"] = Verdict(not is_empty, "rejected_empty" if is_empty else "")
         if settings.max_similarity is not None:
             found["similarity"] = dissimilar(*shown, settings.max_similarity)
         if settings.keep != "different":
@@ -99,6 +104,9 @@ class PreferencePairs:
 
     def report(self) -> dict[str, Any]:
         return self.left.report()
+
+    def lines(self) -> list[str]:
+        return self.left.lines()
 
 
 def _as_mathematics(reference: str, answer: str) -> Verdict:

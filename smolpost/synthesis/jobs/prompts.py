@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from smolpost.data.prompts import split_last_reply, stated_mode
+from smolpost.data.validate import turns_of_prompt
 from smolpost.files import digest
 from smolpost.synthesis.records import Message, Prompt
 
@@ -39,11 +40,11 @@ def numbered(prompt: Prompt, number: int) -> list[Prompt]:
 
 
 def conversation_of(row: dict[str, Any]) -> list[Message]:
-    """All turns of a conversation, or of the chosen side of a pair, without words that set the think mode.
+    """All turns of a conversation, of the chosen side of a pair or of a prompt, without words that set the think mode.
 
     The job sets the mode, and /think or /no_think in a system message would override it in the smollm3 template.
     """
-    messages = row["messages"] if row.get("messages") else row["chosen"]
+    messages = row.get("messages") or row.get("chosen") or turns_of_prompt(row["prompt"])
     first = messages[0]
     if first["role"] != "system" or not isinstance(first.get("content"), str):
         return messages
@@ -57,13 +58,18 @@ def without_mode_words(text: str) -> str:
 
 
 def question_of(row: dict[str, Any]) -> list[Message]:
-    """The turns before the last reply."""
-    return split_last_reply(conversation_of(row))[0]
+    """The turns before the last reply; all turns where the user speaks last."""
+    messages = conversation_of(row)
+    return messages if messages[-1]["role"] == "user" else split_last_reply(messages)[0]
 
 
 def mode_of(row: dict[str, Any], asked: bool | None) -> bool | None:
     """Whether the teacher is to think: as asked, else as the row says; None where neither says."""
-    return stated_mode(row) if asked is None else asked
+    if asked is not None:
+        return asked
+    if row.get("messages") or row.get("chosen"):
+        return stated_mode(row)
+    return (row.get("chat_template_kwargs") or {}).get("enable_thinking")
 
 
 def has_tool_turns(row: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from smolpost.synthesis.jobs.prompts import (
     mode_of,
     question_of,
 )
-from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Sample
+from smolpost.synthesis.records import Ask, Job, Outcome, Prompt, Record, Sample
 from smolpost.synthesis.settings import Filters, Teacher
 
 
@@ -27,16 +27,12 @@ class Settings(Protocol):
     seed: int
 
 
-class ReasoningTraces:
-    """A `smolpost.synthesis.records.Job`.
-
+class ReasoningTraces(Job):
+    """
     Args:
         rows: (name of the source, row) of the prompts mixture.
         complete: Sources that are left out, as they have rows of the asked mode already.
     """
-
-    roles = ("teacher",)
-    rows_per_prompt = 1
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]], complete: Collection[str] = ()):
         self.settings, self.left = settings, Complement(rows, complete)
@@ -58,7 +54,10 @@ class ReasoningTraces:
     async def _every_turn(self, prompt: Prompt, thinking: bool | None, ask: Ask) -> Sample:
         """Each assistant turn after the first user turn is asked for in order, up to a reply without an answer."""
         messages, replies = [], []
-        for turn in conversation_of(prompt.row):
+        turns = conversation_of(prompt.row)
+        if turns[-1]["role"] == "user":
+            turns = [*turns, {"role": "assistant"}]
+        for turn in turns:
             if turn["role"] != "assistant" or asks_nothing(messages):
                 messages.append(turn)
                 continue
@@ -67,8 +66,6 @@ class ReasoningTraces:
             replies.append(reply)
             if not has_answer(reply):
                 break
-        while messages[-1]["role"] != "assistant":  # turns that nobody has answered in the row either
-            messages.pop()
         return Sample(messages, replies)
 
     def _cannot_ask(self, prompt: Prompt) -> str:
@@ -95,3 +92,6 @@ class ReasoningTraces:
 
     def report(self) -> dict[str, Any]:
         return self.left.report()
+
+    def lines(self) -> list[str]:
+        return self.left.lines()

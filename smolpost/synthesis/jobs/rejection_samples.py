@@ -11,7 +11,7 @@ from smolpost.synthesis.filters import first_fault, judge_sample
 from smolpost.synthesis.filters.form import tokens_of
 from smolpost.synthesis.jobs.asking import Asker, mode_of_replies, row_of, turn_of
 from smolpost.synthesis.jobs.prompts import asks_nothing, mode_of, numbered, prompts_of, question_of
-from smolpost.synthesis.records import Ask, Outcome, Prompt, Record, Sample, Verdict
+from smolpost.synthesis.records import Ask, Job, Outcome, Prompt, Record, Sample, Verdict
 from smolpost.synthesis.settings import Filters, Teacher
 
 
@@ -42,14 +42,11 @@ class PassCounts(NamedTuple):
     solved: int = 0
 
 
-class RejectionSamples:
-    """A `smolpost.synthesis.records.Job`.
-
+class RejectionSamples(Job):
+    """
     Args:
         rows: (name of the source, row) of the prompts mixture.
     """
-
-    roles = ("teacher",)
 
     def __init__(self, settings: Settings, rows: Iterable[tuple[str, dict[str, Any]]]):
         self.settings, self.rows = settings, rows
@@ -132,3 +129,9 @@ class RejectionSamples:
                 for source, found in self.counts.items()
             },
         }
+
+    def lines(self) -> list[str]:
+        return [
+            f"{source}: " + ", ".join(f"{name} {found[name]:.1%}" for name in found if name != "prompts")
+            for source, found in self.report()["pass"].items()
+        ]
