@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from smolpost.errors import Wrong
-from smolpost.schema import MISSING, number, seeded
+from smolpost.schema import MISSING, Recipe, number, seeded
 from smolpost.stages.base import Stage, Work, stage_kind
+
+PAIRS = ("smoltalk2_preference.jsonl", "smoltalk2_heldout_pairs.jsonl")
 
 
 @stage_kind
@@ -35,6 +37,17 @@ class Gsm8kStage(Stage):
                     f"data.{self.problems}.sources.{name}.columns",
                     f"={source.columns}, but {key} reads problems; set columns=gsm8k",
                 )
+        if not self.preference and (reader := self._pairs_reader(key.removeprefix("stages."), recipe)):
+            raise Wrong(f"{key}.preference", f"=0 writes no pairs, but {reader}; raise it, or leave that stage out")
+
+    def _pairs_reader(self, entry: str, recipe: Recipe) -> str:
+        """What reads the pairs of this stage, in words; "" where nothing does."""
+        for name, stage in recipe.stages.items():
+            for _, mixture in stage.mixtures():
+                for source in recipe.data[mixture].sources.values() if mixture in recipe.data else ():
+                    if source.stage == entry and source.path in PAIRS:
+                        return f"stages.{name} reads {source.path}"
+        return ""
 
     def make(self, work: Work):
         from smolpost.data.gsm8k import write_gsm8k

@@ -54,6 +54,10 @@ def test_its_key_is_the_files_content_and_not_its_place(folder, tmp_path):
             "data.problems.sources.gsm8k.columns=alpaca, but stages.gsm8k",
         ),
         (["stages.gsm8k.sft=0.95"], "stages.gsm8k.sft=0.95 and preference=0.1 leave nothing for mid; lower one"),
+        (
+            ["stages.gsm8k.preference=0"],
+            "stages.gsm8k.preference=0 writes no pairs, but stages.init reads smoltalk2_preference.jsonl; raise it, or",
+        ),
         (["stages.gsm8k.problems=none"], "stages.gsm8k.problems=none is not a mixture under data"),
         (["stages.gsm8k.heldout=0"], "stages.gsm8k.heldout=0 is outside (0, 1)"),
     ],
@@ -62,6 +66,11 @@ def test_settings_that_cannot_be_meant(words, text):
     with pytest.raises(UserError) as refused:
         recipe.load(["pipeline=gsm8k", *words])
     assert text in str(refused.value)
+
+
+def test_without_pairs_the_other_stages_stay():
+    words = ["stages.gsm8k.preference=0", "stages.init.tokenizer_data=[mid,sft]", "~stages.apo", "~stages.soup"]
+    assert "apo" not in recipe.load(["pipeline=gsm8k", *words, "~stages.merge", "evaluation=none"]).recipe.stages
 
 
 @pytest.mark.slow
