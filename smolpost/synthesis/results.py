@@ -61,6 +61,8 @@ REMEDIES = {
     "rejected_right": "take a weaker rejected teacher, or set keep to chosen_right",
     "margin": "take a weaker rejected teacher, or lower min_margin",
     "unanswered": "raise the teacher's max_new_tokens, or take another teacher",
+    "malformed_call": "take a teacher that writes calls as JSON, or give prompts without tools",
+    "unknown_function": "take a teacher that calls the given functions, or give prompts without tools",
     "refused": "take another teacher, or other prompts: the server refuses to answer",
     "empty": "take another teacher: its answers are empty",
     "think_tags": "take another teacher: its answers hold tags of think blocks",
