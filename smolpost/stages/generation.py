@@ -313,7 +313,9 @@ def _found(folder: Path) -> str:
 
 def _note_older(folder: Path, name: str) -> None:
     """Say where the replies to other settings lie, which new ones are asked for beside."""
-    older = [path.name for path in sorted(folder.parent.glob(f"{name}-*")) if path.is_dir()]
+    from smolpost.synthesis.run_folder import REPLIES
+
+    older = sorted({path.parent.parent.name for path in folder.parent.glob(f"{name}-*/{REPLIES}/*.jsonl")})
     if older and not folder.is_dir():
         print(f"teacher, prompts or settings changed, so all prompts are asked again; kept: {', '.join(older)}")
 

@@ -66,8 +66,6 @@ REMEDIES = {
     "refused": "take another teacher, or other prompts: the server refuses to answer",
     "empty": "take another teacher: its answers are empty",
     "think_tags": "take another teacher: its answers hold tags of think blocks",
-    "malformed_call": "take another teacher, or serve it with the parser of its tool calls",
-    "unknown_function": "take another teacher: it calls functions that it was not given",
     "contaminated": "give other prompts, or take the file out of filters.against",
     "content_filter": "take another teacher, or other prompts: the server's filter stops the replies",
     "unfinished": "take another server: its replies end for reasons that OpenAI's API does not have",

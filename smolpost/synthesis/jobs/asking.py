@@ -49,12 +49,15 @@ class Asker:
         return Request(asked, thinking, seed, prompt.row.get("tools"))
 
     def turn(self, reply: Reply) -> Message:
-        """`turn_of`, but the text of a checkpoint's reply stays as it is: a model learns from the tokens it wrote."""
+        """The reply as an assistant turn, in canonical form and with its reasoning.
+
+        The text of a checkpoint's reply stays as the model wrote it: a model learns best from its own tokens.
+        """
         written = (reply.raw or {}).get("content")
         starts = OPEN if reply.reasoning is not None else ""
         if not self.teacher.stage or not isinstance(written, str) or not written.startswith(starts):
-            return turn_of(reply)
-        return turn_of(reply) | {"content": written}
+            return _turn_of(reply)
+        return _turn_of(reply) | {"content": written}
 
     def cannot_ask(self, row: dict[str, Any]) -> bool:
         """Whether a row lists tools in a form that only a template of SmolLM3 can show."""
@@ -81,8 +84,7 @@ def _without_reasoning(message: Message) -> Message:
     return kept
 
 
-def turn_of(reply: Reply) -> Message:
-    """The reply as an assistant turn, reasoning included."""
+def _turn_of(reply: Reply) -> Message:
     calls = {"tool_calls": reply.tool_calls} if reply.tool_calls else {}
     return {"role": "assistant", "content": canonical(reply), **calls}
 

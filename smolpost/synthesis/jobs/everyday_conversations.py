@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from smolpost.chat.reasoning import split_reasoning
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.filters import first_fault, judge_sample
-from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of
 from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Record, Reply, Sample
 from smolpost.synthesis.settings import Filters, Teacher
 
@@ -86,7 +86,7 @@ class EverydayConversations(Job):
             messages.append({"role": "user", "content": _unquoted(said.content)})
             reply = await ask(self.asker.request(prompt, messages, thinking, turn=turn))
             replies.append(reply)
-            messages.append(turn_of(reply))
+            messages.append(self.asker.turn(reply))
             if not _goes_on(reply):
                 break
         return [Sample(messages, replies)]

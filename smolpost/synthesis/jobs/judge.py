@@ -15,7 +15,7 @@ from smolpost.data.prompts import mode_of, split_last_reply
 from smolpost.synthesis.filters import first_fault
 from smolpost.synthesis.filters.form import PASSED
 from smolpost.synthesis.filters.sides import margin
-from smolpost.synthesis.jobs.asking import Asker, instructed, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, instructed, row_of
 from smolpost.synthesis.jobs.prompts import prompts_of
 from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Record, Reply, Sample, Verdict
 from smolpost.synthesis.settings import Teacher
@@ -88,7 +88,7 @@ class Judge(Job):
             if isinstance(error, BaseException):
                 raise error
         return [
-            Sample([*request.messages, turn_of(reply)], [reply])
+            Sample([*request.messages, self.asker.turn(reply)], [reply])
             for request, reply in zip(requests, replies, strict=True)
         ]
 

@@ -12,7 +12,7 @@ from smolpost.chat.render import text_of
 from smolpost.files import digest
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.filters import first_fault, judge_sample
-from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, has_answer, row_of
 from smolpost.synthesis.jobs.prompts import conversation_of, has_tool_turns, prompts_of, without_mode_words
 from smolpost.synthesis.records import Ask, Job, Message, Outcome, Prompt, Sample
 from smolpost.synthesis.settings import Filters, Teacher
@@ -55,7 +55,7 @@ class ModeSwitch(Job):
         for number, (question, thinking) in enumerate(zip(questions, modes, strict=True)):
             messages.append({"role": "user", "content": question})
             reply = await ask(self.asker.request(prompt, messages, thinking, turn=number))
-            messages.append(turn_of(reply))
+            messages.append(self.asker.turn(reply))
             replies.append(reply)
             shown += [{"role": "user", "content": f"{question} {WORDS[thinking]}"}, messages[-1]]
             if not has_answer(reply):

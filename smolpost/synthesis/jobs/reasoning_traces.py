@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from smolpost.synthesis.filters import first_fault, judge_sample
-from smolpost.synthesis.jobs.asking import Asker, has_answer, mode_of_replies, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, has_answer, mode_of_replies, row_of
 from smolpost.synthesis.jobs.complement import Complement
 from smolpost.synthesis.jobs.prompts import (
     asks_nothing,
@@ -48,7 +48,7 @@ class ReasoningTraces(Job):
         if self.settings.turns == "last":
             messages = question_of(prompt.row)
             reply = await ask(self.asker.request(prompt, messages, thinking))
-            return [Sample([*messages, turn_of(reply)], [reply])]
+            return [Sample([*messages, self.asker.turn(reply)], [reply])]
         return [await self._every_turn(prompt, thinking, ask)]
 
     async def _every_turn(self, prompt: Prompt, thinking: bool | None, ask: Ask) -> Sample:
@@ -62,7 +62,7 @@ class ReasoningTraces(Job):
                 messages.append(turn)
                 continue
             reply = await ask(self.asker.request(prompt, messages, thinking, turn=len(replies)))
-            messages.append(turn_of(reply))
+            messages.append(self.asker.turn(reply))
             replies.append(reply)
             if not has_answer(reply):
                 break

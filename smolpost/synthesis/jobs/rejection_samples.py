@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from smolpost.inference.seeds import derive_seed
 from smolpost.synthesis.filters import first_fault, judge_sample
 from smolpost.synthesis.filters.form import tokens_of
-from smolpost.synthesis.jobs.asking import Asker, mode_of_replies, row_of, turn_of
+from smolpost.synthesis.jobs.asking import Asker, mode_of_replies, row_of
 from smolpost.synthesis.jobs.prompts import asks_nothing, mode_of, numbered, prompts_of, question_of
 from smolpost.synthesis.records import Ask, Job, Outcome, Prompt, Record, Sample, Verdict
 from smolpost.synthesis.settings import Filters, Teacher
@@ -70,7 +70,7 @@ class RejectionSamples(Job):
         for error in replies:
             if isinstance(error, BaseException):
                 raise error
-        return [Sample([*messages, turn_of(reply)], [reply]) for reply in replies]
+        return [Sample([*messages, self.asker.turn(reply)], [reply]) for reply in replies]
 
     def _cannot_ask(self, prompt: Prompt) -> str:
         if asks_nothing(question_of(prompt.row)):
