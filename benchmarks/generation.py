@@ -18,6 +18,7 @@ from side_by_side import alternate, keep, options, run_side, show
 from workload import SMOLLM3_3B
 
 from smolpost.inference.decoding import Decoder, cuda_graphs
+from smolpost.inference.sampling import Sampling
 from smolpost.model import SmolLM3Config, SmolLM3ForCausalLM
 
 TINY = {  # the miniature's
@@ -41,7 +42,7 @@ def model_for(case: dict) -> SmolLM3ForCausalLM:
 
 def smolpost(model: SmolLM3ForCausalLM, prompts: torch.Tensor, case: dict) -> list[list[int]]:
     decoder = Decoder(
-        model, case["rows"], case["prompt"] + case["reply"], temperature=TEMPERATURE, top_p=TOP_P, eos_token_ids=[],
+        model, case["rows"], case["prompt"] + case["reply"], sampling=Sampling(TEMPERATURE, TOP_P), eos_token_ids=[],
         pad_token_id=0, capture=cuda_graphs() if case["device"] == "cuda" else None,
     )  # fmt: skip
     with torch.no_grad():

@@ -257,7 +257,7 @@ def test_a_folder_of_recipes_is_repeated_in_every_printed_command(project, capsy
     cli_ok("plan", "--recipes", str(own), *words, "stage=sft")
     output = capsys.readouterr().out
     assert f"{own}/stage/sft.yaml replaces the library's stage/sft.yaml" in output
-    assert "'r': 4" in output
+    assert "lora.r=4" in output
     printed = commands(output)
     assert len(printed) == 3
     for command in printed:
