@@ -65,6 +65,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new and (isinstance(old, dict) or isinstance(new, dict)):
+            found.append(f"{prefix}{name} is {'new' if old is None else 'gone'}")
         elif old != new:
             found.append(f"{prefix}{name} {old} -> {new}")
     return found

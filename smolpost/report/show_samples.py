@@ -71,7 +71,7 @@ def length_lines(report: Mapping) -> list[str]:
             lines.append(f"{role}: mean tokens {', '.join(parts)}; {found['cut']:.1%} cut")
     if pairs := report["pairs"]:
         lines.append(
-            f"pairs: chosen about {pairs['chosen']:,.0f} tokens, rejected about {pairs['rejected']:,.0f}; chosen is "
+            f"pairs: chosen about {pairs['chosen']:,.1f} tokens, rejected about {pairs['rejected']:,.1f}; chosen is "
             f"longer in {pairs['chosen_longer']:.0%}"
         )
     if answers := report["answers"]:

@@ -142,7 +142,7 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
         share = pairs["chosen_longer"] if more else 1 - pairs["chosen_longer"]
         lines.append(
             f"chosen is {'longer' if more else 'shorter'} in {share:.0%} of {pairs['count']:,} pairs (about "
-            f"{pairs['chosen']:,.0f} against {pairs['rejected']:,.0f} tokens, at {BYTES_PER_TOKEN} bytes a token): "
+            f"{pairs['chosen']:,.1f} against {pairs['rejected']:,.1f} tokens, at {BYTES_PER_TOKEN} bytes a token): "
             "training may learn length instead of quality; set filters.max_tokens or balance the lengths"
         )
     for role, found in report["replies"].items():

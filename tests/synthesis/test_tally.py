@@ -113,7 +113,7 @@ def test_memory_does_not_grow_with_the_outcomes():
 
 def test_warnings_say_the_share_the_basis_and_the_remedy():
     assert warnings(tallied([paired(400, 200)] * 85 + [paired(200, 400)] * 15)) == [
-        "chosen is longer in 85% of 100 pairs (about 92 against 58 tokens, at 4 bytes a token): training may learn "
+        "chosen is longer in 85% of 100 pairs (about 92.5 against 57.5 tokens, at 4 bytes a token): training may learn "
         "length instead of quality; set filters.max_tokens or balance the lengths"
     ]
     assert warnings(tallied([paired(200, 400)] * 90 + [paired(400, 200)] * 10))[0].startswith(
