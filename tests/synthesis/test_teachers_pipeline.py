@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
 from smolpost import recipe
 from smolpost.pipeline.lineage import Lineage
@@ -78,7 +77,6 @@ def ids(found: list[dict]) -> Counter:
     return Counter(row["id"] for row in found)
 
 
-@pytest.mark.slow
 def test_killed_servers_and_clients_lose_nothing_and_make_nothing_twice(thinking_models, tmp_path):
     with served(thinking_models[0]) as strong, served(thinking_models[1]) as weak:
         project = Project(tmp_path, strong, weak)
