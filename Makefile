@@ -37,7 +37,7 @@ lint: .venv/test  ## ruff, check and format
 	$(PY) -m ruff format --check .
 
 bench: .venv/test  ## every benchmark beside its peer, results in benchmarks/results
-	for name in plan prepare packing sft row_length apo head checkpoint generation merge; do $(PY) benchmarks/$$name.py || exit 1; done
+	for name in plan prepare packing sft row_length apo head checkpoint generation merge teacher_client teacher_run; do $(PY) benchmarks/$$name.py || exit 1; done
 
 wheel: .venv/test  ## build a wheel into dist/
 	rm -rf build dist
