@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from smolpost.errors import UserError, Wrong
-from smolpost.files import read_json
 from smolpost.schema import Recipe
 from smolpost.screen import command_line, console
 from smolpost.stages.base import Keys, Planned, Replies, Stage, Work, keyed
@@ -146,11 +145,13 @@ class GenerationStage(Stage, Generation):
 
     def _facts(self, work: Work) -> dict[str, Any]:
         """The `smolpost.synthesis.provenance.Facts` of the stage."""
+        from smolpost.synthesis.run import teacher_of
+
         fields = self.keyed_fields()
         teachers = {}
         for role in self.ROLES:
             sampling = fields.pop(role)
-            said = read_json(work.replies[role].folder / RUN)["teacher"]
+            said = teacher_of(work.replies[role].folder)
             teachers[role] = {
                 "model": said["model"],
                 "revision": said["revision"],

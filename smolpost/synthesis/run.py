@@ -15,7 +15,7 @@ from smolpost.files import read_json
 from smolpost.screen import shown
 from smolpost.synthesis.records import Converse, Prompt, Record, TeacherEngine
 from smolpost.synthesis.run_begin import prepare
-from smolpost.synthesis.run_folder import RETRIES, RUN, RunCounts, RunFolder
+from smolpost.synthesis.run_folder import RETRIES, RUN, UPDATES, RunCounts, RunFolder
 from smolpost.synthesis.runner import Event, TeacherRunner
 
 
@@ -101,6 +101,14 @@ def _latest(runs: Sequence[Path]) -> Iterator[tuple[Prompt, Record]]:
             if head and head[0].id == prompt.id:  # a retry has its prompts in the order of the first run
                 record, heads[i] = head[1], next(retries[i], None)
         yield prompt, record
+
+
+def teacher_of(folder: Path) -> dict[str, Any]:
+    """What the teacher said of itself before the run's first request; "version" names all that have answered."""
+    begun = [read_json(run / RUN) for run in (folder, *_retries(folder))]
+    said = [entry for run in begun for entry in (run["teacher"], *run.get(UPDATES, []))]
+    versions = dict.fromkeys(entry["version"] for entry in said if entry.get("version"))
+    return said[0] | {"version": ", then ".join(versions) or None}
 
 
 # ---------------------------------------------------------------- retries

@@ -15,7 +15,9 @@ from smolpost.errors import UserError
 from smolpost.files import lock, read_json, remove_parts, replacing, write_json, write_text
 from smolpost.screen import shown
 from smolpost.synthesis.records import Prompt
-from smolpost.synthesis.run_folder import CHUNKS, PROMPTS, REPLIES, RUN, RunFolder, bounds, json_line
+from smolpost.synthesis.run_folder import CHUNKS, PROMPTS, REPLIES, RUN, UPDATES, RunFolder, bounds, json_line
+
+NOTED = ("version", "max_model_len")  # of the server: what may change during a run
 
 
 def prepare(
@@ -72,6 +74,8 @@ def prepare(
 def compare_teacher(path: Path, identity: Mapping[str, Any]) -> None:
     """Note what the teacher says of itself before its first request; compare it before all later ones.
 
+    Another version of the server, or another context length, is noted and said: servers are updated while a run lasts.
+
     Raises:
         UserError: It is not the teacher that has answered so far.
     """
@@ -80,9 +84,15 @@ def compare_teacher(path: Path, identity: Mapping[str, Any]) -> None:
         begun = read_json(path / RUN)
         if begun["teacher"] is None:
             write_json(path / RUN, begun | {"teacher": identity})
-        else:
-            remedy = "let that one answer again"
-            _refuse_changes(path, {"teacher": begun["teacher"]}, {"teacher": identity}, remedy)
+            return
+        was, now = ({k: v for k, v in said.items() if k not in NOTED} for said in (begun["teacher"], identity))
+        _refuse_changes(path, {"teacher": was}, {"teacher": now}, "let that one answer again")
+        last = begun["teacher"] | begun.get(UPDATES, [{}])[-1]
+        update = {name: identity.get(name) for name in NOTED}
+        if changed := [name for name in NOTED if last.get(name) != update[name]]:
+            for name in changed:
+                print(f"the teacher's {name} is {update[name]} now; it was {last.get(name)} before", flush=True)
+            write_json(path / RUN, begun | {UPDATES: [*begun.get(UPDATES, []), update]})
 
 
 class _Written(NamedTuple):

@@ -29,6 +29,7 @@ from smolpost.screen import shown
 from smolpost.synthesis.records import Prompt, Record, Reply, Request, Sample
 
 RUN, PROMPTS, CHUNKS, REPLIES, RETRIES = "run.json", "prompts.jsonl", "chunks.json", "replies", "retries"
+UPDATES = "teacher_updates"  # in RUN: what the teacher said of itself later, where its server was updated
 
 
 class RunCounts(NamedTuple):

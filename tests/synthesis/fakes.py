@@ -57,7 +57,7 @@ class FakeTeacher:
 
     def __init__(self, *, failures=(), error=None, error_after=None, delay=0.0, **identity):
         self.failures, self.error, self.error_after, self.delay = dict(failures), error, error_after, delay
-        self.said = {"model": "fake", "server": {"kind": "vllm", "version": "0.11"}} | identity
+        self.said = {"model": "fake", "server": "vllm", "version": "0.11"} | identity
         self.asked, self.opened, self.under_way, self.most = Counter(), 0, 0, 0
 
     async def __aenter__(self):

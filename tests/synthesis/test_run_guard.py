@@ -1,5 +1,6 @@
 """A run goes on with what it was begun with, or says in one line what has changed."""
 
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -11,7 +12,7 @@ import pytest
 from smolpost.errors import UserError
 from smolpost.synthesis import run_begin
 from smolpost.synthesis.records import Prompt
-from smolpost.synthesis.run import generate, records
+from smolpost.synthesis.run import generate, records, teacher_of
 from smolpost.synthesis.run_begin import prepare
 from tests.synthesis.fakes import FakeTeacher, make_prompts, once
 
@@ -77,7 +78,7 @@ def test_a_changed_field_is_refused_by_name_with_both_values(cut, changes, line)
             {"model": "other"},
             "teacher.model=fake, and now it is other; let that one answer again, or remove",
         ),
-        ({"server": {"kind": "vllm", "version": "0.12"}}, "teacher.server.version=0.11, and now it is 0.12; let that"),
+        ({"server": "sglang"}, "teacher.server=vllm, and now it is sglang; let that"),
         ({"template": "hash"}, "teacher.template=null, and now it is hash; let that one answer again"),
     ],
 )
@@ -87,6 +88,15 @@ def test_another_teacher_is_refused_before_its_first_request(cut, said, line):
         ask(cut, teacher)
     assert not teacher.asked and teacher.opened == 0
     assert ask(cut).done == 30
+
+
+def test_an_updated_server_is_noted_and_may_go_on(cut, capsys):
+    assert ask(cut, FakeTeacher(version="0.12", max_model_len=4096)).done == 30
+    said = capsys.readouterr().out
+    assert "the teacher's version is 0.12 now; it was 0.11 before" in said
+    assert "the teacher's max_model_len is 4096 now; it was None before" in said
+    assert teacher_of(cut) == FakeTeacher().said | {"version": "0.11, then 0.12"}
+    assert json.loads((cut / "run.json").read_text())["teacher_updates"] == [{"version": "0.12", "max_model_len": 4096}]
 
 
 def test_a_teacher_that_never_answered_may_be_another_one(tmp_path):
