@@ -37,7 +37,6 @@ from smolpost.synthesis.settings import Teacher
 BASE, CAP = 1.0, 60.0  # seconds of the first wait and of the longest one, before jitter
 KNOCK = 5.0  # seconds of the longest wait for a server that cannot be reached: a knock costs it nothing
 USELESS = 10  # tries that the server works on without giving a reply
-SHORTEST = 0.05  # seconds that a try must have left: a shorter one would only hide what the server said before
 FAILURES = 16  # failed requests in a row that end the run, where fewer may be under way
 
 _jitter = random.Random()  # its own, so that nobody's seeded numbers move
@@ -96,7 +95,7 @@ class ChatEngine:
             try:
                 if self._end:
                     raise self._end
-                if tries and began + SHORTEST > due:
+                if tries and began >= due:
                     raise self._late(tries)
                 outcome = await self._try(body, due - began)
                 if not isinstance(outcome, Fault):
@@ -166,7 +165,9 @@ class ChatEngine:
 
     def _late(self, tries: list[Fault]) -> Exception:
         spent = duration(self.teacher.deadline)
-        return self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {tries[-1]}")
+        # The deadline itself cuts the last try: what the server said before tells more.
+        said = next((fault for fault in reversed(tries) if not fault.timed_out), tries[-1])
+        return self._failed(tries, f"no reply in {len(tries)} tries within {spent}, the last one: {said}")
 
     def _failed(self, tries: list[Fault], reason: str) -> Exception:
         self._failed_in_a_row += 1
