@@ -113,7 +113,11 @@ class GenerationStage(Stage, Generation):
     # ------------------------------------------------------------ plan
 
     def reply_notes(self, replies: Mapping[str, Replies]) -> list[str]:
-        return [f"{role}: {named(self.teachers()[role])}; {_found(found.folder)}" for role, found in replies.items()]
+        teachers = self.teachers()
+        return [
+            f"{role}: {named(teachers[role])}, {_sampling(teachers[role])}; {_found(found.folder)}"
+            for role, found in replies.items()
+        ]
 
     # ------------------------------------------------------------ work
 
@@ -289,6 +293,13 @@ def named(teacher: Teacher) -> str:
     if teacher.stage:
         return f"checkpoint of stage {teacher.stage}" if teacher.stage != "checkpoint" else "model.checkpoint"
     return f"{teacher.model} at {teacher.url or '(no url yet)'}"
+
+
+def _sampling(teacher: Teacher) -> str:
+    """Mode and sampling in a few words, those of the defaults too: they decide the replies more than anything else."""
+    mode = {True: "think", False: "no_think", None: "in the mode of each row"}[teacher.thinking]
+    set_ = {name: getattr(teacher, name) for name in SAMPLING if name != "thinking"}
+    return ", ".join([mode, *(f"{name} {value}" for name, value in set_.items() if value is not None)])
 
 
 def _concurrency(teacher: Teacher) -> int:

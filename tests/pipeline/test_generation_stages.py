@@ -209,7 +209,9 @@ def test_a_teacher_that_cannot_be_meant_is_refused(traces, words, message):
 
 def test_a_server_without_an_address_plans_and_is_refused_when_it_is_asked(traces):
     stage = traces.located("stages.made.teacher.url=null")[1]
-    assert stage.config.reply_notes(stage.replies)[0].startswith("teacher: big at (no url yet); no replies yet")
+    assert stage.config.reply_notes(stage.replies)[0].startswith(
+        "teacher: big at (no url yet), think, temperature 0.6, top_p 0.95, max_new_tokens 32768; no replies yet"
+    )
     with pytest.raises(
         UserError, match=r"stages.made.teacher.url has no value; serve big .*url=http://localhost:8000/v1"
     ):
