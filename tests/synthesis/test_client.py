@@ -43,7 +43,7 @@ def test_a_reply_comes_with_what_the_server_counted(shared):
     assert (reply.content, reply.reasoning) == ("answer to one two three", "reasoning about one two three, seed 7")
     assert (reply.prompt_tokens, reply.completion_tokens, reply.attempts) == (3, 12, 1)
     assert (reply.finish_reason, reply.closed, reply.tool_calls) == ("stop", True, None)
-    assert 0 < reply.seconds < 20 and reply.raw["content"] == reply.content
+    assert 0 < reply.seconds < 2 and reply.raw["content"] == reply.content
 
 
 def test_each_request_asks_for_one_reply(shared):
@@ -98,7 +98,7 @@ def test_in_a_storm_of_faults_each_question_is_answered_once(shared, quick):
 def test_retry_after_is_honoured(shared, quick, wait):
     began = time.monotonic()
     reply = outcome(teacher_of(shared), f"<<{wait}>> later")
-    assert reply.attempts == 2 and 0.9 <= time.monotonic() - began < 20
+    assert reply.attempts == 2 and 0.9 <= time.monotonic() - began < 4
 
 
 def test_waits_grow_with_full_jitter_up_to_a_minute(shared, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_refused_request_fails_alone(shared):
 def test_a_request_is_tried_until_its_deadline(shared, quick):
     began = time.monotonic()
     [late] = outcomes(teacher_of(shared, deadline=1.0), "<<502|502|503*>> never")
-    assert 0.8 < time.monotonic() - began < 20
+    assert 0.8 < time.monotonic() - began < 2
     assert re.fullmatch(r"no reply in \d+ tries within 1 s, the last one: 503: injected 503", late.reason)
     assert late.attempts[0] == "502 x 2" and re.fullmatch(r"503 x \d+", late.attempts[1])
 
@@ -133,13 +133,13 @@ def test_a_request_is_tried_until_its_deadline(shared, quick):
 def test_the_deadline_also_cuts_a_try(shared):
     began = time.monotonic()
     [late] = outcomes(teacher_of(shared, deadline=1.0), "<<hang>> for ever")
-    assert time.monotonic() - began < 20 and late.attempts == ("time-out",)
+    assert time.monotonic() - began < 3 and late.attempts == ("time-out",)
 
 
 def test_a_longer_wait_than_the_deadline_fails_at_once(shared):
     began = time.monotonic()
     [late] = outcomes(teacher_of(shared), "<<429@86400>> tomorrow")
-    assert time.monotonic() - began < 20 and late.attempts == ("429",)
+    assert time.monotonic() - began < 1 and late.attempts == ("429",)
 
 
 def test_replies_that_cannot_be_used_are_not_paid_for_without_end(shared, quick):
@@ -188,7 +188,7 @@ def test_requests_that_wait_end_with_the_others(tmp_path):
         began = time.monotonic()
         found = outcomes(teacher_of(server, concurrency=1, deadline=100.0), *texts)
     assert [type(one) for one in found] == [UserError, Reply, UserError] and str(found[0]) == str(found[2])
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
 
 
 def test_the_key_is_in_no_message_record_or_picture_of_the_engine(tmp_path, monkeypatch, shared):

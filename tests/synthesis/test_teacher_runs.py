@@ -104,7 +104,7 @@ def test_the_end_does_not_wait_for_requests_under_way(ask):
     began = time.monotonic()
     with pytest.raises(UserError, match="stop"):
         ask(Hanging(error=UserError("stop"), error_after=5))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 5
 
 
 def test_a_fault_of_the_job_ends_the_run_as_itself(ask):
