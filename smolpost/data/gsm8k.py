@@ -25,7 +25,7 @@ def write_gsm8k(
 
     Args:
         rows: In our columns, as columns=gsm8k gives them, in the order in which they are used.
-        key: Of the stage, for messages.
+        key: The recipe key of the stage, used in error messages.
         sft, preference: Shares of the problems; without preference no pairs are written.
         heldout: Share of both that is held out.
         seed: Of the slips.
