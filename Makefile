@@ -16,7 +16,7 @@ help:  ## this list
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[deepspeed,eval,export,hygiene,serve,dev]'
+	$(PIP) --editable '.[deepspeed,eval,export,hygiene,serve,trackers,docs,dev]'
 	touch $@
 
 demo: .venv/demo  ## the whole chain in miniature: minutes on 2 cores, ends in a table

@@ -1,0 +1,88 @@
+"""Which model a command means: a checkpoint folder, a stage of a pipeline, or a server."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from smolpost import schema
+from smolpost.errors import UserError
+from smolpost.files import MANIFEST
+from smolpost.pipeline import manifest
+from smolpost.screen import shown
+from smolpost.stages.base import CHECKPOINT
+
+CONFIG = "config.json"  # of a checkpoint folder
+
+
+class NamedModel(NamedTuple):
+    """
+    Attributes:
+        name: For people: the stage's name with its seed, the folder or the URL.
+        folder: Of the checkpoint, or None for a server.
+        url: Of a server's OpenAI-compatible API, or None.
+    """
+
+    name: str
+    folder: Path | None
+    url: str | None = None
+
+
+def model_named(text: str, words: list[str]) -> NamedModel:
+    """The model that a word of the command line names.
+
+    A stage is looked up in the pipeline that the words choose. Without a `pipeline=` word it is the newest finished
+    one of that name under `run_dir`.
+
+    Args:
+        text: An http(s) URL, a checkpoint folder, a stage's name, or "checkpoint" for the start of the pipeline.
+        words: key=value words, such as pipeline=tiny or run_dir=FOLDER.
+    Raises:
+        UserError: There is no such model, it is not finished, or several runs have one of that name.
+    """
+    if re.match("https?://", text):
+        return NamedModel(text, None, text.rstrip("/"))
+    folder = Path(text)
+    if (folder / CONFIG).is_file():
+        return NamedModel(text, folder)
+    if folder.is_dir() or "/" in text:
+        what = f"has no {CONFIG}, so it is not a checkpoint" if folder.is_dir() else "does not exist"
+        raise UserError(f"{text} {what}; name a checkpoint folder, a stage, or the URL of a server")
+    if any(word.startswith("pipeline=") for word in words):
+        return _planned(text, words)
+    return _newest(text, words)
+
+
+def _planned(stage: str, words: list[str]) -> NamedModel:
+    from smolpost import recipe
+    from smolpost.pipeline import steps
+    from smolpost.pipeline.lineage import Lineage
+    from smolpost.pipeline.plan import select_one
+
+    lineage = Lineage(recipe.load(words), look_up=True)
+    if stage == CHECKPOINT:
+        return NamedModel(stage, steps.model_folder(lineage, stage))
+    planned = select_one(lineage.stages.planned.values(), stage)
+    if not planned.config.MAKES_MODEL:
+        makers = [p.name for p in lineage.stages.planned.values() if p.config.MAKES_MODEL]
+        raise UserError(f"{stage} makes no model; choose one of: {', '.join(makers)}")
+    return NamedModel(planned.name, steps.model_folder(lineage, planned.name))
+
+
+def _newest(stage: str, words: list[str]) -> NamedModel:
+    given = [word.partition("=")[2] for word in words if word.startswith("run_dir=")]
+    root = Path(given[-1] if given else schema.Recipe.run_dir)
+    found: dict[str, list[tuple[str, Path]]] = {}  # pipeline -> (when finished, folder) of each model
+    for file in root.glob(f"*/*/{MANIFEST}"):
+        made = manifest.read(file.parent)
+        if made and stage == made.get("stage") and (file.parent / CONFIG).is_file():
+            found.setdefault(file.parent.parent.name, []).append((made["finished"], file.parent))
+    if not found:
+        raise UserError(
+            f"{stage} is not a checkpoint folder, and no run under {shown(root)} has a finished model of that name; "
+            "name a folder, a stage with pipeline=NAME, or the URL of a server"
+        )
+    if len(found) > 1:
+        choices = " or ".join(f"pipeline={name}" for name in sorted(found))
+        raise UserError(f"{stage} is a stage of several runs under {shown(root)}; add {choices}")
+    [models] = found.values()
+    return NamedModel(stage, max(models)[1])
