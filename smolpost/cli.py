@@ -50,13 +50,14 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     "push": ("push", "copy a stage's synthetic rows, their card and provenance to the Hub or another file system"),
     "adopt": ("adopt", "check a checkpoint folder from elsewhere and write its manifest"),
 }
-EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
-or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
-its full key, e.g. stages.sft.learning_rate=1e-4."""
+EPILOG = """key=value words are Hydra overrides. pipeline=NAME is NAME.yaml or pipeline/NAME.yaml in a --recipes FOLDER
+or in the current folder, else a pipeline of the library; pipeline=./FILE.yaml is that file. model=, data= and
+accelerate=NAME choose files in a --recipes FOLDER or in the library. stage=NAME chooses a stage. Every other field is
+set by its full key, e.g. stages.sft.learning_rate=1e-4."""
 HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
     ("-m", "--multirun"): "a pipeline is one run; loop over the values in the shell, with a run_dir=FOLDER for each",
     ("-i", "--info"): "smolpost plan shows stages and commands, smolpost plan --cfg job the recipe",
-    ("-cp", "--config-path", "-cd", "--config-dir"): "--recipes FOLDER names a folder of recipes",
+    ("-cp", "--config-path", "-cd"): "--recipes FOLDER names a folder of recipes",
     ("-cn", "--config-name"): "pipeline=NAME or pipeline=./FILE.yaml chooses the recipe",
     ("-p", "--package"): "smolpost plan --cfg job prints the recipe from its root",
     ("-r", "--run", "--hydra-help", "-sc", "--shell-completion", "--experimental-rerun"): "leave it out",
