@@ -15,6 +15,7 @@ from smolpost.errors import UserError
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
 VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
+    "new": ("new", "look at a checkpoint and rows of yours, and write the pipeline that trains it on them"),
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
