@@ -38,6 +38,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     ),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),
+    "add-tokens": ("add_tokens", "write a copy of a checkpoint that has the control tokens of a chat template"),
     "import": (
         "import_settings",
         "write a pipeline from a YAML file of TRL, alignment-handbook or Axolotl, and list what differs",
