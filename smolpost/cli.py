@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from smolpost import __version__, disks, signals, third_party
+from smolpost import __version__, disks, signals, stage_log, third_party
 from smolpost.errors import UserError
 
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
@@ -68,6 +68,12 @@ HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """The one place where a user's mistake, a disk that takes no more and a signal become a line and an exit code."""
+    with stage_log.command(), _as_lines():
+        yield
+
+
+@contextlib.contextmanager
+def _as_lines() -> Iterator[None]:
     try:
         with signals.handled_by(signals.stop):
             yield
