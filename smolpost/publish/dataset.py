@@ -43,9 +43,7 @@ def dataset_package(
     text = text if with_provenance else without_provenance(text)
     files[CARD] = with_license(text, license_id).encode()
     key, rows = manifest["key"], report["accepted"]
-    notes = []
+    note = "with the teachers' replies word by word; --no-provenance leaves them out"
     if not with_provenance:
-        notes.append("without the teachers' raw replies, as --no-provenance asks")
-    if any(name in files for name in RAW):
-        notes.append("with the teachers' replies word by word; --no-provenance leaves them out")
-    return packed("dataset", f"{rows:,} rows of key {key}", folder, files, {"key": key, "rows": rows}, notes)
+        note = "without the teachers' raw replies"
+    return packed("dataset", f"{rows:,} rows of key {key}", folder, files, {"key": key, "rows": rows}, [note])
