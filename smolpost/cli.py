@@ -48,7 +48,11 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "serve",
         "print the command that serves a teacher, for vLLM, SGLang, transformers or llama.cpp; --run runs it",
     ),
-    "push": ("push", "copy a stage's synthetic rows, their card and provenance to the Hub or another file system"),
+    "card": ("card", "print the card of a finished stage: what it is, how it was made, its scores"),
+    "push": (
+        "push",
+        "copy a finished model or synthetic rows, with a card, to the Hub or another file system; --yes writes",
+    ),
     "adopt": ("adopt", "check a checkpoint folder from elsewhere and write its manifest"),
 }
 EPILOG = """key=value words are Hydra overrides. pipeline=NAME is NAME.yaml or pipeline/NAME.yaml in a --recipes FOLDER
