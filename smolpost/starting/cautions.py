@@ -30,8 +30,8 @@ def cautions(data: Data, batch: int, steps: int, has_modes: bool) -> list[str]:
         )
     if pairs and data.num_rows < FEW_PAIRS:
         lines.append(f"preference: {data.num_rows:,} pairs are few; the playbook's best run had 17,000")
-    if has_modes and not pairs:
-        lines += _of_modes(data.thinking())
+    if not pairs:
+        lines += _of_modes(data.thinking(), has_modes)
     return lines
 
 
@@ -60,10 +60,14 @@ def _of_file(file: File, tokens: Tokens) -> list[str]:
     return lines
 
 
-def _of_modes(share: float) -> list[str]:
+def _of_modes(share: float, has_modes: bool) -> list[str]:
     """Which modes train, by the share of the rows that think."""
+    if 0 < share < 1 and not has_modes:
+        return [f"sft: {share:.0%} of the rows think, and the template has no modes that tell the model when"]
     if 0 < share < 1:
         return [f"sft: {share:.0%} of the rows think; think_share of a source sets another share, as think_share: 0.5"]
+    if not has_modes:
+        return []
     missing = "without thinking (/no_think)" if share else "with thinking (/think)"
     return [
         f"sft: {'every' if share else 'no'} row thinks, so replies {missing} are not trained; add rows of both modes"

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolpost.chat.needed_tokens import lacking
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST
 from smolpost.importing.template import marks_replies, same_as, without_marks
 from smolpost.pipeline import manifest
+from smolpost.screen import command_line
 from smolpost.training.memory import shape_of
 from smolpost.training.settings import LoRA
 
@@ -121,6 +123,8 @@ def choose_template(checkpoint: Checkpoint, needs: str | None) -> Template:
 
     Args:
         needs: What in the rows needs more than plain ChatML, e.g. "tools"; None: nothing.
+    Raises:
+        UserError: The tokenizer lacks tokens that our template writes.
     """
     tokenizer = checkpoint.tokenizer
     if tokenizer.chat_template:
@@ -132,7 +136,14 @@ def choose_template(checkpoint: Checkpoint, needs: str | None) -> Template:
         name = "smollm3"
     else:
         name, why = "chatml", "the checkpoint has no template, and the rows need neither modes nor tools"
-    return Template(name, load_template(name), why)
+    template = Template(name, load_template(name), why)
+    if missing := lacking(tokenizer, template.text):
+        command = command_line(["smolpost", "add-tokens", checkpoint.place, "OUT", "--template", name])
+        raise UserError(
+            f"--checkpoint {checkpoint.place} has no chat template, and no token for {', '.join(missing)}, which the "
+            f"template {name} writes; `{command}` writes a checkpoint that has them; then take --checkpoint OUT"
+        )
+    return template
 
 
 def _own(text: str) -> Template:

@@ -232,7 +232,7 @@ def _report(found: Found, asked: Asked, file: Path, console: Console) -> None:
         batch, length = value(settings, "global_batch_size"), value(settings, "max_seq_len")
         steps = num_steps(data, length, batch, value(settings, "num_epochs"))
         doubts += cautions(data, batch, steps, "enable_thinking" in found.template.text)
-    say("", *settings_lines("", [Setting("accelerate", found.launch.accelerate, found.launch.why)]))
+    say("", *settings_lines("launch", [Setting("accelerate", found.launch.accelerate, found.launch.why)]))
     if found.launch.fits is False:
         remedy = "--gpus N" if asked.lora else "--lora or --gpus N"
         doubts.append(f"the model {found.launch.why}; use {remedy} with more, or larger GPUs")

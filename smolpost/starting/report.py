@@ -59,5 +59,4 @@ def settings_lines(prefix: str, settings: Sequence[Setting]) -> list[str]:
     """The values with their reasons, in columns."""
     shown = [f"{setting.key}={setting.value}" for setting in settings]
     width = max(map(len, shown))
-    head = [f"{prefix}:"] if prefix else []
-    return head + [f"  {text:<{width}}  {setting.why}" for text, setting in zip(shown, settings, strict=True)]
+    return [f"{prefix}:"] + [f"  {text:<{width}}  {setting.why}" for text, setting in zip(shown, settings, strict=True)]
