@@ -31,7 +31,7 @@ PIECE = 100  # neighbouring rows of the sample, so that it is spread over the fi
 PROBED = 50  # rows by which the columns are told
 BATCH = 100  # rows that are tokenized at a time
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 200  # rows at a file's end that do not train
-FEWEST_ROWS = 100  # of a file from which rows are held out
+FEWEST_ROWS = 400  # of a file from which rows are held out
 FLAGS = {"documents": "--sft", "pairs": "--preference"}
 WHAT = {"messages": "conversations", "text": "plain text", "preference": "preference pairs"}
 
@@ -100,13 +100,16 @@ class Tokens:
     held_out: int = 0
 
 
-def look(path: str, layout: str, name: str) -> File:
+def look(path: str, layout: str, name: str, roles: dict[str, str] | None = None) -> File:
     """Read the sample and tell the columns.
 
+    Args:
+        name: Of the source in the recipe.
+        roles: Role of the file -> system, user, assistant or tool.
     Raises:
         UserError: There is no such file, it has no rows, or no row of the sample is of the layout.
     """
-    source = Source(path=path)
+    source = Source(path=path, roles=roles or {})
     try:
         parts = slices(source, PIECE)
         sample = list(_sampled(source, parts))
@@ -153,16 +156,21 @@ def _told(source: Source, sample: list[Row], layout: str) -> Source:
     candidates = [replace(source, columns=name) for name in ROW_SHAPES]
     candidates += [replace(source, columns="alpaca", rename=names) for names in renames]
 
-    def badness(candidate: Source) -> tuple[int, int]:
-        kinds = Counter()
+    def badness(candidate: Source) -> tuple[int, int, int]:
+        kinds, hinted = Counter(), 0
         for row in probed:
             try:
                 kinds[_kind(row_for(row, candidate, layout), layout)] += 1
-            except UserError:
+            except UserError as error:
                 kinds["refused"] += 1
-        return kinds["refused"], kinds["text"]  # a text beside a conversation is a rendering of it
+                hinted += "set columns: " in str(error) or "columns=" in str(error)  # it is of another shape
+        return kinds["refused"], kinds["text"], hinted  # a text beside a conversation is a rendering of it
 
-    return min(candidates, key=badness)
+    told = min(candidates, key=badness)
+    if badness(told)[0] > len(probed) / 2:
+        repaired = replace(told, last_user_is_reply=True)
+        return min(told, repaired, key=badness)
+    return told
 
 
 def _kind(row: Row, layout: str) -> str:
@@ -175,7 +183,10 @@ def _check_kind(file: File) -> None:
     """Refuse a file without a usable row, or one that belongs to the other flag."""
     if not file.kinds:
         first = next(row.fault for row in file.rows if row.fault)
-        raise UserError(f"{FLAGS[file.layout]}: none of the {len(file.rows):,} rows looked at can be used; {first}")
+        here = "; for smolpost new: --roles NAME=ROLE" if "the source's roles" in first else ""
+        raise UserError(
+            f"{FLAGS[file.layout]}: none of the {len(file.rows):,} rows looked at can be used; {first}{here}"
+        )
     wanted = ("preference",) if file.layout == "pairs" else ("messages", "text")
     found = max(file.kinds, key=file.kinds.__getitem__)
     if found not in wanted:
