@@ -37,6 +37,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     ),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
+    "sample": ("sample", "ask several models the same prompts, in both modes, and write one page of their replies"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),
     "import": (
         "import_settings",
