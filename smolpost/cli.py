@@ -39,6 +39,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     ),
     "chat": ("chat", "talk to a stage, a checkpoint folder or a server, or to two of them side by side"),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
+    "sample": ("sample", "ask several models the same prompts, in both modes, and write one page of their replies"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),
     "add-tokens": ("add_tokens", "write a copy of a checkpoint that has the control tokens of a chat template"),
     "import": (
