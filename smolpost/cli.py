@@ -37,7 +37,9 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "evaluate",
         "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     ),
+    "chat": ("chat", "talk to a stage, a checkpoint folder or a server, or to two of them side by side"),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
+    "sample": ("sample", "ask several models the same prompts, in both modes, and write one page of their replies"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),
     "add-tokens": ("add_tokens", "write a copy of a checkpoint that has the control tokens of a chat template"),
     "import": (

@@ -13,8 +13,8 @@ FLOORS = {
     "training": 2, "synthesis": 2, "evaluation": 2,
     "selection": 3, "report": 3,
     "stages": 4, "recipe": 4,
-    "pipeline": 5, "doctor": 5, "export": 5, "fidelity": 5, "importing": 5, "starting": 5,
-    "publish": 5,
+    "pipeline": 5, "doctor": 5, "export": 5, "fidelity": 5, "importing": 5,
+    "starting": 5, "publish": 5, "talk": 5,
     "commands": 6, "cli": 6, "train": 6, "bench": 6, "launch": 6,
 }  # fmt: skip
 # The exceptions on one floor.
