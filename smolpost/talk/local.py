@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from smolpost.chat.answers import opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
@@ -35,6 +36,7 @@ def load(name: str, folder: Path, template: str | None) -> "LocalSpeaker":
         UserError: It cannot be loaded, or has no chat template.
     """
     text = load_template(template) if template else None
+    logging.disable_progress_bar()  # of weights: a chat says itself that it loads a model
     try:
         model, tokenizer = load_for_inference(folder)
     except (OSError, ValueError) as error:

@@ -234,8 +234,12 @@ class Session:
 
     def unfold(self, text: str) -> None:
         self.view.unfolded = True
-        lasts = [conversation.last for conversation in self.conversations]
-        thoughts = [said.reasoning.strip("\n") for said in lasts if said and said.reasoning.strip()]
+        lasts = [(name, conversation.last) for name, conversation in zip(self.names, self.conversations, strict=True)]
+        thoughts = [
+            (f"{name}:\n" if len(self.names) > 1 else "") + said.reasoning.strip("\n")
+            for name, said in lasts
+            if said and said.reasoning.strip()
+        ]
         self.view.note("\n\n".join(thoughts) or "thinking stays open from now on; /fold folds it again")
 
     def leave(self, text: str) -> None:
