@@ -31,16 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    try:
-        return _talk(options)
-    except signals.Stopped as stop:
-        if stop.signum == signal.SIGINT:  # at the prompt: a reply takes it for itself
-            print()
-            return 0
-        return signals.exit_code(stop.signum)
-
-
-def _talk(options: argparse.Namespace) -> int:
     from smolpost.talk.conversation import read_tools
     from smolpost.talk.saved import SavedRow
     from smolpost.talk.session import Session
@@ -79,7 +69,12 @@ def _talk(options: argparse.Namespace) -> int:
     if in_terminal:
         lines = [*(speaker.about for speaker in speakers), str(session.settings), "/help lists the commands"]
         view.note("\n".join(lines))
-    session.run()
+    try:
+        session.run()
+    except signals.Stopped as stop:
+        if stop.signum != signal.SIGINT or not in_terminal:
+            return signals.exit_code(stop.signum)
+        print()  # ctrl-C at the prompt; a reply takes it for itself
     return 0
 
 

@@ -83,9 +83,10 @@ def test_calls_come_in_pieces_and_their_results_go_back(speaker, server):
         ("429", "refuses .*it is busy: /retry asks again"),
         ("drop", "the reply broke off after .* tokens .* and is not kept; /retry asks again"),
         ("reset", "does not answer"),
-        ("error", r"broke off \(upstream failed\); /retry"),
-        ("html", "does not answer|broke off|no finish_reason"),
-        ("garbage", "does not answer|broke off"),
+        ("error", "sent 'upstream failed' instead of a reply; /retry asks again"),
+        ("html", "sent '<html><body>Please sign in to the network.*' instead of a reply"),
+        ("garbage", "sent .* instead of a reply"),
+        ("empty", "sent '{}' instead of a reply"),
         ("no_reason", "no finish_reason came"),
     ],
 )

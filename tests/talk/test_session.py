@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from smolpost.talk.conversation import Tools
 from smolpost.talk.settings import Settings
 
 
@@ -134,3 +135,26 @@ def test_words_that_look_like_commands(rigged, chat):
     assert len(script.said) == 2 and "/usr/bin is what?" in speaker.model.prompts[0]
     assert any("nowhere.json cannot be read (No such file or directory)" in note for note in script.notes)
     assert any("put quotes around a name with blanks" in note for note in script.notes)
+
+
+def test_a_file_that_is_named_again_gets_no_second_row(rigged, chat, tmp_path):
+    file, other = tmp_path / "chats.jsonl", tmp_path / "other.jsonl"
+    _, script = chat([rigged("a")], ["one", f"/save {file}", f"/save {file}", "two", f"/save {other}", "three"])
+    assert f"1 row is in {file}; it is written again after each reply that ends by itself" in script.notes
+    assert [len(json.loads(line)["messages"]) for line in file.read_text().splitlines()] == [4]
+    assert [len(json.loads(line)["messages"]) for line in other.read_text().splitlines()] == [6]
+
+
+def test_unfold_shows_the_thinking_of_each_model(rigged, chat):
+    one, two = rigged("<think>\nmine\n</think>\n1", "sft"), rigged("2", "apo")
+    session, script = chat([one, two], ["/unfold", "x", "/unfold"])
+    assert last(script) == "sft:\nmine" and session.view.unfolded
+    assert "thinking stays open from now on; /fold folds it again" in script.notes
+
+
+def test_a_call_cannot_write_into_the_terminal(rigged, chat):
+    reply = '<tool_call>{"name": "f", "arguments": {"a": "\x1b[2J' + "b" * 99 + '"}}</tool_call>'
+    _, script = chat([rigged(reply)], ["x"], tools=Tools(xml=("f(a)",)), thinking=False)
+    [prompt] = [note for note in script.notes if note.startswith("result of f(a=")]
+    assert "\x1b" not in prompt and len(prompt) < 80
+    assert "\x1b" not in "".join(script.said[0][2])

@@ -156,5 +156,6 @@ def test_modes_are_the_templates(rigged, tokenizer):
 def test_sampling_is_the_models_own_where_it_samples():
     assert of_generation_config({}) == (Settings(0.6, 0.95), [])
     assert of_generation_config({"temperature": 0.1, "top_p": 0.2}) == (Settings(0.6, 0.95), [])
+    assert of_generation_config({"do_sample": True, "top_k": 64}) == (Settings(1.0, 1.0, 64), [])
     own = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "min_p": None}
     assert of_generation_config(own) == (Settings(0.7, 0.8, 20), ["repetition_penalty=1.05"])
