@@ -41,9 +41,7 @@ def command(options: argparse.Namespace) -> int:
     names = [word for word in words if _is_model(word)]
     if not 1 <= len(names) <= 2:
         found = f"{len(names)} were named" if names else "none was named"
-        raise UserError(
-            f"chat takes one model or two, and {found}; name a stage, a checkpoint folder or a server's URL"
-        )
+        raise UserError(f"chat takes one model or two, and {found}; name a stage, a folder or a server's URL")
     given = [
         f"{name}={value}"
         for name in ("temperature", "top_p", "max_new_tokens", "seed")

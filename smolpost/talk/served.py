@@ -26,7 +26,7 @@ from smolpost.talk.splitter import ANSWER, THINKING, Splitter
 CONNECT, READ = 10.0, 3600.0  # seconds; a long prompt may take minutes before its first token, and ctrl-C ends the wait
 KEY = "chat"  # in messages of the teachers' connection
 # Pages by which a server is known, and what they hold.
-PAGES = {"llama_cpp": ("/props", "default_generation_settings"), "sglang": ("/get_server_info", "model_path"),
+PAGES = {"llama_cpp": ("/props", "build_info"), "sglang": ("/get_server_info", "model_path"),
          "vllm": ("/version", "version")}  # fmt: skip
 
 
@@ -102,9 +102,7 @@ class ServedSpeaker:
             return found
         if self.server in UNLISTED:  # they do not list all that they serve
             return {"id": wanted}
-        raise UserError(
-            f"--model {wanted} is not served by {self.url}, which has {listed(models)}; name what is served"
-        )
+        raise UserError(f"--model {wanted} is not served by {self.url}; name one of: {listed(models)}")
 
     def _get(self, url: str) -> httpx2.Response:
         try:
