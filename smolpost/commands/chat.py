@@ -1,6 +1,7 @@
 """smolpost chat: talk to a model, or to two side by side."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -73,6 +74,9 @@ def command(options: argparse.Namespace) -> int:
         if stop.signum != signal.SIGINT or not in_terminal:
             return signals.exit_code(stop.signum)
         print()  # ctrl-C at the prompt; a reply takes it for itself
+    except BrokenPipeError:  # who reads the replies has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
+        return signals.exit_code(signal.SIGPIPE)
     return 0
 
 

@@ -159,8 +159,13 @@ class LocalSpeaker:
                 f"{self.name}: {len(prompt):,} tokens and a reply of up to {most:,} need more memory than "
                 f"{self.model.device} has; /set max_new_tokens={max(1, most // 2)}, or /clear"
             ) from error
-        except NotFinite as error:
-            raise UserError(f"{self.name} cannot answer, {error}; train it again with a lower learning_rate") from error
+        except RuntimeError as error:
+            # A Decoder says so itself, and transformers' `generate` draws from the numbers as they are.
+            if not isinstance(error, NotFinite) and "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"{self.name} cannot answer: its activations are not finite; train it again with a lower learning_rate"
+            ) from error
 
     def _said(
         self, tokens: list[int], opened: bool, finish: str, mode: bool | None, note: str, heard: Heard, seed: int

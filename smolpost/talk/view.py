@@ -177,6 +177,7 @@ class _Stacked(Turn):
     def show(self, place: int, kind: str, text: str, heard: Heard) -> None:
         self._name(place)
         if kind == THINKING:
+            text = text if self.thinking else text.lstrip("\r\n")
             self.thinking += text
             self._think(clean(text))
             return

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import subprocess
 import sys
 import time
 
@@ -229,3 +230,17 @@ def test_a_model_that_thinks_here_and_behind_a_real_server(run, thinking_models,
     ]  # fmt: skip
     here, there = (json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines())
     assert here["messages"] == there["messages"] and here["messages"][1]["content"].startswith("<think>\nI have to")
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_it(tmp_path):
+    with start_fault_server(tmp_path) as server:
+        command = [sys.executable, "-m", "smolpost.cli", "chat", server.url]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment()) as chat:
+            chat.stdin.write("one\n")
+            chat.stdin.flush()
+            assert chat.stdout.readline() == "answer to one\n"
+            chat.stdout.close()
+            chat.stdin.write("two\n")
+            chat.stdin.close()
+            assert (chat.wait(timeout=60), chat.stderr.read()) == (141, "")

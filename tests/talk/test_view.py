@@ -49,7 +49,7 @@ def test_thinking_folds_to_a_line_before_the_answer(terminal):
 def test_open_thinking_stays(terminal):
     view = terminal()
     view.unfolded = True
-    text = shown(view, ["sft"], ([(THINKING, "hm\n"), (ANSWER, "The answer.")], said(tokens=4)))
+    text = shown(view, ["sft"], ([(THINKING, "\n"), (THINKING, "hm\n"), (ANSWER, "The answer.")], said(tokens=4)))
     assert text == "hm\n\nThe answer.\n8 tokens, 4.0 tokens/s, seed 3\n"
 
 
