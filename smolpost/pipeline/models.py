@@ -45,7 +45,10 @@ def model_named(text: str, words: list[str]) -> NamedModel:
     if (folder / CONFIG).is_file():
         return NamedModel(text, folder)
     if folder.is_dir() or "/" in text:
-        what = f"has no {CONFIG}, so it is not a checkpoint" if folder.is_dir() else "does not exist"
+        if folder.is_dir():
+            what = f"has no {CONFIG}, so it is not a checkpoint"
+        else:
+            what = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"{text} {what}; name a checkpoint folder, a stage, or the URL of a server")
     if any(word.startswith("pipeline=") for word in words):
         return _planned(text, words)
