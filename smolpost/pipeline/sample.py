@@ -247,7 +247,9 @@ class Served:
             return await engine.identity()
 
     def request(self, prompt: Prompt, thinking: bool | None, seed: int) -> Request:
-        return Request(prompt.messages, thinking, seed, prompt.tools, dict(prompt.template_kwargs) or None)
+        # The date of the models in this process; a template that does not read it is not changed by it.
+        date = {"today": RELEASE_DAY} if PROFILES[self.teacher.server].templated else {}
+        return Request(prompt.messages, thinking, seed, prompt.tools, {**date, **prompt.template_kwargs} or None)
 
     def engine(self) -> ChatEngine:
         return ChatEngine(self.teacher, key=KEY, modes=())
