@@ -15,6 +15,7 @@ from smolpost.errors import UserError
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
 VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
+    "new": ("new", "look at a checkpoint and rows of yours, and write the pipeline that trains it on them"),
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
@@ -36,6 +37,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "evaluate",
         "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     ),
+    "chat": ("chat", "talk to a stage, a checkpoint folder or a server, or to two of them side by side"),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
     "sample": ("sample", "ask several models the same prompts, in both modes, and write one page of their replies"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),

@@ -104,7 +104,8 @@ def _of_trl(name: str) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-# In the manner of Mistral's: no system turn, strict alternation, the end of text ends a reply.
+# In the manner of Mistral's: the system message is part of the first question, roles alternate, the end of text ends a
+# reply.
 MISTRAL = """{{- bos_token -}}
 {%- set opening = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' -%}
 {%- for message in messages if message.role != 'system' -%}
@@ -112,7 +113,7 @@ MISTRAL = """{{- bos_token -}}
     {{- raise_exception('roles must alternate user/assistant/user/assistant') -}}
   {%- endif -%}
   {%- if message.role == 'user' -%}
-    {{- '[INST] ' ~ (opening if loop.last else '') ~ message.content ~ '[/INST]' -}}
+    {{- '[INST] ' ~ (opening if loop.first else '') ~ message.content ~ '[/INST]' -}}
   {%- else -%}
     {{- ' ' ~ message.content.strip() ~ eos_token -}}
   {%- endif -%}
@@ -123,7 +124,7 @@ MODEL_FAMILIES = {
         lambda **ids: transformers.Qwen3Config(**SIZES, **{"tie_word_embeddings": True} | ids),
         _bytes, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-        None, "<|im_end|>", "<|endoftext|>", "<|im_end|>", _of_trl("qwen3"),
+        None, "<|endoftext|>", "<|endoftext|>", "<|im_end|>", _of_trl("qwen3"),
     ),
     "llama3": ModelFamily(
         lambda **ids: transformers.LlamaConfig(**SIZES, **ids),

@@ -14,7 +14,7 @@ FLOORS = {
     "selection": 3, "report": 3,
     "stages": 4, "recipe": 4,
     "pipeline": 5, "doctor": 5, "export": 5, "fidelity": 5, "importing": 5,
-    "publish": 5,
+    "starting": 5, "publish": 5, "talk": 5,
     "commands": 6, "cli": 6, "train": 6, "bench": 6, "launch": 6,
 }  # fmt: skip
 # The exceptions on one floor.
@@ -22,7 +22,8 @@ NEIGHBOURS = {
     ("files", "errors"), ("hub", "errors"), ("hub", "files"), ("registry", "errors"), ("schema", "registry"),
     ("disks", "errors"), ("stage_log", "files"), ("progress", "stage_log"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
-    ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"), ("starting", "pipeline"),
+    ("starting", "importing"),
     ("cli", "commands"), ("train", "cli"), ("bench", "train"), ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
