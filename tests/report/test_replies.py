@@ -11,9 +11,7 @@ from smolpost.synthesis.records import Reply
 
 LONG_QUESTION = "Could you please tell me how I can keep my bread fresh for a whole week without a freezer?"
 GERMAN = "Das Brot bleibt am besten in einem sauberen Tuch in einem Topf aus Ton, der nicht ganz geschlossen ist."
-ENGLISH = (
-    "Keep the bread in a clean cloth inside a pot of clay, and leave the lid a little open to let it breathe."
-)
+ENGLISH = "Keep the bread in a clean cloth inside a pot of clay, and leave the lid a little open to let it breathe."
 
 
 def reply(content="Fine.", reasoning=None, finish="stop", tokens=10, **more) -> Reply:
