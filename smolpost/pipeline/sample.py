@@ -71,6 +71,11 @@ class Settings(NamedTuple):
     model: str | None = None
     api_key_env: str | None = None
 
+    def shown(self) -> dict[str, Any]:
+        """What decides the replies, for a reader."""
+        names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed", "template")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def teacher(self, **more: Any) -> Teacher:
         fields = ("temperature", "top_p", "max_new_tokens", "batch_size", "api_key_env")
         return Teacher(**{name: getattr(self, name) for name in fields}, concurrency=WIDTH, **more)

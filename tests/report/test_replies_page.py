@@ -12,7 +12,7 @@ from tests.report.chromium import CONTRASTS, Keys, OpenedPage, chromium, needs_c
 from tests.report.test_samples_page import HOSTILE
 
 pytestmark = needs_chromium
-SETTINGS = {"temperature": 0.6, "max_new_tokens": 32, "model": None}
+SETTINGS = {"temperature": 0.6, "max_new_tokens": 32}
 MODELS = ("base", "mid", "sft", "apo", "merge")
 
 
