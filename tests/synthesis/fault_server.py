@@ -223,11 +223,12 @@ class Service:
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}
         if self.faults.kind != "vllm":
             pages["/v1/models"]["data"] = [{"id": model["id"], "object": "model"} for model in models]
-        if self.faults.kind == "transformers":  # without a cache to list
+        if self.faults.kind == "transformers" and path != "/health":  # without a cache to list
             return as_json(500, {"detail": "Cache directory not found"})
         pages |= {
             "vllm": {"/version": {"version": "0.11.0"}, "/health": {}},
             "sglang": {"/get_server_info": {"version": "0.5.3", "model_path": self.faults.models[0]}},
+            "transformers": {"/health": {"status": "ok"}},
             "llama_cpp": {"/props": {"build_info": "b6700-abc", "chat_template": "{{ messages }}"}},
         }.get(self.faults.kind, {})
         return as_json(200, pages[path]) if path in pages else as_json(404, {"detail": "Not Found"})
