@@ -17,6 +17,8 @@ third_party.silence()  # here, as all programs import this file before the libra
 VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
+    "status": ("status", "list runs, their stages, where each is, and the command that goes on"),
+    "logs": ("logs", "print what a stage's commands have printed; --follow goes on while it runs"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
     "generate": (
         "generate",

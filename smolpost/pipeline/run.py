@@ -18,7 +18,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import MANIFEST, write_json
-from smolpost.pipeline import estimate, manifest, processes
+from smolpost.pipeline import estimate, manifest, processes, record
 from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.measurable import check_measurable
@@ -88,6 +88,8 @@ def run(request: Request, console: Console) -> int:
     began = time.monotonic()
     todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
     todo = [(stage, word) for stage, word in todo if word != "done"]
+    if todo:
+        record.write(lineage.root, request, map(lineage.stages.__getitem__, wanted))
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
         word, reason = status(lineage.stages[name])
