@@ -26,6 +26,7 @@ from smolpost.pipeline.plan import select
 from smolpost.progress import LATER, duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
+from smolpost.training import trackers
 
 
 def status(stage: Located) -> tuple[str, str]:
@@ -88,6 +89,9 @@ def run(request: Request, console: Console) -> int:
     began = time.monotonic()
     todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
     todo = [(stage, word) for stage, word in todo if word != "done"]
+    for stage, word in todo:
+        if word != "evaluate":
+            stage.config.check_installed(stage.entry)
     if todo:
         record.write(lineage.root, request, map(lineage.stages.__getitem__, wanted))
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
@@ -256,9 +260,7 @@ def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
     maps = {file.name for folder in folders for file in (measured / folder.name).glob("*.png")}
     plots += [f"{measured}/*/{name}" for name in sorted(maps)]
     lines = [f"plots: {', '.join(plots)}"] if plots else []
-    if any(True for folder in folders for _ in folder.glob("**/events.out.tfevents.*")):
-        lines.append(f"training curves: `{command_line(['tensorboard', '--logdir', lineage.root])}`")
-    return lines
+    return lines + trackers.places(lineage.root, folders)
 
 
 def heading(text: str, console: Console) -> None:

@@ -56,6 +56,7 @@ def call(*words):
 
 
 def shown(capsys, *words):
+    capsys.readouterr()
     assert call("status", *words) == 0
     return capsys.readouterr().out.splitlines()
 
