@@ -95,7 +95,9 @@ def test_prepare_takes_rows_with_calls_and_results(rigged, chat, tokenizer, tmp_
     assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert row["tools"] == [schema] and row["messages"][2]["content"] == "four"
     dataset, report = prepared(SFTStage(max_seq_len=4096, packing="none"), [row], tokenizer, tmp_path)
-    prompt = speaker.prompt_ids(Conversation(session.conversations[0].frame, session.conversations[0].turns[:-1]), False)
+    prompt = speaker.prompt_ids(
+        Conversation(session.conversations[0].frame, session.conversations[0].turns[:-1]), False
+    )
     assert dataset[0]["input_ids"][: len(prompt)] == prompt and "look_up" in tokenizer.decode(prompt)
 
 
