@@ -193,11 +193,12 @@ def _written(request: Request, style: str) -> str:
 
 
 def _in_style(sides: dict[str, list[dict]], style: str) -> dict:
-    """A row of conversations with the policy and the functions where the style has them."""
+    """A row of conversations with the policy and the functions where the style has them; no reply thinks."""
     if style == "tools":
         system = {"role": "system", "content": POLICY}
         row = {name: [system, *messages] for name, messages in sides.items()}
-        return row | {"tools": [{"type": "function", "function": f} for f in FUNCTIONS.values()], "source": style}
+        tools = [{"type": "function", "function": function} for function in FUNCTIONS.values()]
+        return row | {"tools": tools, "chat_template_kwargs": {"enable_thinking": False}, "source": style}
     kwargs = {"custom_instructions": POLICY, "enable_thinking": False, "python_tools": [], "xml_tools": []}
     return sides | {
         "chat_template_kwargs": kwargs | {style: [json.dumps(f) for f in FUNCTIONS.values()]},

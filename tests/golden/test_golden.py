@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-import smolpost.stages  # noqa: F401 - registers the kinds
+import smolpost.stages  # registers the kinds
 from smolpost.data.practice import write_practice
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.data.sources import read_rows
