@@ -10,7 +10,7 @@ from hypothesis import settings
 from smolpost.objectives.losses import loss
 from smolpost.registry import LOSSES
 from tests.hinge import Hinge
-from tests.made_rows import FILES, NO_REAL_ROWS, REAL, make_rows
+from tests.made_rows import FILES, LAYERS, REAL, make_rows
 
 # The same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -39,11 +39,9 @@ def made_rows(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["made", "real"])
+@pytest.fixture(scope="session", params=LAYERS)
 def rows_file(request, made_rows) -> Callable[[str], Path]:
     """rows_file("sft"): a file of made rows, then of real ones where they lie beside the checkout."""
-    if request.param == "real" and not REAL.is_dir():
-        pytest.skip(NO_REAL_ROWS)
     return lambda name: made_rows / FILES[name][0] if request.param == "made" else REAL / FILES[name][1]
 
 

@@ -9,7 +9,7 @@ from smolpost.data.sources import read_rows
 from smolpost.schema import Source
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
-NO_REAL_ROWS = "second layer: the real rows of ../shared/data are not here"
+LAYERS = ["made", "real"] if REAL.is_dir() else ["made"]
 FILES = {  # name -> the made file, the real one
     "problems": ("problems.jsonl", "gsm8k/test.jsonl"),
     "mid": ("smoltalk2_mid.jsonl", "gsm8k/smoltalk2_mid.jsonl"),
