@@ -23,7 +23,8 @@ NEIGHBOURS = {
     ("disks", "errors"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
     ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"),
-    ("cli", "commands"), ("train", "cli"), ("bench", "train"), ("launch", "cli"), ("launch", "train"),
+    ("cli", "commands"), ("commands", "cli"), ("train", "cli"), ("bench", "train"),
+    ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 
