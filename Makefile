@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo seeds test test-all lint bench wheel clean
+.PHONY: help demo seeds test test-all lint bench wheel release-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,11 @@ bench: .venv/test  ## every benchmark beside its peer, results in benchmarks/res
 wheel: .venv/test  ## build a wheel into dist/
 	rm -rf build dist
 	$(PY) -m build --wheel --no-isolation
+
+release-check: .venv/test  ## build sdist and wheel, and install the wheel in an empty environment: 10 minutes
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+	SMOLPOST_DIST=dist $(PY) -m pytest tests/test_wheel.py
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist *.egg-info

@@ -142,10 +142,8 @@ def test_packages(monkeypatch):
         return versions.get(name) or version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", fake)
-    monkeypatch.setattr(
-        importlib.metadata, "requires",
-        lambda _: ["rich", "trl>=1.16", "peft", "torch>=2.10", "trackio; extra == 'trackers'", "x<1; python_version<'3'"],
-    )  # fmt: skip
+    required = ["rich", "trl>=1.16", "peft", "torch>=2.10", "trackio; extra == 'trackers'", "x<1; python_version<'3'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: required)
     findings = list(environment.packages())
     assert [(f.status, f.name) for f in findings] == [("fail", "trl"), ("fail", "peft"), ("note", "packages")]
     assert findings[0].value == "1.0 is not in the range >=1.16" and findings[0].remedy == "pip install 'trl>=1.16'"
