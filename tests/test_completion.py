@@ -73,6 +73,8 @@ def test_files_of_the_user(script, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("")
     line = "smolpost plan pipeline=./mi"
     assert completed(script, line, "smolpost", "plan", "pipeline", "=", "./mi") == ["./mine.yaml"]
+    line = "smolpost plan pipeline=mi"
+    assert completed(script, line, "smolpost", "plan", "pipeline", "=", "mi") == ["mine"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -56,12 +56,17 @@ def _all_stages(stages: dict[str, list[str]]) -> str:
 
 # Where bash breaks words at "=", as it does by default, it asks for the part behind it.
 _BASH = """{function}() {{
-  local line="${{COMP_LINE:0:COMP_POINT}}" names front=""
+  local line="${{COMP_LINE:0:COMP_POINT}}" names file front=""
   local word="${{line##*[[:space:]]}}"
   local value="${{word#*=}}"
   [[ "$COMP_WORDBREAKS" == *=* ]] || front="${{word%%=*}}="
   case "$word" in
     pipeline=.*|pipeline=/*) compgen -P "$front" -f -X '!*.yaml' -- "$value"; return ;;
+    pipeline=*)
+      names="{pipelines}"
+      for file in *.yaml pipeline/*.yaml; do
+        [[ -f "$file" ]] && file="${{file##*/}}" && names+=" ${{file%.yaml}}"
+      done ;;
 {groups}
     stage=*)
       case " $line" in
@@ -113,7 +118,12 @@ def _filled(text: str, groups: dict[str, list[str]], stages: dict[str, list[str]
     ]
     keys = " ".join([*(f"{group}=" for group in groups), "stage=", *KEYS])
     return text.format(
-        function=WORDS, groups="\n".join(cases), stages="\n".join(own), every=_all_stages(stages), keys=keys
+        function=WORDS,
+        pipelines=" ".join(groups["pipeline"]),
+        groups="\n".join(cases),
+        stages="\n".join(own),
+        every=_all_stages(stages),
+        keys=keys,
     )
 
 

@@ -20,7 +20,7 @@ def teacher(name: str, folders: list[str]) -> Teacher:
     Raises:
         UserError: There is no such file, or it does not hold a teacher.
     """
-    places = Places.of(folders, None)
+    places = Places.of(folders)
     names = places.options("teacher")
     if name not in names:
         raise UserError(

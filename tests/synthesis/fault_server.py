@@ -140,6 +140,28 @@ class Answer(NamedTuple):
     content_type: str = "application/json"
     headers: tuple[str, ...] = ()
 
+    def streamed(self) -> "Answer":
+        """The same chat completion as server-sent events: a word of the reply in each, then the end and the counts."""
+        if self.status != 200 or self.content_type != "application/json" or b'"choices"' not in self.body:
+            return self
+        content = json.loads(self.body)
+        choice, usage = content["choices"][0], content.pop("usage")
+        deltas = [
+            {name: word}
+            for name in ("reasoning", "reasoning_content", "content")
+            for word in re.findall(r"\S+\s*|\s+", choice["message"].get(name) or "")
+        ]
+        for call in choice["message"].get("tool_calls") or ():
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            deltas.append({"tool_calls": [call | {"index": 0, "function": {"name": name, "arguments": ""}}]})
+            deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in arguments]
+        choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
+        choices.append([{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}])
+        chunks = [content | {"object": "chat.completion.chunk", "choices": part} for part in choices]
+        chunks.append(content | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+        return Answer(200, "".join(lines).encode(), "text/event-stream")
+
     def head(self) -> bytes:
         lines = [
             f"HTTP/1.1 {self.status} Said", f"Content-Type: {self.content_type}",
@@ -344,6 +366,8 @@ class Connection(asyncio.Protocol):
         if await self.broken(action, noted):
             return None
         answer = answer_of(action, reply(text, body, action, service.faults))
+        if body.get("stream"):
+            answer = answer.streamed()
         service.answered += answer.status == 200
         service.note("/v1/chat/completions", answer.status, **noted)
         if action == "drop":
