@@ -1,6 +1,7 @@
 """smolpost completion: a script that teaches a shell the verbs, the options and the names of recipes and stages."""
 
 import argparse
+from functools import cache
 from pathlib import Path
 
 SHELLS = ("bash", "zsh", "fish")
@@ -9,7 +10,12 @@ KEYS = ("run_dir=", "seed=")  # beside the groups of recipe files and `stage`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="bash: add 'eval \"$(smolpost completion bash)\"' to ~/.bashrc")
+    parser.add_argument(
+        "shell",
+        choices=SHELLS,
+        help="put what is printed where the shell looks: ~/.local/share/bash-completion/completions/smolpost, "
+        "_smolpost in a folder of zsh's fpath, or ~/.config/fish/completions/smolpost.fish",
+    )
 
 
 def command(options: argparse.Namespace) -> int:
@@ -33,6 +39,7 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
+@cache
 def _names() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Group of recipe files -> their names in the library, and pipeline -> names of its stages."""
     from smolpost import recipe
@@ -112,7 +119,11 @@ def _zsh(groups: dict[str, list[str]], stages: dict[str, list[str]]) -> str:
 
 
 def _filled(text: str, groups: dict[str, list[str]], stages: dict[str, list[str]], listed: str) -> str:
-    cases = [f"    {group}=*) names={listed.format(' '.join(names))} ;;" for group, names in groups.items()]
+    cases = [
+        f"    {group}=*) names={listed.format(' '.join(names))} ;;"
+        for group, names in groups.items()
+        if (group, text) != ("pipeline", _BASH)  # which also looks for files of the user
+    ]
     own = [
         f"        *' pipeline={name} '*) names={listed.format(' '.join(found))} ;;" for name, found in stages.items()
     ]
