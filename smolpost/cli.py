@@ -58,6 +58,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "push",
         "copy a finished model or synthetic rows, with a card, to the Hub or another file system; --yes writes",
     ),
+    "completion": ("completion", "print a script that completes verbs, options and names in bash, zsh or fish"),
     "adopt": ("adopt", "check a checkpoint folder from elsewhere and write its manifest"),
 }
 EPILOG = """key=value words are Hydra overrides. pipeline=NAME is NAME.yaml or pipeline/NAME.yaml in a --recipes FOLDER
