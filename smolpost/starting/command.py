@@ -181,6 +181,10 @@ def _set_data(pipeline: Pipeline, data: Data) -> None:
                 pipeline.set(f"{key}.last_user_is_reply", True, "a last user turn after another one is a reply")
             if file.source.enable_thinking is False:
                 pipeline.set(f"{key}.enable_thinking", False, "no row thinks, and rows do not say so themselves")
+            if file.source.mode_from_reply:
+                pipeline.set(
+                    f"{key}.mode_from_reply", True, "rows do not say whether they think, but their replies show"
+                )
             if tokens.held_out:
                 pipeline.set(f"{key}.{limit}", train, why)
 

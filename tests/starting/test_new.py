@@ -119,9 +119,11 @@ def test_pairs_train_after_sft_and_rows_are_held_out(here):
     assert (data["sft"].max_rows, data["heldout"].first_row) == (760, 760)
     assert (data["preference"].max_rows, data["heldout_pairs"].first_row) == (380, 380)
     assert list(found.recipe.evaluation.tasks) == ["loss", "pairs"]
-    # Half of the rows think, so the rest would train as think rows: said, and not repaired for half of them.
-    assert (sft.template, data["sft"].enable_thinking) == ("smollm3", None)
-    assert "400 of 800 rows do not state their mode and have no think block" in printed
+    # Half of the rows think, and none of them says so.
+    assert (sft.template, data["sft"].enable_thinking, data["sft"].mode_from_reply) == ("smollm3", None, True)
+    assert data["heldout"].mode_from_reply and not data["preference"].mode_from_reply
+    assert data["preference"].enable_thinking is False
+    assert "do not state their mode" not in printed
     assert "sft: 50% of the rows think; think_share of a source sets another share" in printed
     assert "preference: 380 pairs are few; the playbook's best run had 17,000" in printed
 
