@@ -41,7 +41,7 @@ def add_tokens(checkpoint: str, out: Path, *, template: str | None, tokens: list
 
     if out.exists():
         raise UserError(f"{out} exists; name a new folder")
-    folder = local_folder(checkpoint, key="CHECKPOINT")
+    folder = local_folder(checkpoint, key=None)
     config = read_config(folder / CONFIG)
     if is_quantized(config):
         raise UserError(
