@@ -9,8 +9,7 @@ from pathlib import Path
 from smolpost import screen, signals
 from smolpost.commands.words import add_words, models_and_words
 from smolpost.errors import UserError
-
-SERVERS = ("vllm", "sglang", "transformers", "llama_cpp", "hosted")
+from smolpost.synthesis.settings import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +84,8 @@ def _speakers(names: list[str], words: list[str], options: argparse.Namespace) -
     from smolpost.talk.served import ServedSpeaker
 
     named = [model_named(name, words) for name in names]
-    wanted = iter(options.model)
-    if sum(one.url is not None for one in named) < len(options.model):
-        raise UserError(f"--model {options.model[-1]} chooses among a server's models, and no further server is named")
-    speakers = []
+    _check_flags(options, len(named), sum(one.url is not None for one in named))
+    wanted, speakers = iter(options.model), []
     for one in named:
         if one.url:
             speakers.append(ServedSpeaker(one.url, next(wanted, None), options.server, options.api_key_env))
@@ -98,3 +95,19 @@ def _speakers(names: list[str], words: list[str], options: argparse.Namespace) -
         print(f"loading {one.name} ...", file=sys.stderr, flush=True)
         speakers.append(load(one.name, one.folder, options.template))
     return speakers
+
+
+def _check_flags(options: argparse.Namespace, num_models: int, num_servers: int) -> None:
+    """
+    Raises:
+        UserError: A flag would have no effect.
+    """
+    if num_servers < len(options.model):
+        raise UserError(f"--model {options.model[-1]} chooses among a server's models, and no further server is named")
+    if num_servers == 0 and (flag := options.server or options.api_key_env):
+        name = "--server" if options.server else "--api-key-env"
+        raise UserError(f"{name} {flag} is for a server's URL, and none is named; leave it out")
+    if options.template and num_servers == num_models:
+        raise UserError(
+            f"--template {options.template} is for a checkpoint, and a server renders its prompts itself; leave it out"
+        )
