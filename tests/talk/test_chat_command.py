@@ -176,7 +176,7 @@ def test_a_chat_in_a_terminal(tmp_path):
         chat.wait("> ")
         chat.type("one\r")
         assert re.search(r"thought for \d tokens, \d\.\d s; /unfold shows it", chat.wait("answer to one"))
-        assert re.search(r"\d tokens, [\d,.]+ tokens/s, seed ", chat.wait("5"))
+        assert re.search(r"\d tokens, [\d,.]+ tokens/s, $", chat.wait("seed 5"))
         chat.wait("> ")
         chat.type("/unfold\r")
         chat.wait("reasoning about one, seed 5")
