@@ -55,7 +55,10 @@ def model_named(text: str, words: list[str]) -> NamedModel:
         merge = command_line(["smolpost", "merge", "OUT", f"{text}=1"])
         raise UserError(f"{text} holds a LoRA adapter without its base model; `{merge}` writes the whole model to OUT")
     if folder.is_dir() or "/" in text:
-        what = f"has no {CONFIG}, so it is not a checkpoint" if folder.is_dir() else "does not exist"
+        if folder.is_dir():
+            what = f"has no {CONFIG}, so it is not a checkpoint"
+        else:
+            what = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"{text} {what}; name a checkpoint folder, a stage, or the URL of a server")
     if any(word.startswith("pipeline=") for word in words):
         return _planned(text, words)
