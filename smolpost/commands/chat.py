@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from smolpost import screen, signals
-from smolpost.commands.words import add_words, words_of
+from smolpost.commands.words import add_words, named_models, words_of
 from smolpost.errors import UserError
-
-SERVERS = ("vllm", "sglang", "transformers", "llama_cpp", "hosted")
+from smolpost.synthesis.settings import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +37,7 @@ def command(options: argparse.Namespace) -> int:
     from smolpost.talk.settings import Settings, changed
     from smolpost.talk.view import Plain, Terminal
 
-    words = words_of(options)
-    names = [word for word in words if _is_model(word)]
+    names, words = named_models(words_of(options))
     if not 1 <= len(names) <= 2:
         found = f"{len(names)} were named" if names else "none was named"
         raise UserError(f"chat takes one model or two, and {found}; name a stage, a folder or a server's URL")
@@ -54,7 +52,7 @@ def command(options: argparse.Namespace) -> int:
     tools = {} if options.tools is None else {"tools": read_tools(options.tools)}
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     view = Terminal(screen.console()) if in_terminal else Plain()
-    speakers = _speakers(names, [word for word in words if not _is_model(word)], options)
+    speakers = _speakers(names, words, options)
     own = next((speaker.settings for speaker in speakers if speaker.settings), Settings())
     session = Session(
         speakers,
@@ -78,10 +76,6 @@ def command(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
         return signals.exit_code(signal.SIGPIPE)
     return 0
-
-
-def _is_model(word: str) -> bool:
-    return not word.startswith("--recipes=") and ("=" not in word or "://" in word or Path(word).exists())
 
 
 def _speakers(names: list[str], words: list[str], options: argparse.Namespace) -> list:

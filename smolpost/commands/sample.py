@@ -1,14 +1,12 @@
 """smolpost sample: the same prompts through several models, as one page."""
 
 import argparse
-import re
 from pathlib import Path
 
 from smolpost import screen
-from smolpost.commands.words import add_words, words_of
+from smolpost.commands.words import add_words, named_models, words_of
 from smolpost.errors import UserError
-
-KEY_VALUE = re.compile(r"[+~]*[\w.@/-]+=")
+from smolpost.synthesis.settings import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="prompts that a checkpoint answers at once")
     parser.add_argument("--model", metavar="NAME", help="what a server is asked for, if it serves several models")
-    parser.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable with the key of a server")
+    parser.add_argument("--server", choices=SERVERS, help="kind of the servers; default: found out")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the servers' key")
 
 
 def command(options: argparse.Namespace) -> int:
     _check(options)
-    words = words_of(options)
-    names = [word for word in words if not KEY_VALUE.match(word) and not word.startswith("--recipes=")]
+    names, words = named_models(words_of(options))
     if not names:
         raise UserError("sample needs a model: name stages, checkpoint folders or the URLs of servers")
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -50,7 +48,7 @@ def command(options: argparse.Namespace) -> int:
 
     check_is_ours(options.html, "sample")
     prompts = read_prompts(options.prompts or shipped_prompts())
-    models = [model_named(name, [word for word in words if word not in names]) for name in names]
+    models = [model_named(name, words) for name in names]
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     kept = options.html.with_suffix(".replies.jsonl")
     columns = sample(models, prompts, settings, kept)
