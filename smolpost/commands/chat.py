@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from smolpost import screen, signals
-from smolpost.commands.words import add_words, models_and_words
+from smolpost.commands.words import add_words, named_models, words_of
 from smolpost.errors import UserError
 from smolpost.synthesis.settings import SERVERS
 
@@ -37,7 +37,7 @@ def command(options: argparse.Namespace) -> int:
     from smolpost.talk.settings import Settings, changed
     from smolpost.talk.view import Plain, Terminal
 
-    names, words = models_and_words(options)
+    names, words = named_models(words_of(options))
     if not 1 <= len(names) <= 2:
         found = f"{len(names)} were named" if names else "none was named"
         raise UserError(f"chat takes one model or two, and {found}; name a stage, a folder or a server's URL")

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from smolpost import screen
-from smolpost.commands.words import add_words, models_and_words
+from smolpost.commands.words import add_words, named_models, words_of
 from smolpost.errors import UserError
+from smolpost.synthesis.settings import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="prompts that a checkpoint answers at once")
     parser.add_argument("--model", metavar="NAME", help="what a server is asked for, if it serves several models")
-    parser.add_argument("--api-key-env", metavar="VARIABLE", help="environment variable with the key of a server")
+    parser.add_argument("--server", choices=SERVERS, help="kind of the servers; default: found out")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the servers' key")
 
 
 def command(options: argparse.Namespace) -> int:
     _check(options)
-    names, words = models_and_words(options)
+    names, words = named_models(words_of(options))
     if not names:
         raise UserError("sample needs a model: name stages, checkpoint folders or the URLs of servers")
     if repeated := [name for name in names if names.count(name) > 1]:

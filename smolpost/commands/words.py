@@ -1,7 +1,7 @@
 """The key=value words that most verbs take, and the recipe and stage that they mean."""
 
 import argparse
-import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolpost.errors import UserError
@@ -9,8 +9,6 @@ from smolpost.errors import UserError
 if TYPE_CHECKING:
     from smolpost.pipeline.lineage import Lineage, Located
     from smolpost.recipe import Request
-
-KEY_VALUE = re.compile(r"[+~]*[\w.@/-]+=")
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +33,13 @@ def words_of(options: argparse.Namespace) -> list[str]:
     return [*(f"--recipes={folder}" for folder in options.recipes), *options.words]
 
 
-def models_and_words(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Of `words_of`, those that name models (a stage, a folder, a URL), and the others."""
-    words = words_of(options)
-    models = [word for word in words if not word.startswith("--recipes=") and not KEY_VALUE.match(word)]
-    return models, [word for word in words if word not in models]
+def named_models(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that name models (stages, folders, URLs), and the key=value words beside them."""
+
+    def is_model(word: str) -> bool:
+        return not word.startswith("--recipes=") and ("=" not in word or "://" in word or Path(word).exists())
+
+    return [word for word in words if is_model(word)], [word for word in words if not is_model(word)]
 
 
 def one_stage(words: list[str]) -> tuple["Request", "Lineage", "Located"]:

@@ -58,6 +58,7 @@ class Settings(NamedTuple):
         template: Name or file of the chat template for the models of this process; None: each model's own.
         batch_size: Prompts that a model of this process answers at once.
         model: What a server is asked for, where it serves several models.
+        server: Kind of the servers; None: found out.
         api_key_env: Environment variable that holds the servers' key.
     """
 
@@ -69,6 +70,7 @@ class Settings(NamedTuple):
     template: str | None = None
     batch_size: int = 32
     model: str | None = None
+    server: str | None = None
     api_key_env: str | None = None
 
     def shown(self) -> dict[str, Any]:
@@ -270,7 +272,7 @@ class Served:
 
     async def _identify(self) -> dict[str, Any]:
         async with Connection(self.teacher.url, self.teacher.api_key_env, key=KEY) as connection:
-            self.teacher.server = await server_kind(connection)
+            self.teacher.server = self.settings.server or await server_kind(connection)
         async with self.engine() as engine:
             return await engine.identity()
 

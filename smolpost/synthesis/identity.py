@@ -15,12 +15,11 @@ LOOK_UP = 30.0  # seconds for one page
 POLL = 2.0  # seconds between two looks at a server that is loading its model
 # transformers lists its cache, fails without one, and loads what is asked; hosted APIs do not list all their names.
 UNLISTED = ("transformers", "hosted")
-_OWN_PAGES = (  # in this order: a page of one server may be a page of one further down, too
-    ("sglang", "get_server_info", {"version"}),
-    ("llama_cpp", "props", {"chat_template"}),
-    ("vllm", "version", {"version"}),
-    ("transformers", "health", {"status"}),
-)
+# Server -> a page beside the API, and what only this server has there; one further down may have the page, too.
+OWN_PAGES = {
+    "sglang": ("get_server_info", "model_path"), "llama_cpp": ("props", "build_info"), "vllm": ("version", "version"),
+    "transformers": ("health", "status"),
+}  # fmt: skip
 AGAIN = "run the same command again: it goes on from here"
 
 
@@ -59,11 +58,11 @@ async def identify(connection: Connection, teacher: Teacher) -> tuple[str, dict[
 async def server_kind(connection: Connection) -> str:
     """Which of `settings.SERVERS` answers, by the pages that only one of them has; "hosted" where none is there."""
     root = connection.url.rsplit("/", 1)[0]
-    for kind, path, keys in _OWN_PAGES:
+    for kind, (path, key) in OWN_PAGES.items():
         found = await connection.send("GET", f"{root}/{path}", LOOK_UP)
         if isinstance(found, Fault) and found.unreached:
             break
-        if not isinstance(found, Fault) and keys <= found.keys():
+        if not isinstance(found, Fault) and key in found:
             return kind
     return "hosted"
 

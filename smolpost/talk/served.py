@@ -13,7 +13,7 @@ from smolpost.errors import UserError
 from smolpost.inference.served import listed, served_as
 from smolpost.signals import Stopped
 from smolpost.synthesis.connection import LONGEST, checked_url, message_of, proxy_for, secret
-from smolpost.synthesis.identity import UNLISTED
+from smolpost.synthesis.identity import OWN_PAGES, UNLISTED
 from smolpost.synthesis.profiles import PROFILES, unsupported
 from smolpost.synthesis.records import Request, RequestFailed
 from smolpost.synthesis.replies import FIELDS, canonical, reply_of, texts_of
@@ -25,9 +25,6 @@ from smolpost.talk.splitter import ANSWER, THINKING, Splitter
 
 CONNECT, READ = 10.0, 3600.0  # seconds; a long prompt may take minutes before its first token, and ctrl-C ends the wait
 KEY = "chat"  # in messages of the teachers' connection
-# Pages by which a server is known, and what they hold.
-PAGES = {"llama_cpp": ("/props", "build_info"), "sglang": ("/get_server_info", "model_path"),
-         "vllm": ("/version", "version")}  # fmt: skip
 
 
 class ServedSpeaker:
@@ -83,8 +80,8 @@ class ServedSpeaker:
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         """The server by its pages, and the page that told it; else transformers on this machine, and a hosted API."""
-        for server, (path, field) in PAGES.items():
-            response = self._get(self.url.rpartition("/")[0] + path)
+        for server, (path, field) in OWN_PAGES.items():
+            response = self._get(f"{self.url.rpartition('/')[0]}/{path}")
             try:
                 if response.status_code == 200 and field in (page := response.json()):
                     return server, page

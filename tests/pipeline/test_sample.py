@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -230,9 +231,9 @@ def test_a_server_beside_a_stage(ask, tmp_path):
         (("sft", "--template", "none"), "chat template 'none' does not exist; use one of"),
     ],
 )
-def test_refusals_are_one_line_and_write_nothing(ask, tmp_path, words, line):
+def test_refusals_are_one_line_and_write_nothing(ask, runs, tmp_path, words, line):
     if words == ("broken",):
-        make_model(0, make_tokenizer()).save_pretrained(tmp_path / "broken")
+        shutil.copytree(runs / "mine" / "sft-0", "broken", ignore=shutil.ignore_patterns("manifest.json", "tokenizer*"))
     code, out, err = ask(*words)
     assert code == 2 and re.match(f"smolpost: {line}", err) and err.count("\n") == 1, err
     assert {file.name for file in tmp_path.iterdir()} <= {"few.txt", "broken"} and out == ""
