@@ -13,7 +13,7 @@ from smolpost.chat.layout import MAX_BY_PREFIXES, REPLIES, Layout, Policy, lay_o
 from smolpost.chat.render import Conversation, Message, Tool, clean_messages, conversation_of
 from smolpost.chat.shown import Omission
 from smolpost.chat.spans import check_prefix, differ, generation_spans, prefix_spans
-from smolpost.chat.text_pieces import TextPiece, Vocabulary, vocabulary_of
+from smolpost.chat.text_pieces import LONGEST, TextPiece, Vocabulary, vocabulary_of
 from smolpost.errors import UserError
 
 if TYPE_CHECKING:
@@ -342,7 +342,8 @@ def _painted(layout: Layout) -> list[tuple[TextPiece, list[tuple[int, int, Fate]
             i += 1
         whole = not ranges or (len(ranges) == 1 and ranges[0][0] <= start and ranges[0][1] >= end)
         offsets = not whole or start < layout.boundary < end
-        painted.append((TextPiece(layout.text[start:end], start, plain, offsets), ranges))
+        before = layout.text[max(0, start - LONGEST) : start]
+        painted.append((TextPiece(layout.text[start:end], start, plain, offsets, before), ranges))
     return painted
 
 

@@ -16,12 +16,14 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smolpost.chat.controls import STRUCTURE
+from smolpost.chat.leading_blank import LeadingBlank, leading_blank
 from smolpost.chat.render import Conversation
 from smolpost.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST = 64  # characters of a control token that is looked for before a piece, at most
 _known = WeakKeyDictionary()
 
 
@@ -33,12 +35,14 @@ class TextPiece(NamedTuple):
         start: Position of its first character in the rendering.
         plain: Added tokens of the tokenizer must not be matched.
         offsets: The positions of the tokens are needed.
+        before: The end of the text that precedes it, at most LONGEST characters.
     """
 
     text: str
     start: int
     plain: bool
     offsets: bool
+    before: str = ""
 
 
 def vocabulary_of(tokenizer: "PreTrainedTokenizerBase") -> "Vocabulary":
@@ -82,6 +86,7 @@ class Vocabulary:
         tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         texts = sorted((token.content for token in tokens.values()), key=len, reverse=True)
         self.stops = [text for text in texts if text not in STRUCTURE]
+        self._texts = tuple(texts)
         self.added = _matcher(texts)
         self.special = _matcher([token.content for token in tokens.values() if token.special])
         self.added_ids = set(tokens) - {tokenizer.unk_token_id}
@@ -114,15 +119,38 @@ class Vocabulary:
             the rendering; None if the piece does not need offsets.
         """
         results = [None] * len(pieces)
+        if self._blank is not None:
+            results = [self._joined(piece) if piece.start else None for piece in pieces]
         for plain in (False, True):
             backend = self._plain if plain else self._usual
-            chosen = [i for i, piece in enumerate(pieces) if piece.plain == plain and piece.text != "\n"]
+            chosen = [i for i, p in enumerate(pieces) if results[i] is None and p.plain == plain and p.text != "\n"]
             encodings = backend.encode_batch_fast([pieces[i].text for i in chosen], add_special_tokens=False)
             for i, encoding in zip(chosen, encodings, strict=True):
                 ids = encoding.ids
                 results[i] = ids, self._counter(backend, pieces[i], ids) if pieces[i].offsets else None
         # Every row ends with a line break after its last reply. It is tokenized once; each row gets its own list.
         return [(list(self._line_break), None) if result is None else result for result in results]
+
+    @cached_property
+    def _blank(self) -> LeadingBlank | None:
+        """None for a tokenizer that puts no blank before a text."""
+        return leading_blank(self._usual, self._plain)
+
+    def _joined(self, piece: TextPiece) -> tuple[list[int], Callable[[int], int]]:
+        """A piece that is not the first one, as if the text before it were tokenized with it: without a leading blank.
+
+        Only what precedes its first control token depends on the text before. Directly after a control token, a
+        tokenizer that puts a blank before every text puts one here.
+        """
+        usual = self._plain if piece.plain else self._usual
+        match = None if piece.plain else self.added.search(piece.text)
+        place = match.start() if match else len(piece.text)
+        if self._blank.everywhere and piece.before.endswith(self._texts):
+            place = 0
+        without = self._blank.plain if piece.plain else self._blank.usual
+        head, tail = without.encode(piece.text[:place]), usual.encode(piece.text[place:], add_special_tokens=False)
+        starts = [start for start, _ in head.offsets] + [place + start for start, _ in tail.offsets]
+        return head.ids + tail.ids, partial(_num_before, piece, starts)
 
     @cached_property
     def _line_break(self) -> list[int]:

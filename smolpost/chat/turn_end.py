@@ -30,7 +30,7 @@ def is_blank(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
     return not tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
 
 
-def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def stop_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Id of the control token that would train as the end of a reply, under the tokenizer's chat template.
 
     None if there is no template, or it refuses a question and an answer, or it ends a reply with plain text.
@@ -50,7 +50,7 @@ def endless_replies(tokenizer: "PreTrainedTokenizerBase", stop_tokens: list[int]
         stop_tokens: Ids at which the checkpoint's generation stops.
         place: Folder or name of the checkpoint.
     """
-    end = _turn_end(tokenizer)
+    end = stop_token(tokenizer)
     if end is None or end in stop_tokens:
         return ""
     stops = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(stop_tokens)))) or "no token"

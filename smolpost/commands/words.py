@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's recipes"
+        "--recipes",
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="searched before the library's recipes",
     )
 
 

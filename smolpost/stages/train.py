@@ -185,10 +185,12 @@ class TrainStage(Stage):
         """The start's tokenizer with the stage's chat template.
 
         Raises:
-            UserError: A checkpoint from elsewhere speaks another template, and the stage does not allow the change.
+            UserError: A checkpoint from elsewhere speaks another template, and the stage does not allow the change; or
+                the tokenizer lacks control tokens of the template.
         """
         from transformers import AutoTokenizer
 
+        from smolpost.chat.needed_tokens import check_tokens
         from smolpost.chat.render import load_template, template_hash
 
         tokenizer, template = AutoTokenizer.from_pretrained(work.inputs[self.init_from]), load_template(self.template)
@@ -202,6 +204,9 @@ class TrainStage(Stage):
                 f"of {start} (hash {template_hash(found)}); set a .jinja file with that one, or "
                 f"stages.{entry}.allow_template_change=true where the change is meant"
             )
+        if not self.allow_split_tokens:
+            start = work.recipe.model.checkpoint or work.inputs[self.init_from]
+            check_tokens(tokenizer, self.template, f"stages.{work.stage.entry}", start)
         tokenizer.chat_template = template
         return tokenizer
 

@@ -15,6 +15,12 @@ LOOK_UP = 30.0  # seconds for one page
 POLL = 2.0  # seconds between two looks at a server that is loading its model
 # transformers lists its cache, fails without one, and loads what is asked; hosted APIs do not list all their names.
 UNLISTED = ("transformers", "hosted")
+_OWN_PAGES = (  # in this order: a page of one server may be a page of one further down, too
+    ("sglang", "get_server_info", {"version"}),
+    ("llama_cpp", "props", {"chat_template"}),
+    ("vllm", "version", {"version"}),
+    ("transformers", "health", {"status"}),
+)
 AGAIN = "run the same command again: it goes on from here"
 
 
@@ -48,6 +54,18 @@ async def identify(connection: Connection, teacher: Teacher) -> tuple[str, dict[
         "version": page.get("version") or page.get("build_info"),
         "template": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
     }
+
+
+async def server_kind(connection: Connection) -> str:
+    """Which of `settings.SERVERS` answers, by the pages that only one of them has; "hosted" where none is there."""
+    root = connection.url.rsplit("/", 1)[0]
+    for kind, path, keys in _OWN_PAGES:
+        found = await connection.send("GET", f"{root}/{path}", LOOK_UP)
+        if isinstance(found, Fault) and found.unreached:
+            break
+        if not isinstance(found, Fault) and keys <= found.keys():
+            return kind
+    return "hosted"
 
 
 async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, Any]]:

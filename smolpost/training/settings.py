@@ -61,6 +61,7 @@ class Training(Rows):
 
     init_from: str = MISSING  # stage name, or "checkpoint": model.checkpoint
     allow_template_change: bool = tuning(False)  # start from a checkpoint that was trained with another template
+    allow_split_tokens: bool = tuning(False)  # train control tokens that the tokenizer lacks as ordinary text
     learning_rate: float = positive()  # peak
     min_lr_ratio: float = number("[0, 1)", 0.1)  # of the peak, where cosine and wsd end; linear ends at 0
     lr_scheduler: str = choice("cosine", "linear", "constant", "wsd")  # after the warmup
