@@ -174,6 +174,7 @@ def test_status_imports_no_library_that_takes_seconds(runs):
 def test_a_log_is_found_by_its_stage_and_cut_to_its_end(runs, capsys):
     leave(runs)
     leave(runs, "apo-1")
+    capsys.readouterr()
     assert call("logs", "sft", "-n", "2") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "a line of sft" and len(out.splitlines()) == 2
