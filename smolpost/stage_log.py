@@ -104,7 +104,8 @@ def held(file: Path) -> Iterator[None]:
 def is_held(file: Path) -> bool:
     """Whether a command of the log's stage is at work, or a run between two of them."""
     try:
-        opened = os.open(file, os.O_RDONLY)
+        # NFS locks exclusively what is open for writing.
+        opened = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
     except OSError:
         return False
     try:
