@@ -104,7 +104,8 @@ def held(file: Path) -> Iterator[None]:
 def is_held(file: Path) -> bool:
     """Whether a command of the log's stage is at work, or a run between two of them."""
     try:
-        opened = os.open(file, os.O_RDONLY)
+        # NFS locks exclusively what is open for writing.
+        opened = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -164,8 +165,7 @@ class StageLog:
 
     def write(self, line: str) -> None:
         """Append a line, in one piece."""
-        for text, name in _hidden.items():
-            line = line.replace(text, name)
+        line = _masked(line)
         if line.startswith(SAID):
             self._said = line.removeprefix(SAID)
         mark = f"[rank {self.rank}] " if self.rank else ""
@@ -191,13 +191,19 @@ class StageLog:
         if error:
             for line in "".join(traceback.format_exception(error)).splitlines():
                 self.write(line)
-            self._said = " ".join(f"{type(error).__name__}: {error}".split())
+            self._said = _masked(" ".join(f"{type(error).__name__}: {error}".split()))
         if self.rank == 0:
             note(self.file, ended=now(), exit_code=code, **({"said": self._said} if self._said else {}))
             self.write(f"--- {now()} ends with exit code {code}")
         elif self._said:
             note(self.file, said=self._said)
         os.close(self._opened)
+
+
+def _masked(line: str) -> str:
+    for text, name in _hidden.items():
+        line = line.replace(text, name)
+    return line
 
 
 class Kept:

@@ -58,7 +58,7 @@ def test_outside_of_a_command_and_on_a_disk_that_cannot_be_written_nothing_is_ke
     assert capsys.readouterr().out == "shown\n"
 
 
-def test_a_refusal_a_traceback_and_a_stop_are_kept_with_their_exit_codes(log, capsys):
+def test_a_refusal_a_traceback_and_a_stop_are_kept_with_their_exit_codes(log, monkeypatch):
     def fail(error):
         stage_log.begin(log, "train")
         raise error
@@ -68,10 +68,11 @@ def test_a_refusal_a_traceback_and_a_stop_are_kept_with_their_exit_codes(log, ca
     assert kept(log)[-2:] == ["smolpost: stages.sft.max_seq_len=9 is too short", "--- ends"]
     found = stage_log.state(log)
     assert (found["exit_code"], found["said"]) == (2, "stages.sft.max_seq_len=9 is too short")
+    monkeypatch.setattr(stage_log, "_hidden", {"hf_abcdef": "TOKEN"})
     with pytest.raises(ZeroDivisionError), cli.one_line_errors():
-        fail(ZeroDivisionError("of\nnothing"))
-    assert "Traceback (most recent call last):" in kept(log)
-    assert stage_log.state(log)["said"] == "ZeroDivisionError: of nothing"
+        fail(ZeroDivisionError("of\nhf_abcdef"))
+    assert "hf_abcdef" not in log.read_text() and "Traceback (most recent call last):" in kept(log)
+    assert stage_log.state(log)["said"] == "ZeroDivisionError: of TOKEN"
     with pytest.raises(SystemExit), cli.one_line_errors():
         fail(cli.signals.Stopped(signal.SIGTERM, " at step 3"))
     assert stage_log.state(log)["exit_code"] == 143

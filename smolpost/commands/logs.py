@@ -1,6 +1,8 @@
 """smolpost logs: what a stage's commands have printed."""
 
 import argparse
+import os
+import sys
 
 from smolpost import signals
 from smolpost.commands.words import add_recipes
@@ -27,4 +29,6 @@ def command(options: argparse.Namespace) -> int:
         logs.show(logs.log_of(options.stage, words), options.lines, follow=options.follow)
     except signals.Stopped as stop:  # the way to end it: nothing to say
         return signals.exit_code(stop.signum)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

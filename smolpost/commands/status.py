@@ -54,8 +54,8 @@ def _asked(words: list[str]) -> list["RunStatus"]:
 def _lines(run: "RunStatus", width: int) -> Iterator[str]:
     done = sum(stage.state == "finished" for stage in run.stages)
     yield f"{run.pipeline}: {done} of {len(run.stages)} {plural('stage', len(run.stages))} finished, in {run.folder}"
-    names = max(len(stage.name) for stage in run.stages)
-    states = max(len(stage.doing or stage.state) for stage in run.stages)
+    names = max((len(stage.name) for stage in run.stages), default=0)
+    states = max((len(stage.doing or stage.state) for stage in run.stages), default=0)
     for stage in run.stages:
         before = f"  {stage.name:{names}}  {stage.doing or stage.state:{states}}  "
         after = textwrap.wrap(", ".join(_details(stage)), max(30, width - len(before)), break_long_words=False)

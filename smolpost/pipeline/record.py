@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolpost.files import MANIFEST, read_json, write_json
 from smolpost.pipeline import manifest
-from smolpost.pipeline.lineage import Located
-from smolpost.recipe import Request
+
+if TYPE_CHECKING:  # they import hydra, which `smolpost status` can do without
+    from smolpost.pipeline.lineage import Located
+    from smolpost.recipe import Request
 
 FILE = "run.json"
 
@@ -26,16 +28,16 @@ class Entry(NamedTuple):
     evaluation: list[Path]
 
 
-def entry(stage: Located) -> Entry:
+def entry(stage: "Located") -> Entry:
     return Entry(stage.name, stage.config.kind, stage.folder, list(stage.evaluation.values()))
 
 
-def words(request: Request) -> list[str]:
+def words(request: "Request") -> list[str]:
     """The words of the command line that asked for it."""
     return [*request.overrides, *([f"stage={request.stage}"] if request.stage else [])]
 
 
-def write(root: Path, request: Request, stages: Iterable[Located]) -> None:
+def write(root: Path, request: "Request", stages: Iterable["Located"]) -> None:
     """
     Args:
         root: The pipeline's folder.

@@ -81,19 +81,18 @@ def run(request: Request, console: Console) -> int:
     """
     lineage = Lineage(request, look_up=True)
     wanted = _with_parents(lineage, [p.name for p in select(lineage.stages.planned.values(), request.stage)])
-    if any(status(lineage.stages[name])[0] != "done" for name in wanted):
+    todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
+    todo = [(stage, word) for stage, word in todo if word != "done"]
+    if todo:
+        for stage, word in todo:
+            if word != "evaluate":
+                stage.config.check_installed(stage.entry)
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
         processes.warm()
         if request.recipe.evaluation.tasks:
             _check_tasks(request.recipe.evaluation.tasks)
-    began = time.monotonic()
-    todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
-    todo = [(stage, word) for stage, word in todo if word != "done"]
-    for stage, word in todo:
-        if word != "evaluate":
-            stage.config.check_installed(stage.entry)
-    if todo:
         record.write(lineage.root, request, map(lineage.stages.__getitem__, wanted))
+    began = time.monotonic()
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
         word, reason = status(lineage.stages[name])

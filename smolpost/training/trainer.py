@@ -23,7 +23,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import logging
 
 from smolpost import signals, stage_log
 from smolpost.objectives.transfer import to_device
@@ -290,8 +289,6 @@ class Steps(TrainerCallback):
         self._since: tuple[float, int] | None = None  # time and step at the end of this process's first step
         self._later = seconds_later()
         self._table = Table(state.max_steps, under_run=signals.UNDER_RUN in os.environ)
-        logging.disable_progress_bar()  # the checkpoint writer's bar: only one bar at a time
-        self.shown.callback(logging.enable_progress_bar)
         what = f"train on {args.world_size} x {args.device.type}"
         progress = Progress(
             what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero, lines=False

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from smolpost import cli, stage_log
 from smolpost.files import write_json
 from smolpost.pipeline import logs, manifest, record, status
+from smolpost.pipeline.run import _stopped
 
 KEY = "0123456789ab"
 STEP = {"step": 30, "steps": 120, "loss": 1.25, "tokens_per_second": 5000.0, "seconds_left": 100.0}
@@ -103,6 +106,21 @@ def test_a_stage_that_ended_unfinished_says_how_and_where_it_goes_on(runs, capsy
     assert found.next.name == "sft" and found.command == ["smolpost", "run", "pipeline=mine", "a=b c"]
 
 
+def test_a_run_notes_what_became_of_a_command_that_could_not(runs, capsys):
+    lineage, stage = SimpleNamespace(log=lambda folder: log_of(runs)), SimpleNamespace(name="sft", folder=None)
+    console = Console()
+
+    def why(code, began, **fields):
+        leave(runs, **fields)
+        _stopped(lineage, stage, ("accelerate", "launch"), code, began, console)
+        return status.run_status(runs).stages[1].why
+
+    assert why(-9, "2026") == "was killed by signal 9"
+    assert why(1, "2026") == "ended with exit code 1"
+    assert why(1, "2026", exit_code=143, said="ValueError: of rank 1") == "ValueError: of rank 1"
+    assert why(1, "9999") == "its process was killed, or the machine went down"  # the log is of an earlier command
+
+
 def test_a_stage_that_is_made_and_not_measured_is_next(runs):
     text = json.loads((runs / record.FILE).read_text())
     text["stages"][0]["evaluation"] = [f"evaluations/init-{KEY}/recall-0"]
@@ -156,6 +174,7 @@ def test_status_imports_no_library_that_takes_seconds(runs):
 def test_a_log_is_found_by_its_stage_and_cut_to_its_end(runs, capsys):
     leave(runs)
     leave(runs, "apo-1")
+    capsys.readouterr()
     assert call("logs", "sft", "-n", "2") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "a line of sft" and len(out.splitlines()) == 2

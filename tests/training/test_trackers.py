@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolpost import recipe
 from smolpost.errors import UserError
+from smolpost.pipeline import run
 from smolpost.stages.sft import SFTStage
 from smolpost.training import trackers
 from tests.small import ROOT, call, environment
@@ -104,6 +106,15 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(monk
     with pytest.raises(UserError, match=r"stages\.sft\.report_to has wandb, .*pip install 'smolpost\[trackers\]'"):
         stage.check_installed("sft")
     assert f"{trackers.EXTRA} = [" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_run_with_a_tracker_that_is_not_installed_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.MODULES, "wandb", "no_such_module")
+    monkeypatch.setattr(run.processes, "warm", lambda: pytest.fail("before the libraries are loaded"))
+    request = recipe.load(["pipeline=tiny", "stages.sft.report_to=[wandb]", f"run_dir={tmp_path}"])
+    with pytest.raises(UserError, match="pip install"):
+        run.run(request, Console())
+    assert not list(tmp_path.glob("tiny/*-*")) and not (tmp_path / "tiny" / "run.json").exists()
 
 
 def test_planning_with_trackers_imports_none_of_them():
