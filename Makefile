@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo seeds test test-all lint bench docs wheel clean
+.PHONY: help demo seeds test test-all lint bench docs wheel release-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,11 @@ docs: .venv/test  ## the documentation site in site/; `python -m http.server -d 
 wheel: .venv/test  ## build a wheel into dist/
 	rm -rf build dist
 	$(PY) -m build --wheel --no-isolation
+
+release-check: .venv/test  ## build sdist and wheel, and install the wheel in an empty environment: 10 minutes
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+	SMOLPOST_DIST=dist $(PY) -m pytest tests/test_wheel.py
 
 clean:  ## remove the environment and what was built
 	rm -rf .venv build dist site *.egg-info
