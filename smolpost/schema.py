@@ -14,6 +14,7 @@ RELEASE_DAY = "08 July 2025"  # SmolLM3's; the date rendered into text where the
 
 
 PACKED_ATTENTION = "packed"  # `smolpost.model.attention`, the one that keeps the sides of a pair apart
+ADDED_TOKENS = "added tokens"  # kind of a checkpoint that `smolpost add-tokens` made, in its manifest
 DTYPES = ("float32", "bfloat16", "float16")  # of merged weights
 SEEDS = "[0, 4294967295]"  # what numpy, torch and Python all take
 

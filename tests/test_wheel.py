@@ -91,13 +91,13 @@ def test_plan_runs_from_the_wheel_outside_the_clone(wheel, tmp_path):
     (tmp_path / "own" / "accelerate").mkdir(parents=True)
     (tmp_path / "own" / "accelerate" / "node.yaml").write_text("num_processes: 4\n")
     done = subprocess.run(
-        [tmp_path / "env" / "bin" / "smolpost", "plan", "--recipes", "own", "pipeline=./mine.yaml", "accelerate=node"],
+        [tmp_path / "env" / "bin" / "smolpost", "plan", "--config-dir", "own", "pipeline=mine", "accelerate=node"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "pipeline mine: 6 stages under runs/mine" in text
-    words = "--recipes=own pipeline=./mine.yaml accelerate=node stage=mid"
+    words = "--recipes=own pipeline=mine accelerate=node stage=mid"
     assert f"--config_file own/accelerate/node.yaml -m smolpost.train {words}" in text
 
 

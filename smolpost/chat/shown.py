@@ -123,23 +123,27 @@ def _between(text: str, spans: list[Span]) -> str:
     return "".join([*parts, text[done:]])
 
 
-def thinks_unasked(tokenizer: "PreTrainedTokenizerBase", today: str) -> bool:
-    """Whether the chat template has two modes, chosen by `enable_thinking`, and thinks if it is not given."""
+class Modes(NamedTuple):
+    """The think modes of a chat template, chosen by `enable_thinking`.
+
+    Attributes:
+        two: It has both; otherwise the variable changes nothing.
+        thinks_unasked: It thinks if the variable is not given.
+    """
+
+    two: bool
+    thinks_unasked: bool
+
+
+def modes_of(tokenizer: "PreTrainedTokenizerBase", today: str) -> Modes | None:
+    """None if the chat template refuses a question."""
+
+    def prompt(**variables: bool) -> str:
+        options = {"template_kwargs": variables, "today": today, "add_generation_prompt": True}
+        return render(tokenizer, _QUESTION, **options)
+
     try:
-        thinks = _question(tokenizer, today, enable_thinking=True)
-        return _question(tokenizer, today) == thinks != _question(tokenizer, today, enable_thinking=False)
+        thinks, answers = prompt(enable_thinking=True), prompt(enable_thinking=False)
+        return Modes(thinks != answers, prompt() == thinks != answers)
     except UserError:  # it reads variables that only rows have
-        return False
-
-
-def has_modes(tokenizer: "PreTrainedTokenizerBase", today: str) -> bool:
-    """Whether the chat template has a think and a no-think mode, chosen by `enable_thinking`."""
-    try:
-        modes = {_question(tokenizer, today, enable_thinking=thinks) for thinks in (True, False)}
-    except UserError:  # as above
-        return False
-    return len(modes) == 2
-
-
-def _question(tokenizer: "PreTrainedTokenizerBase", today: str, **variables: bool) -> str:
-    return render(tokenizer, _QUESTION, template_kwargs=variables, today=today, add_generation_prompt=True)
+        return None

@@ -136,7 +136,7 @@ def check_prefix(text: str, prefix: str) -> None:
     if not text.startswith(prefix):
         raise UserError(
             "the chat template renders earlier turns differently when later turns follow; use a template that does "
-            "not, such as smollm3, or train the last turn only"
+            "not, such as smollm3, or train the last turn only (the stage's last_turn_only=true)"
         )
 
 

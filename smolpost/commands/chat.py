@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from smolpost import screen, signals
-from smolpost.commands.words import add_words, words_of
+from smolpost.commands.words import add_words, models_and_words
 from smolpost.errors import UserError
-
-SERVERS = ("vllm", "sglang", "transformers", "llama_cpp", "hosted")
+from smolpost.synthesis.settings import SERVERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +37,7 @@ def command(options: argparse.Namespace) -> int:
     from smolpost.talk.settings import Settings, changed
     from smolpost.talk.view import Plain, Terminal
 
-    words = words_of(options)
-    names = [word for word in words if _is_model(word)]
+    names, words = models_and_words(options)
     if not 1 <= len(names) <= 2:
         found = f"{len(names)} were named" if names else "none was named"
         raise UserError(f"chat takes one model or two, and {found}; name a stage, a folder or a server's URL")
@@ -54,7 +52,7 @@ def command(options: argparse.Namespace) -> int:
     tools = {} if options.tools is None else {"tools": read_tools(options.tools)}
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     view = Terminal(screen.console()) if in_terminal else Plain()
-    speakers = _speakers(names, [word for word in words if not _is_model(word)], options)
+    speakers = _speakers(names, words, options)
     own = next((speaker.settings for speaker in speakers if speaker.settings), Settings())
     session = Session(
         speakers,
@@ -80,20 +78,14 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _is_model(word: str) -> bool:
-    return not word.startswith("--recipes=") and ("=" not in word or "://" in word or Path(word).exists())
-
-
 def _speakers(names: list[str], words: list[str], options: argparse.Namespace) -> list:
     """The models, which are all named rightly before the first one is loaded."""
     from smolpost.pipeline.models import model_named
     from smolpost.talk.served import ServedSpeaker
 
     named = [model_named(name, words) for name in names]
-    wanted = iter(options.model)
-    if sum(one.url is not None for one in named) < len(options.model):
-        raise UserError(f"--model {options.model[-1]} chooses among a server's models, and no further server is named")
-    speakers = []
+    _check_flags(options, len(named), sum(one.url is not None for one in named))
+    wanted, speakers = iter(options.model), []
     for one in named:
         if one.url:
             speakers.append(ServedSpeaker(one.url, next(wanted, None), options.server, options.api_key_env))
@@ -103,3 +95,19 @@ def _speakers(names: list[str], words: list[str], options: argparse.Namespace) -
         print(f"loading {one.name} ...", file=sys.stderr, flush=True)
         speakers.append(load(one.name, one.folder, options.template))
     return speakers
+
+
+def _check_flags(options: argparse.Namespace, num_models: int, num_servers: int) -> None:
+    """
+    Raises:
+        UserError: A flag would have no effect.
+    """
+    if num_servers < len(options.model):
+        raise UserError(f"--model {options.model[-1]} chooses among a server's models, and no further server is named")
+    if num_servers == 0 and (flag := options.server or options.api_key_env):
+        name = "--server" if options.server else "--api-key-env"
+        raise UserError(f"{name} {flag} is for a server's URL, and none is named; leave it out")
+    if options.template and num_servers == num_models:
+        raise UserError(
+            f"--template {options.template} is for a checkpoint, and a server renders its prompts itself; leave it out"
+        )

@@ -1,14 +1,11 @@
 """smolpost sample: the same prompts through several models, as one page."""
 
 import argparse
-import re
 from pathlib import Path
 
 from smolpost import screen
-from smolpost.commands.words import add_words, words_of
+from smolpost.commands.words import add_words, models_and_words
 from smolpost.errors import UserError
-
-KEY_VALUE = re.compile(r"[+~]*[\w.@/-]+=")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     _check(options)
-    words = words_of(options)
-    names = [word for word in words if not KEY_VALUE.match(word) and not word.startswith("--recipes=")]
+    names, words = models_and_words(options)
     if not names:
         raise UserError("sample needs a model: name stages, checkpoint folders or the URLs of servers")
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -50,7 +46,7 @@ def command(options: argparse.Namespace) -> int:
 
     check_is_ours(options.html, "sample")
     prompts = read_prompts(options.prompts or shipped_prompts())
-    models = [model_named(name, [word for word in words if word not in names]) for name in names]
+    models = [model_named(name, words) for name in names]
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     kept = options.html.with_suffix(".replies.jsonl")
     columns = sample(models, prompts, settings, kept)

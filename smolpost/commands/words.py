@@ -1,6 +1,7 @@
 """The key=value words that most verbs take, and the recipe and stage that they mean."""
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from smolpost.errors import UserError
@@ -8,6 +9,8 @@ from smolpost.errors import UserError
 if TYPE_CHECKING:
     from smolpost.pipeline.lineage import Lineage, Located
     from smolpost.recipe import Request
+
+KEY_VALUE = re.compile(r"[+~]*[\w.@/-]+=")
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,13 @@ def add_words(parser: argparse.ArgumentParser, metavar: str = "key=value") -> No
 def words_of(options: argparse.Namespace) -> list[str]:
     """The words of `add_words`, with the folders of recipes among them."""
     return [*(f"--recipes={folder}" for folder in options.recipes), *options.words]
+
+
+def models_and_words(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Of `words_of`, those that name models (a stage, a folder, a URL), and the others."""
+    words = words_of(options)
+    models = [word for word in words if not word.startswith("--recipes=") and not KEY_VALUE.match(word)]
+    return models, [word for word in words if word not in models]
 
 
 def one_stage(words: list[str]) -> tuple["Request", "Lineage", "Located"]:

@@ -4,9 +4,8 @@ A reply that would train without its call, text or reasoning is refused. Parts t
 and think modes that no row states, are noted.
 """
 
-from smolpost.chat import shown
 from smolpost.chat.masks import Encoded, EncodedPair
-from smolpost.chat.shown import Omission
+from smolpost.chat.shown import Modes, Omission, modes_of
 from smolpost.data.prompts import stated_mode
 from smolpost.data.rows import Row
 from smolpost.data.settings import Rows
@@ -25,6 +24,8 @@ NOTES = {
     "mode": "do not state their mode and have no think block, so they train as replies in think mode; set "
     "enable_thinking: false of the source, mode_from_reply: true where other rows of it think, or each row's own in "
     "chat_template_kwargs",
+    "no mode": "say enable_thinking: false, which the chat template does not read, so nothing in them asks for "
+    "no-think; use a template with both modes, such as smollm3, if the model should have them",
     "no-think reasoning": "have reasoning that is left out because they say enable_thinking: false",
     "earlier reasoning": "train replies whose reasoning the chat template leaves out because other replies follow",
     "text beside calls": "have replies whose text the chat template leaves out beside their calls",
@@ -44,21 +45,24 @@ def fault_of(row: Row, lost: tuple[Omission, ...]) -> str | None:
     return None
 
 
-def notes_of(row: Row, encoded: Encoded | EncodedPair, unasked: bool) -> tuple[str, ...]:
+def notes_of(row: Row, encoded: Encoded | EncodedPair, modes: Modes | None) -> tuple[str, ...]:
     """The notes on a row's rendering, keys of NOTES.
 
     Args:
-        unasked: Rows that do not state their mode train as think rows (`thinks_unasked`).
+        modes: Of the chat template (`trained_modes`).
     """
     noted = dict.fromkeys(filter(None, (_note_of(row, omission) for omission in encoded.lost)))
-    if unasked and not encoded.thinks and stated_mode(row) is None:
+    if modes and modes.thinks_unasked and not encoded.thinks and stated_mode(row) is None:
         noted["mode"] = None
+    asks = (row.get("chat_template_kwargs") or {}).get("enable_thinking")
+    if modes and not modes.two and asks is False and "no-think reasoning" not in noted:
+        noted["no mode"] = None
     return tuple(noted)
 
 
-def thinks_unasked(tokenizer, stage: Rows) -> bool:
-    """Whether the stage trains rows that do not state their mode as think rows, with their reasoning."""
-    return stage.train_reasoning and shown.thinks_unasked(tokenizer, stage.today)
+def trained_modes(tokenizer, stage: Rows) -> Modes | None:
+    """The modes of the chat template, as far as the stage trains them; None without reasoning."""
+    return modes_of(tokenizer, stage.today) if stage.train_reasoning else None
 
 
 def _note_of(row: Row, omission: Omission) -> str | None:

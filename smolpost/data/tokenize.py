@@ -10,10 +10,11 @@ from smolpost.chat.fates import Fate
 from smolpost.chat.masks import Encoded, check_spans, encode, encode_batch, encode_pair
 from smolpost.chat.reasoning import OPEN
 from smolpost.chat.render import has_foreign_tags
+from smolpost.chat.shown import Modes
 from smolpost.data.collate import PARTS
 from smolpost.data.columns import row_for
 from smolpost.data.prompts import mode_of
-from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
+from smolpost.data.rendering import fault_of, notes_of, trained_modes
 from smolpost.data.rows import Row
 from smolpost.data.settings import DocumentRows, Rows
 from smolpost.data.tokenize_completions import tokenize_completions
@@ -191,14 +192,14 @@ def tokenize_rows(stage: DocumentRows, rows: list[Row], tokenizer) -> list[Token
     texts = encode_texts([row["text"] for row, s in zip(rows, shapes, strict=True) if s == "text"], tokenizer)
     encoded = {"messages": iter(chats), "text": iter(texts)}
     tokenized = []
-    unasked = thinks_unasked(tokenizer, stage)
+    modes = trained_modes(tokenizer, stage)
     for row, shape, fault in zip(rows, shapes, faults, strict=True):
         found = next(encoded[shape]) if shape else fault
         if isinstance(found, str):
             tokenized.append(refused(found, 1))
             continue
         ids, fates = np.array(found.input_ids, np.int32), np.array(found.fates, np.int8)
-        notes = notes_of(row, found, unasked) if shape == "messages" else ()
+        notes = notes_of(row, found, modes) if shape == "messages" else ()
         tokenized.append(Tokenized([ids], [fates], found.neutralised, found.thinks, shape == "text", notes=notes))
     return tokenized
 
@@ -252,22 +253,22 @@ def encode_texts(texts: list[str], tokenizer) -> list[Encoded]:
 
 def tokenize_pairs(stage: Rows, rows: list[Row], tokenizer) -> list[Tokenized]:
     """Tokenize preference pairs; a refused pair has its reason."""
-    tokenized, unasked = [], thinks_unasked(tokenizer, stage)
+    tokenized, modes = [], trained_modes(tokenizer, stage)
     for row in rows:
         try:
             if row.fault:
                 raise UserError(row.fault)
-            tokenized.append(_tokenize_pair(stage, row, tokenizer, unasked))
+            tokenized.append(_tokenize_pair(stage, row, tokenizer, modes))
         except UserError as error:
             tokenized.append(refused(str(error), len(PARTS)))
     return tokenized
 
 
-def _tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized:
+def _tokenize_pair(stage: Rows, row: Row, tokenizer, modes: Modes | None) -> Tokenized:
     """Prompt, chosen and rejected; what both sides begin with is part of the prompt.
 
     Args:
-        unasked: As `notes_of`.
+        modes: As `notes_of`.
     Raises:
         UserError: The row is refused.
     """
@@ -298,7 +299,7 @@ def _tokenize_pair(stage: Rows, row: Row, tokenizer, unasked: bool) -> Tokenized
         [np.concatenate((fates[0], fates[1][:shared])), fates[1][shared:], fates[2][shared:]],
         pair.neutralised,
         pair.thinks,
-        notes=notes_of(row, pair, unasked),
+        notes=notes_of(row, pair, modes),
     )
 
 

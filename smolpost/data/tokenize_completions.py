@@ -5,7 +5,8 @@ import numpy as np
 from smolpost.chat.fates import Fate
 from smolpost.chat.masks import EncodedCompletion, encode_completion, num_common_messages
 from smolpost.chat.render import clean_messages
-from smolpost.data.rendering import fault_of, notes_of, thinks_unasked
+from smolpost.chat.shown import Modes
+from smolpost.data.rendering import fault_of, notes_of, trained_modes
 from smolpost.data.rows import Row
 from smolpost.data.settings import Rows
 from smolpost.data.tokenized import Tokenized, policy_of, refused
@@ -20,23 +21,23 @@ def tokenize_completions(stage: Rows, rows: list[Row], tokenizer) -> list[Tokeni
 
     A side that a row does not have is empty. A refused row has its reason.
     """
-    unasked, tokenized = thinks_unasked(tokenizer, stage), []
+    modes, tokenized = trained_modes(tokenizer, stage), []
     is_labelled = stage.layout == "labelled"
     for row in rows:
         try:
             if row.fault:
                 raise UserError(row.fault)
             sides = _judged(row) if is_labelled else [_unjudged(row)]
-            tokenized.append(_tokenize_sides(stage, row, sides, tokenizer, unasked))
+            tokenized.append(_tokenize_sides(stage, row, sides, tokenizer, modes))
         except UserError as error:
             tokenized.append(refused(str(error), 4 if is_labelled else 2))
     return tokenized
 
 
-def _tokenize_sides(stage: Rows, row: Row, sides: list[Side | None], tokenizer, unasked: bool) -> Tokenized:
+def _tokenize_sides(stage: Rows, row: Row, sides: list[Side | None], tokenizer, modes: Modes | None) -> Tokenized:
     """
     Args:
-        unasked: As `notes_of`.
+        modes: As `notes_of`.
     Raises:
         UserError: The row is refused.
     """
@@ -51,7 +52,7 @@ def _tokenize_sides(stage: Rows, row: Row, sides: list[Side | None], tokenizer, 
         ids += [np.array(part, np.int32) for part in (encoded.prompt_ids, encoded.completion_ids)]
         fates += [np.array(part, np.int8) for part in (encoded.prompt_fates, encoded.completion_fates)]
         fates[-2][:1] = Fate.FIRST
-    notes = tuple(dict.fromkeys(note for encoded in found for note in notes_of(row, encoded, unasked)))
+    notes = tuple(dict.fromkeys(note for encoded in found for note in notes_of(row, encoded, modes)))
     return Tokenized(ids, fates, sum(encoded.neutralised for encoded in found), found[0].thinks, notes=notes)
 
 

@@ -8,6 +8,7 @@ from copy import copy
 import numpy as np
 
 from smolpost.chat.masks import encode
+from smolpost.chat.needed_tokens import lacking
 from smolpost.chat.render import load_template, render, template_hash
 from smolpost.data.prompts import mode_of
 from smolpost.data.rendering import NOTES
@@ -47,6 +48,17 @@ def template_round_trip(case: Case) -> tuple[bool, str]:
                     faults.append(f"{row.where}: messages[:{i}] alone render differently: {difference(before, text)}")
     detail = f"{texts} texts and {turns} shorter histories of them, {len(faults)} differ"
     return not faults, detail + (f"; {faults[0]}" if faults else "")
+
+
+def template_tokens(case: Case) -> tuple[bool, str]:
+    """The control tokens that the template writes are tokens of the tokenizer, or are known to be spelt out."""
+    missing = lacking(case.tokenizer, case.template)
+    if not missing:
+        return True, "every control token that the template writes is one token"
+    detail = f"{len(missing)} control tokens of the template are several tokens: {', '.join(missing)}"
+    if case.stored_template == case.template:
+        return True, f"{detail}; the template is the checkpoint's own"
+    return case.config.allow_split_tokens, f"{detail}; allow_split_tokens={str(case.config.allow_split_tokens).lower()}"
 
 
 def users_write_no_control_tokens(case: Case) -> tuple[bool, str]:

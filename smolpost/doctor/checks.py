@@ -19,7 +19,7 @@ from smolpost.pipeline.lineage import Lineage, Located
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
 DOCUMENTS, PAIRS, COMPLETIONS = ("documents",), ("pairs",), ("completions", "labelled")
 EVERY = DOCUMENTS + PAIRS + COMPLETIONS
-# Name -> layouts of rows it is for, the check, the remedy, in which {stage} and {data} are the recipe's names.
+# Name -> layouts of rows it is for, the check, the remedy with the recipe's names of {stage}, {data} and {template}.
 CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
     "rows": (
         EVERY,
@@ -30,6 +30,11 @@ CHECKS: dict[str, tuple[tuple[str, ...], Callable, str]] = {
         EVERY,
         check_texts.template_round_trip,
         "use a template whose renderings extend each other and a tokenizer that loses no text; stages.{stage}.template",
+    ),
+    "template tokens": (
+        EVERY,
+        check_texts.template_tokens,
+        "start from a checkpoint that has them: smolpost add-tokens CHECKPOINT OUT --template {template}",
     ),
     "stop token": (
         EVERY,
@@ -150,7 +155,8 @@ def _one_check(case: Case, name: str, examine: Callable, remedy: str) -> Check:
         passed, detail = False, one_line(error)
     if passed:
         return Check(name, "pass", detail)
-    return Check(name, "fail", detail, remedy.format(stage=case.stage.entry, data=case.config.data))
+    names = {"stage": case.stage.entry, "data": case.config.data, "template": case.config.template}
+    return Check(name, "fail", detail, remedy.format(**names))
 
 
 def exit_code(found: list[Check]) -> int:

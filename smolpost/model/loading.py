@@ -31,12 +31,12 @@ COMPARED = 2**24  # elements of two tensors compared at a time
 
 
 def local_folder(
-    checkpoint: str, revision: str | None = None, *, key: str = "model.checkpoint", weights: bool = True
+    checkpoint: str, revision: str | None = None, *, key: str | None = "model.checkpoint", weights: bool = True
 ) -> Path:
     """The checkpoint's folder; a Hub id is fetched into the Hub's cache first, safetensors and text files only.
 
     Args:
-        key: Of the checkpoint in the recipe, for messages.
+        key: Of the checkpoint in the recipe, for messages; None where no recipe names it.
         weights: Fetch them, too.
     Raises:
         UserError: There is no such folder, and the Hub cannot give it.
@@ -48,9 +48,10 @@ def local_folder(
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the Hub's own errors are both, no network among them
         reason = str(error).strip().splitlines()[0]
+        place = f"as {key}=FOLDER" if key else "in its place"
         raise UserError(
             f"checkpoint {checkpoint}@{revision or 'main'} is no folder and cannot be fetched ({reason}); "
-            f"give a folder as {key}=FOLDER, or fetch it where there is a network"
+            f"give a folder {place}, or fetch it where there is a network"
         ) from None
 
 

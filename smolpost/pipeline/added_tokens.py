@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from smolpost.errors import UserError
 from smolpost.files import digest, hashes, sync, verify, workplace, write_json
 from smolpost.pipeline import manifest
+from smolpost.schema import ADDED_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def add_tokens(checkpoint: str, out: Path, *, template: str | None, tokens: list
 
     if out.exists():
         raise UserError(f"{out} exists; name a new folder")
-    folder = local_folder(checkpoint, key="CHECKPOINT")
+    folder = local_folder(checkpoint, key=None)
     config = read_config(folder / CONFIG)
     if is_quantized(config):
         raise UserError(
@@ -66,7 +67,7 @@ def add_tokens(checkpoint: str, out: Path, *, template: str | None, tokens: list
         report = {"tokens": added, "vocab_size": {"before": before, "after": size}, "stop_tokens": stops}
         files = hashes(unfinished)
         key = digest({name: entry["sha256"] for name, entry in files.items()})
-        manifest.write(unfinished, files, kind="added tokens", key=key, report=report)
+        manifest.write(unfinished, files, kind=ADDED_TOKENS, key=key, report=report)
         sync(*unfinished.rglob("*"), unfinished)
         os.replace(unfinished, out)
     return report

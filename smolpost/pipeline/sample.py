@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from smolpost.chat.masks import encode_prompt
 from smolpost.chat.render import load_template, text_of
-from smolpost.chat.shown import has_modes
+from smolpost.chat.shown import modes_of
 from smolpost.errors import UserError
 from smolpost.files import digest, hashes, verify
 from smolpost.inference.seeds import derive_seed
@@ -213,13 +213,14 @@ class Local:
         self.tokenizer = copy(tokenizer)
         self.tokenizer.chat_template = template
         self.template = self.tokenizer.get_chat_template()
-        modes = has_modes(self.tokenizer, RELEASE_DAY)
-        self.modes = {"think": True, "no_think": False} if modes else {"plain" if self.is_plain else "one": None}
+        modes = modes_of(self.tokenizer, RELEASE_DAY)
+        has_modes = modes is not None and modes.two
+        self.modes = {"think": True, "no_think": False} if has_modes else {"plain" if self.is_plain else "one": None}
         config = AutoConfig.from_pretrained(model.folder).get_text_config(decoder=True)
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self.identity = [_content(model.folder), digest(self.template), RELEASE_DAY]
         self.about = "; ".join(filter(None, [shown(model.folder), source or "its own chat template"]))
-        if not modes and not self.is_plain:
+        if not has_modes and not self.is_plain:
             self.about += " without a think mode"
 
     def request(self, prompt: Prompt, thinking: bool | None, seed: int) -> Request:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.errors import UserError, Wrong
-from smolpost.files import read_json
-from smolpost.schema import Architecture, Recipe
+from smolpost.files import MANIFEST, read_json
+from smolpost.schema import ADDED_TOKENS, Architecture, Recipe
 from smolpost.stages.base import CHECKPOINT, Stage, Work
 from smolpost.training import trackers
 from smolpost.training.batch_size import check_global_batch
@@ -121,7 +121,21 @@ class TrainStage(Stage):
         if setup is None:
             return []
         shape = shape_of(_start_config(recipe), compiled=True)
-        return shown(memory(shape, setup), setup) if shape else ["memory: not known, as the model's sizes are not"]
+        needed = shown(memory(shape, setup), setup) if shape else ["memory: not known, as the model's sizes are not"]
+        return [*needed, *self._untrained_rows(recipe)]
+
+    def _untrained_rows(self, recipe: Recipe) -> list[str]:
+        """A line where adapters start from a checkpoint with new tokens, whose rows they do not train."""
+        if not self.lora.r or self.init_from != CHECKPOINT or recipe.model.checkpoint is None:
+            return []
+        made = read_json(Path(recipe.model.checkpoint) / MANIFEST)
+        if made.get("kind") != ADDED_TOKENS:
+            return []
+        number = len(made["report"]["tokens"])
+        return [
+            f"LoRA does not train the rows of the {number} tokens that {recipe.model.checkpoint} got from add-tokens: "
+            "they stay the mean of the old rows; train a stage with lora.r=0 first"
+        ]
 
     # ------------------------------------------------------------ keys
 

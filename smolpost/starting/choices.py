@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from smolpost.data.packing import best_fit_decreasing
 from smolpost.data.settings import DocumentRows, PairRows
 from smolpost.progress import plural
 from smolpost.starting.checkpoint import Checkpoint
@@ -83,6 +84,13 @@ class Data:
         """Tokens of all rows, each cut at the limit."""
         return float((np.minimum(self.lengths, limit) * self.weights).sum())
 
+    def units(self, length: int) -> float:
+        """Pairs, or packs of this length, that an epoch has, about."""
+        if self.files[0].layout == "pairs":
+            return self.num_rows
+        packs = best_fit_decreasing(np.minimum(self.lengths, length), length).num_packs
+        return packs * self.num_rows / len(self.lengths)
+
     def _each(self) -> list[float]:
         pairs = zip(self.files, self.tokens, strict=True)
         return [(f.num_rows - t.held_out) * len(t.lengths) / (len(t.lengths) + len(t.faults)) for f, t in pairs]
@@ -98,15 +106,12 @@ def stage_settings(data: Data, checkpoint: Checkpoint, *, lora: bool, gpus: int)
     pairs = data.files[0].layout == "pairs"
     length = row_length(data, checkpoint.context)
     found = [_length_setting(data, length, checkpoint.context)]
-    if pairs:
-        batch, epochs, steps = batch_of(data.num_rows, 1, MOST_PAIRS, gpus), 1, 0
-    else:
-        packs = data.cut_tokens(length) / length
-        batch = batch_of(packs, packs / data.num_rows, MOST_PACKS, gpus)
-        epochs = 1 if packs / batch >= MANY_STEPS else 3
+    units = data.units(length)
+    batch = batch_of(units, units / data.num_rows, MOST_PAIRS if pairs else MOST_PACKS, gpus)
+    epochs = 1 if pairs or units / batch >= MANY_STEPS else 3
     steps = num_steps(data, length, batch, epochs)
     unit = "pairs" if pairs else "packs"
-    kept = round(batch * data.cut_tokens(length) / (data.num_rows if pairs else packs))
+    kept = round(batch * data.cut_tokens(length) / units)
     found += [
         *(
             []
@@ -150,8 +155,7 @@ def batch_of(units: float, units_per_row: float, most: int, ranks: int) -> int:
 
 def num_steps(data: Data, length: int, batch: int, epochs: float) -> int:
     """Optimizer steps, about."""
-    units = data.num_rows if data.files[0].layout == "pairs" else data.cut_tokens(length) / length
-    return max(1, round(units * epochs / batch))
+    return max(1, round(data.units(length) * epochs / batch))
 
 
 def counted(steps: int) -> str:
@@ -242,5 +246,6 @@ def choose_launch(checkpoint: Checkpoint, lengths: list[int], *, lora: bool, gpu
     for name in (plain, *([spread] if gpus > 1 else [])):
         if (needed := peak(name)) <= SHARE * room:
             held = "one process" if gpus == 1 else "a copy on each GPU" if name == plain else "spread over the GPUs"
+            held += ", by smolpost[deepspeed]" if name == "zero3" else ""
             return Launch(name, f"{held}: about {gigabytes(needed)} GB of {on}", True)
     return Launch(name, f"needs about {gigabytes(needed)} GB of {on}", False)

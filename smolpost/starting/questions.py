@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.prompt import Confirm, Prompt
+from rich.prompt import Prompt
 
 from smolpost.data.turns import ROLES
 from smolpost.errors import UserError
@@ -42,9 +42,7 @@ def asked(options: argparse.Namespace, console: Console) -> Asked:
         if not (found.sft or found.preference):
             console.print("There is nothing to train on: name one file at least.")
     if no_flags:
-        found.lora = Confirm.ask(
-            "Train low-rank adapters (LoRA) instead of all weights?", console=console, default=False
-        )
+        found.lora = _answer(console, "Train low-rank adapters (LoRA) instead of all weights? y or n", _yes, "n")
         found.gpus = _answer(console, "GPUs that train (1 for a CPU, too)", _number, str(gpus))
     return found
 
@@ -52,7 +50,10 @@ def asked(options: argparse.Namespace, console: Console) -> Asked:
 def _answer(console: Console, question: str, read: Callable[[str], Any], default: str = "") -> Any:
     """The answer as `read` gives it; asked again where it raises UserError."""
     while True:
-        text = Prompt.ask(question, console=console, default=default, show_default=bool(default)).strip()
+        try:
+            text = Prompt.ask(question, console=console, default=default, show_default=bool(default)).strip()
+        except EOFError:
+            raise UserError(f"{question}: no answer; nothing was written") from None
         try:
             return read(text)
         except UserError as error:
@@ -84,6 +85,12 @@ def _role(text: str) -> tuple[str, str]:
     if not theirs or ours not in ROLES:
         raise UserError(f"--roles {text} is not NAME=ROLE; ROLE is one of {', '.join(ROLES)}")
     return theirs, ours
+
+
+def _yes(text: str) -> bool:
+    if text.lower() not in ("y", "yes", "n", "no"):
+        raise UserError(f"{text} is neither y nor n")
+    return text.lower() in ("y", "yes")
 
 
 def _number(text: str) -> int:

@@ -156,7 +156,13 @@ def test_what_a_template_may_leave_out_is_noted(note, tmp_path):
     template, said = NOTED[note]
     plain = row(USER, REPLY, chat_template_kwargs={"enable_thinking": False})
     entry = ledger(template, [said, plain] if note != "user" else [said], tmp_path)
-    assert entry["notes"] == {note: 1} and note in NOTES
+    without_modes = {} if note in ("user", "no-think reasoning") else {"no mode": 1}  # of the plain row
+    assert entry["notes"] == {note: 1} | without_modes and {*entry["notes"]} <= {*NOTES}
+
+
+def test_rows_that_ask_for_no_think_under_a_template_without_modes_are_noted(tmp_path):
+    rows = [row(USER, REPLY, chat_template_kwargs={"enable_thinking": asked}) for asked in (False, True, False)]
+    assert ledger(load_template("chatml"), [*rows, row(USER, REPLY)], tmp_path)["notes"] == {"no mode": 2}
 
 
 def test_reasoning_may_be_left_out_by_setting_the_mode(tmp_path):

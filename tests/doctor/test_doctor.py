@@ -31,8 +31,8 @@ from tests.doctor.clinic import ASK, NO_THINK, conversations, failed, pairs
 def test_a_healthy_sft_stage_passes_every_check(healthy):
     found = healthy.diagnose("sft")
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        ("rows", "template", "stop token", "mask", "control tokens", "packing", "accumulation", "chat parity",
-         "vocabulary", "lengths"), "pass",
+        ("rows", "template", "template tokens", "stop token", "mask", "control tokens", "packing", "accumulation",
+         "chat parity", "vocabulary", "lengths"), "pass",
     )  # fmt: skip
     assert exit_code([*found.values()]) == 0
     assert "0 of 10 rows refused; sample of 10: 5 no_think, 5 think" in found["rows"].detail
@@ -46,8 +46,8 @@ def test_a_healthy_sft_stage_passes_every_check(healthy):
 def test_a_healthy_apo_stage_passes_every_check(healthy):
     found = healthy.diagnose("apo")
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        ("rows", "template", "stop token", "shared prompt", "pair mask", "control tokens", "pairs", "reference loss",
-         "accumulation", "equal pairs", "chat parity", "vocabulary", "lengths"), "pass",
+        ("rows", "template", "template tokens", "stop token", "shared prompt", "pair mask", "control tokens", "pairs",
+         "reference loss", "accumulation", "equal pairs", "chat parity", "vocabulary", "lengths"), "pass",
     )  # fmt: skip
     assert "loss 1.000000, theory apo_zero 1.000000; " in found["reference loss"].detail
     assert float(re.search("reward (.+);", found["reference loss"].detail).group(1)) < 1e-7

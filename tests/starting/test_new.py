@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from smolpost.data.mixtures import mix
 from smolpost.errors import UserError
 from smolpost.pipeline import manifest
 from smolpost.starting import command
-from smolpost.starting.choices import batch_of, learning_rate
+from smolpost.starting.checkpoint import Checkpoint
+from smolpost.starting.choices import batch_of, choose_launch, learning_rate
 from smolpost.starting.command import Asked, new
 from tests.families import byte_level
 from tests.small import call, sum_rows
@@ -327,7 +329,7 @@ def test_refused_rows_are_counted_and_not_held_out(here):
 
 def test_a_terminal_is_asked_and_wrong_answers_are_asked_again(here, monkeypatch, capsys):
     file = write("rows.jsonl", [chat(*texts(row)) for row in ROWS])
-    answers = iter(["", "nowhere/at/all", "base", "none.jsonl", file, "", "y", "zero", "1"])
+    answers = iter(["", "nowhere/at/all", "base", "none.jsonl", file, "", "what", "y", "zero", "1"])
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda *_: next(answers))
@@ -337,6 +339,34 @@ def test_a_terminal_is_asked_and_wrong_answers_are_asked_again(here, monkeypatch
     found = recipe.load(["pipeline=mine"]).recipe
     assert (found.model.checkpoint, found.stages["sft"].lora.r, list(found.stages)) == ("base", 16, ["sft"])
     assert "--checkpoint nowhere/at/all is not a folder" in capsys.readouterr().out
+
+
+def test_a_terminal_that_ends_writes_nothing(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["new", "mine"])
+    assert end.value.code == 2 and not Path("mine.yaml").exists()
+    assert "Checkpoint to train (folder or Hub id): no answer; nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "gpus", "lora", "accelerate", "fits"),
+    [
+        ("smollm3", 36, 1, False, "single", True),  # the 3B
+        ("smollm3", 36, 8, False, "ddp", True),
+        ("smollm3", 100, 8, False, "fsdp2", True),
+        ("llama", 100, 8, False, "zero3", True),
+        ("llama", 100, 1, False, "single", False),
+        ("llama", 100, 1, True, "single", True),
+    ],
+)
+def test_a_model_is_spread_where_it_does_not_fit_on_one_gpu(model_type, layers, gpus, lora, accelerate, fits):
+    sizes = dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_key_value_heads=4)
+    config = sizes | dict(model_type=model_type, num_hidden_layers=layers, vocab_size=128256)
+    checkpoint = Checkpoint("x", Path("x"), config, 0, 65536, None, False)
+    launch = choose_launch(checkpoint, [4096], lora=lora, gpus=gpus, card=80e9)
+    assert (launch.accelerate, launch.fits) == (accelerate, fits), launch.why
 
 
 @pytest.mark.slow
@@ -355,8 +385,10 @@ def test_a_new_pipeline_runs_to_the_end(here):
     assert done.returncode == 0, done.stderr
     done = call([*smolpost, "run", "pipeline=mine"], cwd=here, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("sft", "preference"):
+    told = re.findall(r"about (\d+) optimizer step", Path("mine.yaml").read_text())
+    for stage, steps in zip(("sft", "preference"), told, strict=True):
         [folder] = here.glob(f"runs/mine/{stage}-*")
-        assert manifest.read(folder)["report"]["log"], stage
+        last = max(entry["step"] for entry in manifest.read(folder)["report"]["log"])
+        assert abs(last - int(steps)) <= 1, stage
     done = call([*smolpost, "plan", "pipeline=mine"], cwd=here)
     assert done.stdout.count(": done") == 2, done.stdout

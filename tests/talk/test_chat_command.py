@@ -80,6 +80,13 @@ def test_servers_talk_through_a_pipe_and_two_have_their_names_before_replies(run
         (["sft", "--tools", "nowhere.json"], "nowhere.json cannot be read"),
         (["sft", "--save", "."], "is a folder; name a JSONL file"),
         (["{checkpoint}", "--model", "a"], "--model a chooses among a server's models, and no further server is named"),
+        (["{checkpoint}", "--server", "vllm"], "--server vllm is for a server's URL, and none is named; leave it out"),
+        (["{checkpoint}", "--api-key-env", "KEY"], "--api-key-env KEY is for a server's URL, and none is named"),
+        (
+            ["http://127.0.0.1:9/v1", "--template", "chatml"],
+            "--template chatml is for a checkpoint, and a server renders",
+        ),
+        (["http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 does not answer (["),
         (["{checkpoint}", "--template", "llama"], "chat template 'llama' does not exist; use one of chatml, smollm3"),
     ],
 )
@@ -169,7 +176,7 @@ def test_a_chat_in_a_terminal(tmp_path):
         chat.wait("> ")
         chat.type("one\r")
         assert re.search(r"thought for \d tokens, \d\.\d s; /unfold shows it", chat.wait("answer to one"))
-        assert re.search(r"\d tokens, [\d,.]+ tokens/s, seed ", chat.wait("5"))
+        assert re.search(r"\d tokens, [\d,.]+ tokens/s, $", chat.wait("seed 5"))
         chat.wait("> ")
         chat.type("/unfold\r")
         chat.wait("reasoning about one, seed 5")

@@ -158,3 +158,12 @@ def test_a_call_cannot_write_into_the_terminal(rigged, chat):
     [prompt] = [note for note in script.notes if note.startswith("result of f(a=")]
     assert "\x1b" not in prompt and len(prompt) < 80
     assert "\x1b" not in "".join(script.said[0][2])
+
+
+def test_replies_under_another_system_message_are_context_of_the_row(rigged, chat, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    chat([rigged("a")], ["one", "/system Be brief.", "two", "/system Shout."], save=file)
+    [row] = map(json.loads, file.read_text().splitlines())
+    assert [(m["content"], m.get("train")) for m in row["messages"]] == [
+        ("Be brief.", None), ("one", None), ("a", False), ("two", None), ("a", None),
+    ]  # fmt: skip
