@@ -18,6 +18,8 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     "new": ("new", "look at a checkpoint and rows of yours, and write the pipeline that trains it on them"),
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
+    "status": ("status", "list runs, their stages, where each is, and the command that goes on"),
+    "logs": ("logs", "print what a stage's commands have printed; --follow goes on while it runs"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
     "generate": (
         "generate",
@@ -56,6 +58,7 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "push",
         "copy a finished model or synthetic rows, with a card, to the Hub or another file system; --yes writes",
     ),
+    "completion": ("completion", "print a script that completes verbs, options and names in bash, zsh or fish"),
     "adopt": ("adopt", "check a checkpoint folder from elsewhere and write its manifest"),
 }
 EPILOG = """key=value words are Hydra overrides. pipeline=NAME is NAME.yaml or pipeline/NAME.yaml in a --recipes FOLDER

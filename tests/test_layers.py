@@ -23,8 +23,8 @@ NEIGHBOURS = {
     ("disks", "errors"), ("stage_log", "files"), ("progress", "stage_log"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
     ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"), ("starting", "pipeline"),
-    ("starting", "importing"),
-    ("cli", "commands"), ("train", "cli"), ("bench", "train"), ("launch", "cli"), ("launch", "train"),
+    ("starting", "importing"), ("cli", "commands"), ("commands", "cli"), ("train", "cli"), ("bench", "train"),
+    ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 

@@ -23,7 +23,8 @@ REFUSED = {
 #: Note -> what is said of the rows that have it, after their number.
 NOTES = {
     "mode": "do not state their mode and have no think block, so they train as replies in think mode; set "
-    "enable_thinking: false of the source, or in each row's chat_template_kwargs",
+    "enable_thinking: false of the source, mode_from_reply: true where other rows of it think, or each row's own in "
+    "chat_template_kwargs",
     "no-think reasoning": "have reasoning that is left out because they say enable_thinking: false",
     "earlier reasoning": "train replies whose reasoning the chat template leaves out because other replies follow",
     "text beside calls": "have replies whose text the chat template leaves out beside their calls",

@@ -137,7 +137,10 @@ class Lineage:
         source = self._at_commit(source)
         rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
-        return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
+        settings = dataclasses.asdict(source) | changes
+        if not source.mode_from_reply:  # so that stages from before this field are still done
+            del settings["mode_from_reply"]
+        return [rows, settings, ROW_SHAPES[source.columns].VERSION]
 
     def against(self, mixture: schema.Mixture) -> list[str]:
         """Content of the evaluation files that hygiene compares the mixture's rows with."""
