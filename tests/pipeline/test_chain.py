@@ -38,6 +38,7 @@ def chain_words(data_root: Path, run_dir: Path) -> list[str]:
         "stages.long_context.max_steps=6", "stages.mid.global_batch_size=4", "stages.sft.global_batch_size=4",
         "stages.sft.logging_steps=1",
         "stages.apo.global_batch_size=8", "stages.apo.learning_rate=1e-3", "stages.apo.logging_steps=1",
+        "stages.apo.num_epochs=4",
         "evaluation.tasks.loss.max_rows=10", "evaluation.tasks.answer.max_rows=4",
         "evaluation.tasks.answer.max_new_tokens=8", "evaluation.tasks.pairs.max_rows=6",
         "evaluation.tasks.ruler.tasks=[niah_single_1]", "evaluation.tasks.ruler.lengths=[512]",
