@@ -18,6 +18,8 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
     "new": ("new", "look at a checkpoint and rows of yours, and write the pipeline that trains it on them"),
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
+    "status": ("status", "list runs, their stages, where each is, and the command that goes on"),
+    "logs": ("logs", "print what a stage's commands have printed; --follow goes on while it runs"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
     "generate": (
         "generate",

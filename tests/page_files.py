@@ -1,4 +1,4 @@
-"""The files that a reader of the guides has: a small base checkpoint, conversations, preference pairs, prompts."""
+"""The files that a reader of the guides has: small checkpoints, conversations, preference pairs, prompts."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,23 @@ SIZES = dict(
 
 
 def write_inputs(folder: Path) -> None:
-    """base/, chats.jsonl, pairs.jsonl and prompts.txt, as the guides name them."""
-    chats, pairs = sum_rows(200, seed=0), sum_rows(80, seed=1)
+    """base/, my-sft/, long/, chats.jsonl, pairs.jsonl and prompts.txt, as the guides name them."""
+    chats, pairs = sum_rows(120, seed=0), sum_rows(60, seed=1)
     texts = [turn["content"] for row in chats for turn in row["chosen"]]
-    checkpoint(folder / "base", texts)
+    checkpoint(folder / "base", texts, template=None)
+    checkpoint(folder / "my-sft", texts, template="smollm3", seed=1)
+    checkpoint(folder / "long", texts, template="smollm3", seed=2)
     write_rows(folder / "chats.jsonl", [{"messages": row["chosen"]} for row in chats])
     write_rows(folder / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])
     (folder / "prompts.txt").write_text("What is 2+3?\nWhat is 20+22?\n")
 
 
-def checkpoint(folder: Path, texts: list[str]) -> None:
-    """A base model: random weights, no chat template."""
-    tokenizer = build_tokenizer(texts, kind="bpe", vocab_size=400, template="smollm3")
-    tokenizer.chat_template = None
-    torch.manual_seed(0)
+def checkpoint(folder: Path, texts: list[str], *, template: str | None, seed: int = 0) -> None:
+    """Random weights; with template=None a base model, which has no chat template."""
+    tokenizer = build_tokenizer(texts, kind="bpe", vocab_size=400, template=template or "smollm3")
+    if template is None:
+        tokenizer.chat_template = None
+    torch.manual_seed(seed)
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     model = SmolLM3ForCausalLM(SmolLM3Config(vocab_size=len(tokenizer), **SIZES, **ids))
     model.save_pretrained(folder)

@@ -165,7 +165,7 @@ def test_accelerate_values_become_launcher_flags():
         ),
         (
             ["stages.sft.kind=ppo"],
-            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, gsm8k, init, released, sft",
+            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, practice, gsm8k, init, released, sft",
         ),
         (["stages.sft.max_seq_len"], "cannot read the argument 'stages.sft.max_seq_len'; write key=value"),
         (

@@ -1,6 +1,7 @@
 """smolpost chat: talk to a model, or to two side by side."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -31,16 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    try:
-        return _talk(options)
-    except signals.Stopped as stop:
-        if stop.signum == signal.SIGINT:  # at the prompt: a reply takes it for itself
-            print()
-            return 0
-        return signals.exit_code(stop.signum)
-
-
-def _talk(options: argparse.Namespace) -> int:
     from smolpost.talk.conversation import read_tools
     from smolpost.talk.saved import SavedRow
     from smolpost.talk.session import Session
@@ -51,9 +42,7 @@ def _talk(options: argparse.Namespace) -> int:
     names = [word for word in words if _is_model(word)]
     if not 1 <= len(names) <= 2:
         found = f"{len(names)} were named" if names else "none was named"
-        raise UserError(
-            f"chat takes one model or two, and {found}; name a stage, a checkpoint folder or a server's URL"
-        )
+        raise UserError(f"chat takes one model or two, and {found}; name a stage, a folder or a server's URL")
     given = [
         f"{name}={value}"
         for name in ("temperature", "top_p", "max_new_tokens", "seed")
@@ -79,7 +68,15 @@ def _talk(options: argparse.Namespace) -> int:
     if in_terminal:
         lines = [*(speaker.about for speaker in speakers), str(session.settings), "/help lists the commands"]
         view.note("\n".join(lines))
-    session.run()
+    try:
+        session.run()
+    except signals.Stopped as stop:
+        if stop.signum != signal.SIGINT or not in_terminal:
+            return signals.exit_code(stop.signum)
+        print()  # ctrl-C at the prompt; a reply takes it for itself
+    except BrokenPipeError:  # who reads the replies has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
+        return signals.exit_code(signal.SIGPIPE)
     return 0
 
 

@@ -14,6 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preference", nargs="+", action="extend", metavar="FILE", help="pairs of a chosen and a rejected reply"
     )
+    parser.add_argument(
+        "--roles",
+        nargs="+",
+        action="extend",
+        metavar="NAME=ROLE",
+        help="roles with names of their own, as bot=assistant",
+    )
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters instead of all weights")
     parser.add_argument("--gpus", type=int, metavar="N", help="that train; default: those of this machine")
 

@@ -55,7 +55,7 @@ def command(options: argparse.Namespace) -> int:
     kept = options.html.with_suffix(".replies.jsonl")
     columns = sample(models, prompts, settings, kept)
     replies = shown_replies(columns, prompts)
-    size = write_replies_page(columns, prompts, replies, settings._asdict(), options.html)
+    size = write_replies_page(columns, prompts, replies, settings.shown(), options.html)
     console = screen.console()
     console.print(facts_table(one for found in replies.values() for one in found))
     console.print(

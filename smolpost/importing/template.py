@@ -38,7 +38,7 @@ def from_text(draft: Draft, text: str, name: str) -> None:
     else:
         draft.set(".template", None, name)
         draft.template = text
-        if "generation" in text and not marks_replies(text):
+        if marks_more(text):
             draft.template = without_marks(text)
             what = "its {% generation %} marks hold more than replies; replies and their stop tokens train here"
             draft.differs(name, what)
@@ -95,8 +95,13 @@ def _rendered(text: str) -> list[str] | None:
         return None
 
 
-def marks_replies(text: str) -> bool:
-    """Whether the template's {% generation %} marks begin after the generation prompt, in all PROBES."""
+def marks_more(text: str) -> bool:
+    """Whether the template has {% generation %} marks that hold more than replies."""
+    return re.search(r"{%[-+]?\s*generation\b", text) is not None and not _marks_replies(text)
+
+
+def _marks_replies(text: str) -> bool:
+    """Whether the marks begin after the generation prompt, in all PROBES."""
     for messages, kwargs in PROBES:
         options = {"template_kwargs": kwargs, "today": RELEASE_DAY}
         try:

@@ -8,10 +8,17 @@ from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST
 from smolpost.pipeline import manifest
-from smolpost.screen import shown
+from smolpost.screen import command_line, shown
 from smolpost.stages.base import CHECKPOINT
 
 CONFIG = "config.json"  # of a checkpoint folder
+
+
+ADAPTER = "adapter_config.json"  # of a folder that holds a LoRA adapter
+
+
+class UnknownModel(UserError):
+    """No model has the name."""
 
 
 class NamedModel(NamedTuple):
@@ -44,8 +51,14 @@ def model_named(text: str, words: list[str]) -> NamedModel:
     folder = Path(text)
     if (folder / CONFIG).is_file():
         return NamedModel(text, folder)
+    if (folder / ADAPTER).is_file():
+        merge = command_line(["smolpost", "merge", "OUT", f"{text}=1"])
+        raise UserError(f"{text} holds a LoRA adapter without its base model; `{merge}` writes the whole model to OUT")
     if folder.is_dir() or "/" in text:
-        what = f"has no {CONFIG}, so it is not a checkpoint" if folder.is_dir() else "does not exist"
+        if folder.is_dir():
+            what = f"has no {CONFIG}, so it is not a checkpoint"
+        else:
+            what = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"{text} {what}; name a checkpoint folder, a stage, or the URL of a server")
     if any(word.startswith("pipeline=") for word in words):
         return _planned(text, words)
@@ -81,11 +94,15 @@ def _planned(stage: str, words: list[str]) -> NamedModel:
     from smolpost.pipeline.plan import select_one
 
     lineage = Lineage(recipe.load(words), look_up=True)
+    makers = [planned.name for planned in lineage.stages.planned.values() if planned.config.MAKES_MODEL]
     if stage == CHECKPOINT:
+        if not lineage.recipe.model.checkpoint:
+            raise UserError(
+                f"{stage} stands for model.checkpoint, which has no value here; choose one of: {', '.join(makers)}"
+            )
         return NamedModel(stage, steps.model_folder(lineage, stage))
     planned = select_one(lineage.stages.planned.values(), stage)
     if not planned.config.MAKES_MODEL:
-        makers = [p.name for p in lineage.stages.planned.values() if p.config.MAKES_MODEL]
         raise UserError(f"{stage} makes no model; choose one of: {', '.join(makers)}")
     return NamedModel(planned.name, steps.model_folder(lineage, planned.name))
 
@@ -99,7 +116,7 @@ def _newest(stage: str, words: list[str], models_only: bool = True) -> Path:
         if made and stage == made.get("stage") and (not models_only or (file.parent / CONFIG).is_file()):
             found.setdefault(file.parent.parent.name, []).append((made["finished"], file.parent))
     if not found:
-        raise UserError(
+        raise UnknownModel(
             f"{stage} is not a {'checkpoint ' if models_only else ''}folder, and no run under {shown(root)} has a "
             f"finished {'model' if models_only else 'stage'} of that name; name a folder, or a stage with "
             f"pipeline=NAME{', or the URL of a server' if models_only else ''}"

@@ -18,7 +18,7 @@ from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import MANIFEST, write_json
-from smolpost.pipeline import estimate, manifest, processes
+from smolpost.pipeline import estimate, manifest, processes, record
 from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.measurable import check_measurable
@@ -26,6 +26,7 @@ from smolpost.pipeline.plan import select
 from smolpost.progress import LATER, duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
+from smolpost.training import trackers
 
 
 def status(stage: Located) -> tuple[str, str]:
@@ -88,6 +89,11 @@ def run(request: Request, console: Console) -> int:
     began = time.monotonic()
     todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
     todo = [(stage, word) for stage, word in todo if word != "done"]
+    for stage, word in todo:
+        if word != "evaluate":
+            stage.config.check_installed(stage.entry)
+    if todo:
+        record.write(lineage.root, request, map(lineage.stages.__getitem__, wanted))
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
         word, reason = status(lineage.stages[name])
@@ -254,9 +260,7 @@ def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
     maps = {file.name for folder in folders for file in (measured / folder.name).glob("*.png")}
     plots += [f"{measured}/*/{name}" for name in sorted(maps)]
     lines = [f"plots: {', '.join(plots)}"] if plots else []
-    if any(True for folder in folders for _ in folder.glob("**/events.out.tfevents.*")):
-        lines.append(f"training curves: `{command_line(['tensorboard', '--logdir', lineage.root])}`")
-    return lines
+    return lines + trackers.places(lineage.root, folders)
 
 
 def heading(text: str, console: Console) -> None:

@@ -24,7 +24,7 @@ from smolpost.chat.shown import has_modes
 from smolpost.errors import UserError
 from smolpost.files import digest, hashes, verify
 from smolpost.inference.seeds import derive_seed
-from smolpost.model.loading import load_for_inference
+from smolpost.model.loading import check_usable, load_for_inference
 from smolpost.pipeline import manifest
 from smolpost.pipeline.models import NamedModel
 from smolpost.pipeline.sample_prompts import Prompt
@@ -71,19 +71,30 @@ class Settings(NamedTuple):
     model: str | None = None
     api_key_env: str | None = None
 
+    def shown(self) -> dict[str, Any]:
+        """What decides the replies, for a reader."""
+        names = ("temperature", "top_p", "max_new_tokens", "num_samples", "seed", "template")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def teacher(self, **more: Any) -> Teacher:
         fields = ("temperature", "top_p", "max_new_tokens", "batch_size", "api_key_env")
         return Teacher(**{name: getattr(self, name) for name in fields}, concurrency=WIDTH, **more)
 
 
 class Asked(NamedTuple):
-    """One request to one model; `key` stands for all that decides the reply."""
+    """One reply that is asked of one model.
 
-    prompt: int
-    mode: str
-    sample: int
+    Attributes:
+        place: Number of the prompt, mode and number of the sample.
+        prompt: The prompt's name.
+        key: Stands for all that decides the reply; "" where nothing can be asked.
+        request: What to ask, or why the model cannot be asked.
+    """
+
+    place: tuple[int, str, int]
+    prompt: str
     key: str
-    request: Request
+    request: Request | str
 
 
 def sample(models: Sequence[NamedModel], prompts: Sequence[Prompt], settings: Settings, file: Path) -> list[Column]:
@@ -105,38 +116,47 @@ def sample(models: Sequence[NamedModel], prompts: Sequence[Prompt], settings: Se
             ]
 
 
-def _column(source: "Local | Served", prompts: Sequence[Prompt], settings: Settings, kept: "Kept", label: str):
-    asked, replies = [], {}
-    for mode, thinking in source.modes.items():
-        for index, prompt in enumerate(prompts):
-            content = digest([prompt.messages, prompt.tools, dict(prompt.template_kwargs)])
-            for number in range(settings.num_samples):
-                seed = derive_seed(settings.seed, content, mode, number)
-                try:
-                    request = source.request(prompt, thinking, seed)
-                except UserError as error:
-                    replies[index, mode, number] = Given(None, str(error))
-                    continue
-                sampling = (settings.temperature, settings.top_p, settings.max_new_tokens)
-                key = digest([VERSION, source.identity, sampling, request._asdict()], 24)
-                asked.append(Asked(index, mode, number, key, request))
-    missing = {one.key: one for one in asked if one.key not in kept}  # equal prompts are asked about once
+def _column(
+    source: "Local | Served", prompts: Sequence[Prompt], settings: Settings, kept: "Kept", label: str
+) -> Column:
+    asked = list(_asked(source, prompts, settings))
+    known = [one for one in asked if one.key]
+    missing = {one.key: one for one in known if one.key not in kept}  # equal prompts are asked about once
     failed: dict[str, str] = {}
-    with Progress(label, len(asked), "request", done=len(asked) - len(missing)) as progress:
+    with Progress(label, len(known), "request", done=len(known) - len(missing)) as progress:
 
         def keep(one: Asked, reply: Reply | str) -> None:
             if isinstance(reply, str):
                 failed[one.key] = reply
             else:
-                kept.add(one.key, {"model": source.name, "prompt": prompts[one.prompt].name, "mode": one.mode}, reply)
+                kept.add(one.key, {"model": source.name, "prompt": one.prompt, "mode": one.place[1]}, reply)
             progress.update()
 
         if missing:
             asyncio.run(_ask_all(source.engine(), list(missing.values()), keep))
-    for one in asked:
-        given = Given(None, failed[one.key]) if one.key in failed else Given(kept[one.key], None)
-        replies[one.prompt, one.mode, one.sample] = given
-    return Column(source.name, source.about, replies)
+
+    def given(one: Asked) -> Given:
+        error = one.request if isinstance(one.request, str) else failed.get(one.key)
+        return Given(None, error) if error is not None else Given(kept[one.key], None)
+
+    return Column(source.name, source.about, {one.place: given(one) for one in asked})
+
+
+def _asked(source: "Local | Served", prompts: Sequence[Prompt], settings: Settings) -> Iterator[Asked]:
+    """All that is asked of a model: mode by mode, as a batch lasts as long as its longest reply."""
+    sampling = (settings.temperature, settings.top_p, settings.max_new_tokens)
+    for mode, thinking in source.modes.items():
+        for index, prompt in enumerate(prompts):
+            content = digest([prompt.messages, prompt.tools, dict(prompt.template_kwargs)])
+            for number in range(settings.num_samples):
+                seed, place = derive_seed(settings.seed, content, mode, number), (index, mode, number)
+                try:
+                    request = source.request(prompt, thinking, seed)
+                except UserError as error:
+                    yield Asked(place, prompt.name, "", str(error))
+                    continue
+                key = digest([VERSION, source.identity, sampling, request._asdict()], 24)
+                yield Asked(place, prompt.name, key, request)
 
 
 async def _ask_all(engine: TeacherEngine, asked: list[Asked], keep: Callable[[Asked, Reply | str], None]) -> None:
@@ -176,10 +196,13 @@ class Local:
         modes: Name -> `Request.thinking`.
         identity: Fit for JSON; stands for the weights, the tokenizer and how prompts are rendered.
         about: For the page.
+    Raises:
+        UserError: It is not a checkpoint that loads, or the template is unknown.
     """
 
     def __init__(self, model: NamedModel, settings: Settings):
         self.name, self.folder, self.settings = model.name, model.folder, settings
+        check_usable(model.folder)
         tokenizer = AutoTokenizer.from_pretrained(model.folder)
         own = tokenizer.chat_template
         self.is_plain = settings.template is None and not own
@@ -230,7 +253,11 @@ def _content(folder: Path) -> str:
 
 
 class Served:
-    """A model behind a server's OpenAI-compatible API; its server renders the prompts."""
+    """A model behind a server's OpenAI-compatible API; the server renders the prompts. Attributes as `Local`.
+
+    Raises:
+        UserError: The server does not answer, or serves another model than the one that is asked for.
+    """
 
     def __init__(self, model: NamedModel, settings: Settings):
         self.name, self.settings = model.name, settings
@@ -247,7 +274,9 @@ class Served:
             return await engine.identity()
 
     def request(self, prompt: Prompt, thinking: bool | None, seed: int) -> Request:
-        return Request(prompt.messages, thinking, seed, prompt.tools, dict(prompt.template_kwargs) or None)
+        # The date of the models in this process; a template that does not read it is not changed by it.
+        date = {"today": RELEASE_DAY} if PROFILES[self.teacher.server].templated else {}
+        return Request(prompt.messages, thinking, seed, prompt.tools, {**date, **prompt.template_kwargs} or None)
 
     def engine(self) -> ChatEngine:
         return ChatEngine(self.teacher, key=KEY, modes=())

@@ -24,7 +24,7 @@ def teacher(name: str, folders: list[str]) -> Teacher:
     names = places.options("teacher")
     if name not in names:
         raise UserError(
-            f"{name} is neither a teacher nor a checkpoint folder with its config.json; {near('', name, names)}"
+            f"{name} is neither a teacher, a finished stage nor a checkpoint folder; {near('', name, names)}"
             f"teachers: {', '.join(names)}"
         )
     file = shown(places.file(f"teacher/{name}"))

@@ -61,7 +61,7 @@ class Column(NamedTuple):
 
     Attributes:
         about: Where it lies and how its prompts were rendered.
-        replies: (number of the prompt, mode, number of the sample) -> what came back.
+        replies: (number of the prompt, mode, number of the sample) -> what came back; mode by mode.
     """
 
     name: str

@@ -21,7 +21,7 @@ def write_replies_page(
 
     Args:
         replies: As `shown_replies` gives them.
-        settings: Name -> value, of the sampling; those that are None do not show.
+        settings: Name -> value, of the sampling.
         file: Replaced in one step if it is such a page; its folder exists.
     Returns:
         Bytes written.
@@ -37,7 +37,7 @@ def write_replies_page(
         command="sample",
         columns=columns,
         prompts=[_shown(number, prompt, replies[number], modes) for number, prompt in enumerate(prompts)],
-        settings={name.replace("_", " "): value for name, value in settings.items() if value is not None},
+        settings={name.replace("_", " "): value for name, value in settings.items()},
         heads=heads,
         rows=rows,
         modes={mode: MODE_NAMES[mode] for mode in modes},

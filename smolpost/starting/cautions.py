@@ -3,7 +3,7 @@
 import numpy as np
 
 from smolpost.data.rendering import NOTES
-from smolpost.starting.choices import Data
+from smolpost.starting.choices import Data, counted
 from smolpost.starting.rows import File, Tokens
 
 FEW_STEPS = 50
@@ -25,7 +25,7 @@ def cautions(data: Data, batch: int, steps: int, has_modes: bool) -> list[str]:
     if steps < FEW_STEPS:
         unit = "pairs" if pairs else "packs"
         lines.append(
-            f"{'preference' if pairs else 'sft'}: about {steps} optimizer steps of {batch} {unit} is little training; "
+            f"{'preference' if pairs else 'sft'}: about {counted(steps)} of {batch} {unit} is little training; "
             "add rows, or raise num_epochs"
         )
     if pairs and data.num_rows < FEW_PAIRS:
@@ -47,6 +47,8 @@ def _of_file(file: File, tokens: Tokens) -> list[str]:
     lines += [f"{path}: {number:,} of {seen:,} rows {NOTES[note]}" for note, number in tokens.notes.items()]
     if untrained := int((tokens.trained == 0).sum()):
         lines.append(f"{path}: {untrained:,} of {seen:,} rows have nothing that trains, and are dropped")
+    if file.source.last_user_is_reply:
+        lines.append(f"{path}: rows end in two user turns, and the last one trains as a reply (last_user_is_reply)")
     if file.kinds["text"]:
         lines.append(f"{path}: {file.kinds['text']:,} of {seen:,} rows are plain text, of which every token trains")
     if file.layout == "pairs":

@@ -8,7 +8,7 @@ from smolpost.chat.needed_tokens import lacking
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST
-from smolpost.importing.template import marks_replies, same_as, without_marks
+from smolpost.importing.template import marks_more, same_as, without_marks
 from smolpost.pipeline import manifest
 from smolpost.screen import command_line
 from smolpost.training.memory import shape_of
@@ -68,6 +68,8 @@ def look(place: str) -> Checkpoint:
 
     if Path(place).is_file():
         raise UserError(f"--checkpoint {place} is a file; name the folder of a checkpoint, or a Hub id")
+    if not Path(place).is_dir() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
+        raise UserError(f"--checkpoint {place} is not a folder; name the folder of a checkpoint, or a Hub id")
     who, is_local = f"--checkpoint {place}", Path(place).is_dir()
     folder = local_folder(place, key="--checkpoint", weights=False)
     config = read_config(folder / CONFIG, who).get_text_config().to_dict()
@@ -152,7 +154,7 @@ def _own(text: str) -> Template:
         return Template(same, text, "the checkpoint's own, one of ours")
     if same := same_as(text):
         return Template(same, load_template(same), "renders like the checkpoint's own", changes=True)
-    if "generation" in text and not marks_replies(text):
+    if marks_more(text):
         why = "the checkpoint's own, without its {% generation %} marks, which hold more than replies"
         return Template(None, without_marks(text), why, changes=True)
     return Template(None, text, "the checkpoint's own")

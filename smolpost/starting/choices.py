@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smolpost.data.settings import DocumentRows, PairRows
+from smolpost.progress import plural
 from smolpost.starting.checkpoint import Checkpoint
 from smolpost.starting.rows import File, Tokens
 from smolpost.training.memory import CARDS, SHARE, gigabytes, memory, setup_of, shape_of
@@ -114,7 +115,7 @@ def stage_settings(data: Data, checkpoint: Checkpoint, *, lora: bool, gpus: int)
         ),
         Setting("global_batch_size", batch, f"{unit} per optimizer step, about {kept:,} tokens"),
         *_passes(pairs, length, batch, gpus),
-        Setting("num_epochs", epochs, f"about {steps:,} optimizer steps"),
+        Setting("num_epochs", epochs, f"about {counted(steps)}"),
         _rate(checkpoint.parameters, pairs, lora),
     ]
     if pairs:
@@ -151,6 +152,10 @@ def num_steps(data: Data, length: int, batch: int, epochs: float) -> int:
     """Optimizer steps, about."""
     units = data.num_rows if data.files[0].layout == "pairs" else data.cut_tokens(length) / length
     return max(1, round(units * epochs / batch))
+
+
+def counted(steps: int) -> str:
+    return f"{steps:,} optimizer {plural('step', steps)}"
 
 
 def learning_rate(parameters: int, pairs: bool, lora: bool) -> float:

@@ -1,6 +1,5 @@
 """smolpost new: look at a checkpoint and rows, and write the pipeline that trains it on them."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +7,10 @@ from typing import NamedTuple
 from rich.console import Console
 
 from smolpost.errors import UserError
-from smolpost.files import MANIFEST, write_text
+from smolpost.files import MANIFEST, STAMPS, write_text
 from smolpost.pipeline.plan import plan
 from smolpost.recipe import load
+from smolpost.recipe.checks import NAME
 from smolpost.screen import command_line, shown
 from smolpost.starting import rows
 from smolpost.starting.cautions import cautions
@@ -29,7 +29,6 @@ from smolpost.starting.choices import (
 from smolpost.starting.report import checkpoint_lines, file_line, rows_table, settings_lines
 from smolpost.starting.written import Pipeline
 
-NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 STAGES = {"documents": "sft", "pairs": "preference"}  # layout -> its stage and mixture in the pipeline
 
 
@@ -42,6 +41,7 @@ class Asked:
         checkpoint: Folder or Hub id.
         sft, preference: Files of rows; one list may be empty.
         gpus: Processes that train, one for each GPU; 1 on a CPU.
+        roles: Role of the files -> system, user, assistant or tool.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Asked:
     preference: list[str] = field(default_factory=list)
     lora: bool = False
     gpus: int = 1
+    roles: dict[str, str] = field(default_factory=dict)
 
 
 class Found(NamedTuple):
@@ -87,7 +88,7 @@ def check_name(name: str) -> tuple[Path, Path]:
         UserError: It is not a pipeline's name, or a file is in the way.
     """
     if not NAME.fullmatch(name) or name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name} is not a name for a pipeline; use letters, digits and _ . + -, without .yaml")
+        raise UserError(f"{name!r} is not a name for a pipeline; use letters, digits and _ . + -, without .yaml")
     files = Path(f"{name}.yaml"), Path(f"{name}.jinja")
     for file in (*files, Path("pipeline") / files[0]):
         if file.exists():
@@ -100,7 +101,7 @@ def _look(asked: Asked) -> Found:
     files = []
     for layout, paths in (("documents", asked.sft), ("pairs", asked.preference)):
         names = rows.source_names(paths)
-        files.append([rows.look(path, layout, name) for path, name in zip(paths, names, strict=True)])
+        files.append([rows.look(path, layout, name, asked.roles) for path, name in zip(paths, names, strict=True)])
     needs = next((need for some in files for file in some if (need := file.needs())), None)
     template = choose_template(checkpoint, needs)
     tokenizer = checkpoint.tokenizer
@@ -174,8 +175,16 @@ def _set_data(pipeline: Pipeline, data: Data) -> None:
                 pipeline.set(f"{key}.columns", file.source.columns, "the shape that the rows have")
             for theirs, ours in file.source.rename.items():
                 pipeline.set(f"{key}.rename.{theirs}", ours)
+            for theirs, ours in file.source.roles.items():
+                pipeline.set(f"{key}.roles.{theirs}", ours)
+            if file.source.last_user_is_reply:
+                pipeline.set(f"{key}.last_user_is_reply", True, "a last user turn after another one is a reply")
             if file.source.enable_thinking is False:
                 pipeline.set(f"{key}.enable_thinking", False, "no row thinks, and rows do not say so themselves")
+            if file.source.mode_from_reply:
+                pipeline.set(
+                    f"{key}.mode_from_reply", True, "rows do not say whether they think, but their replies show"
+                )
             if tokens.held_out:
                 pipeline.set(f"{key}.{limit}", train, why)
 
@@ -200,7 +209,7 @@ def _write(file: Path, template_file: Path, pipeline: Pipeline, found: Found, co
     try:
         if found.checkpoint.unadopted:
             adopt(found.checkpoint)
-            made.append(Path(found.checkpoint.place) / MANIFEST)
+            made += [Path(found.checkpoint.place) / name for name in (MANIFEST, STAMPS)]
         if found.template.name is None:
             made.append(template_file)
             write_text(template_file, found.template.text)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.prompt import Confirm, Prompt
 
+from smolpost.data.turns import ROLES
 from smolpost.errors import UserError
 from smolpost.starting import checkpoint, rows
 from smolpost.starting.command import Asked, check_name
@@ -22,9 +23,9 @@ def asked(options: argparse.Namespace, console: Console) -> Asked:
     Raises:
         UserError: A flag is missing, and there is no terminal.
     """
-    gpus = _gpus()
+    gpus, roles = _gpus(), dict(map(_role, options.roles or []))
     found = Asked(options.name, options.checkpoint or "", options.sft or [], options.preference or [], options.lora,
-                  gpus if options.gpus is None else options.gpus)  # fmt: skip
+                  gpus if options.gpus is None else options.gpus, roles)  # fmt: skip
     missing = [] if found.checkpoint else ["--checkpoint MODEL"]
     missing += [] if found.sft or found.preference else ["--sft FILE or --preference FILE"]
     if not missing:
@@ -36,8 +37,8 @@ def asked(options: argparse.Namespace, console: Console) -> Asked:
     if not found.checkpoint:
         found.checkpoint = _answer(console, "Checkpoint to train (folder or Hub id)", _checkpoint)
     while not (found.sft or found.preference):
-        found.sft = _answer(console, "Files of conversations for SFT (empty: none)", _files("documents"))
-        found.preference = _answer(console, "Files of preference pairs (empty: none)", _files("pairs"))
+        found.sft = _answer(console, "Files of conversations for SFT (empty: none)", _files("documents", roles))
+        found.preference = _answer(console, "Files of preference pairs (empty: none)", _files("pairs", roles))
         if not (found.sft or found.preference):
             console.print("There is nothing to train on: name one file at least.")
     if no_flags:
@@ -65,17 +66,24 @@ def _checkpoint(text: str) -> str:
     return text
 
 
-def _files(layout: str) -> Callable[[str], list[str]]:
+def _files(layout: str, roles: dict[str, str]) -> Callable[[str], list[str]]:
     def read(text: str) -> list[str]:
         try:
             paths = shlex.split(text)
         except ValueError as error:  # a quotation mark without its other one
             raise UserError(f"{text}: {error}; quote names with spaces") from None
         for path in paths:
-            rows.look(path, layout, "rows")
+            rows.look(path, layout, "rows", roles)
         return paths
 
     return read
+
+
+def _role(text: str) -> tuple[str, str]:
+    theirs, _, ours = text.partition("=")
+    if not theirs or ours not in ROLES:
+        raise UserError(f"--roles {text} is not NAME=ROLE; ROLE is one of {', '.join(ROLES)}")
+    return theirs, ours
 
 
 def _number(text: str) -> int:

@@ -31,7 +31,7 @@ PIECE = 100  # neighbouring rows of the sample, so that it is spread over the fi
 PROBED = 50  # rows by which the columns are told
 BATCH = 100  # rows that are tokenized at a time
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 200  # rows at a file's end that do not train
-FEWEST_ROWS = 100  # of a file from which rows are held out
+FEWEST_ROWS = 400  # of a file from which rows are held out
 FLAGS = {"documents": "--sft", "pairs": "--preference"}
 WHAT = {"messages": "conversations", "text": "plain text", "preference": "preference pairs"}
 
@@ -45,8 +45,9 @@ class File:
         source: Its path, with columns and names as they were told.
         layout: documents or pairs.
         num_rows: Of the whole file.
-        rows: The sample, in our columns; refused rows have a fault.
-        tail: Its last rows, the ones to hold out.
+        sample: Rows as they are in the file.
+        tail: Its last rows, the ones to hold out, as they are in the file.
+        rows: The sample in our columns; refused rows have a fault.
         kinds: Shape of a row, as `validate_row` has it -> rows of the sample.
         roles: Role -> turns of the sample.
     """
@@ -55,8 +56,9 @@ class File:
     source: Source
     layout: str
     num_rows: int
-    rows: list[Row]
+    sample: list[Row]
     tail: list[Row]
+    rows: list[Row] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)
     roles: Counter = field(default_factory=Counter)
 
@@ -67,6 +69,10 @@ class File:
     @property
     def good(self) -> list[Row]:
         return [row for row in self.rows if row.fault is None]
+
+    def admit(self, rows: list[Row]) -> list[Row]:
+        """Rows of the file in our columns, as the source says."""
+        return [admitted(row, self.source, self.layout) for row in rows]
 
     def needs(self) -> str | None:
         """What in the rows needs a template with modes or tools."""
@@ -100,13 +106,16 @@ class Tokens:
     held_out: int = 0
 
 
-def look(path: str, layout: str, name: str) -> File:
+def look(path: str, layout: str, name: str, roles: dict[str, str] | None = None) -> File:
     """Read the sample and tell the columns.
 
+    Args:
+        name: Of the source in the recipe.
+        roles: Role of the file -> system, user, assistant or tool.
     Raises:
         UserError: There is no such file, it has no rows, or no row of the sample is of the layout.
     """
-    source = Source(path=path)
+    source = Source(path=path, roles=roles or {})
     try:
         parts = slices(source, PIECE)
         sample = list(_sampled(source, parts))
@@ -115,8 +124,8 @@ def look(path: str, layout: str, name: str) -> File:
     except UserError as error:
         raise UserError(f"{FLAGS[layout]} {error}") from None
     source = _told(source, sample, layout)
-    file = File(name, source, layout, num_rows, [admitted(row, source, layout) for row in sample], [])
-    file.tail = [admitted(row, source, layout) for row in tail]
+    file = File(name, source, layout, num_rows, sample, tail)
+    file.rows = file.admit(sample)
     for i, row in enumerate(file.rows):
         try:
             file.kinds[_kind(row, layout)] += 1
@@ -153,16 +162,21 @@ def _told(source: Source, sample: list[Row], layout: str) -> Source:
     candidates = [replace(source, columns=name) for name in ROW_SHAPES]
     candidates += [replace(source, columns="alpaca", rename=names) for names in renames]
 
-    def badness(candidate: Source) -> tuple[int, int]:
-        kinds = Counter()
+    def badness(candidate: Source) -> tuple[int, int, int]:
+        kinds, hinted = Counter(), 0
         for row in probed:
             try:
                 kinds[_kind(row_for(row, candidate, layout), layout)] += 1
-            except UserError:
+            except UserError as error:
                 kinds["refused"] += 1
-        return kinds["refused"], kinds["text"]  # a text beside a conversation is a rendering of it
+                hinted += "set columns: " in str(error) or "columns=" in str(error)  # it is of another shape
+        return kinds["refused"], kinds["text"], hinted  # a text beside a conversation is a rendering of it
 
-    return min(candidates, key=badness)
+    told = min(candidates, key=badness)
+    if badness(told)[0] > len(probed) / 2:
+        repaired = replace(told, last_user_is_reply=True)
+        return min(told, repaired, key=badness)
+    return told
 
 
 def _kind(row: Row, layout: str) -> str:
@@ -175,7 +189,10 @@ def _check_kind(file: File) -> None:
     """Refuse a file without a usable row, or one that belongs to the other flag."""
     if not file.kinds:
         first = next(row.fault for row in file.rows if row.fault)
-        raise UserError(f"{FLAGS[file.layout]}: none of the {len(file.rows):,} rows looked at can be used; {first}")
+        here = "; for smolpost new: --roles NAME=ROLE" if "the source's roles" in first else ""
+        raise UserError(
+            f"{FLAGS[file.layout]}: none of the {len(file.rows):,} rows looked at can be used; {first}{here}"
+        )
     wanted = ("preference",) if file.layout == "pairs" else ("messages", "text")
     found = max(file.kinds, key=file.kinds.__getitem__)
     if found not in wanted:
@@ -202,8 +219,8 @@ def _thinks(row: Row) -> bool:
 def tokenize(file: File, stage: Rows, tokenizer: "PreTrainedTokenizerBase", context: int | None) -> Tokens:
     """Tokenize the sample as training does, and choose the rows to hold out.
 
-    If no row thinks, and rows do not state a mode in which the template would have them think, they are marked as
-    replies without thinking: `file.source.enable_thinking` becomes false.
+    Rows that do not state their mode, and would be made to think without a think block, get a setting of the source:
+    `enable_thinking: false` if no row thinks, else `mode_from_reply`.
 
     Args:
         stage: A stage that reads the file.
@@ -213,10 +230,10 @@ def tokenize(file: File, stage: Rows, tokenizer: "PreTrainedTokenizerBase", cont
         UserError: No row of the sample can be trained on.
     """
     found = _tokenized(file, file.rows, stage, tokenizer)
-    if found.notes["mode"] and not found.thinks.any():
-        file.source = replace(file.source, enable_thinking=False)
-        file.rows = [_no_think(row) for row in file.rows]
-        file.tail = [_no_think(row) for row in file.tail]
+    if found.notes["mode"]:
+        mode = {"mode_from_reply": True} if found.thinks.any() else {"enable_thinking": False}
+        file.source = replace(file.source, **mode)
+        file.rows = file.admit(file.sample)
         found = _tokenized(file, file.rows, stage, tokenizer)
     if not len(found.lengths):
         raise UserError(f"{file.flag}: none of the {len(file.rows):,} rows looked at can train; {found.faults[0]}")
@@ -224,18 +241,10 @@ def tokenize(file: File, stage: Rows, tokenizer: "PreTrainedTokenizerBase", cont
         raise UserError(f"{file.flag}: no token of the {len(file.rows):,} rows looked at trains; it needs replies")
     if file.tail:
         # One bad row would stop the evaluation after the training.
-        tail = _tokenized(file, file.tail, stage, tokenizer)
+        tail = _tokenized(file, file.admit(file.tail), stage, tokenizer)
         if not tail.faults and tail.trained.all() and tail.lengths.max() <= (context or np.inf):
             found.held_out = len(file.tail)
     return found
-
-
-def _no_think(row: Row) -> Row:
-    """A row that does not state its mode, without thinking."""
-    kwargs = row.get("chat_template_kwargs") or {}
-    if row.fault or "enable_thinking" in kwargs or not (row.get("messages") or row.get("chosen")):
-        return row
-    return row.with_content({**row, "chat_template_kwargs": {**kwargs, "enable_thinking": False}}, row.unread)
 
 
 def _tokenized(file: File, rows: list[Row], stage: Rows, tokenizer: "PreTrainedTokenizerBase") -> Tokens:

@@ -17,7 +17,7 @@ POLL = 2.0  # seconds between two looks at a server that is loading its model
 UNLISTED = ("transformers", "hosted")
 _OWN_PAGES = (  # in this order: a page of one server may be a page of one further down, too
     ("sglang", "get_server_info", {"version"}),
-    ("llama_cpp", "props", {"default_generation_settings"}),
+    ("llama_cpp", "props", {"chat_template"}),
     ("vllm", "version", {"version"}),
     ("transformers", "health", {"status"}),
 )

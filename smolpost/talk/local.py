@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from smolpost.chat.answers import opens_thinking, parts_of
 from smolpost.chat.masks import encode_prompt
@@ -35,6 +36,7 @@ def load(name: str, folder: Path, template: str | None) -> "LocalSpeaker":
         UserError: It cannot be loaded, or has no chat template.
     """
     text = load_template(template) if template else None
+    logging.disable_progress_bar()  # of weights: a chat says itself that it loads a model
     try:
         model, tokenizer = load_for_inference(folder)
     except (OSError, ValueError) as error:
@@ -157,8 +159,13 @@ class LocalSpeaker:
                 f"{self.name}: {len(prompt):,} tokens and a reply of up to {most:,} need more memory than "
                 f"{self.model.device} has; /set max_new_tokens={max(1, most // 2)}, or /clear"
             ) from error
-        except NotFinite as error:
-            raise UserError(f"{self.name} cannot answer, {error}; train it again with a lower learning_rate") from error
+        except RuntimeError as error:
+            # A Decoder says so itself, and transformers' `generate` draws from the numbers as they are.
+            if not isinstance(error, NotFinite) and "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"{self.name} cannot answer: its activations are not finite; train it again with a lower learning_rate"
+            ) from error
 
     def _said(
         self, tokens: list[int], opened: bool, finish: str, mode: bool | None, note: str, heard: Heard, seed: int

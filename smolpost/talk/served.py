@@ -26,7 +26,7 @@ from smolpost.talk.splitter import ANSWER, THINKING, Splitter
 CONNECT, READ = 10.0, 3600.0  # seconds; a long prompt may take minutes before its first token, and ctrl-C ends the wait
 KEY = "chat"  # in messages of the teachers' connection
 # Pages by which a server is known, and what they hold.
-PAGES = {"llama_cpp": ("/props", "default_generation_settings"), "sglang": ("/get_server_info", "model_path"),
+PAGES = {"llama_cpp": ("/props", "build_info"), "sglang": ("/get_server_info", "model_path"),
          "vllm": ("/version", "version")}  # fmt: skip
 
 
@@ -102,9 +102,7 @@ class ServedSpeaker:
             return found
         if self.server in UNLISTED:  # they do not list all that they serve
             return {"id": wanted}
-        raise UserError(
-            f"--model {wanted} is not served by {self.url}, which has {listed(models)}; name what is served"
-        )
+        raise UserError(f"--model {wanted} is not served by {self.url}; name one of: {listed(models)}")
 
     def _get(self, url: str) -> httpx2.Response:
         try:
@@ -125,7 +123,7 @@ class ServedSpeaker:
             with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
                 for chunk in self._chunks(response):
                     incoming.take(chunk, heard)
-        except (httpx2.HTTPError, json.JSONDecodeError) as error:
+        except httpx2.HTTPError as error:
             raise UserError(_silent(self.url, error) if not heard.num_tokens else self._broken(heard, error)) from error
         except Stopped as stop:
             if stop.signum != signal.SIGINT:
@@ -162,15 +160,35 @@ class ServedSpeaker:
             response.read()
             raise UserError(self._refused(response))
         if "json" in response.headers.get("content-type", ""):
-            response.read()
-            yield _checked(response.json(), self.url)
+            yield self._chunk(response.read().decode("utf-8", "replace"))
             return
         for line in response.iter_lines():
-            data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-            if data == "[DONE]":
+            field, _, data = line.partition(":")
+            if data.strip() == "[DONE]":
                 return
-            if data:
-                yield _checked(json.loads(data), self.url)
+            if line.strip() and field not in ("data", "event", "id", "retry", ""):  # fields of server-sent events
+                raise UserError(self._strange(line))
+            if field == "data" and data.strip():
+                yield self._chunk(data)
+
+    def _chunk(self, text: str) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: The server reports an error inside its stream, or sends something else.
+        """
+        try:
+            chunk = json.loads(text)
+        except ValueError:
+            raise UserError(self._strange(text)) from None
+        if isinstance(chunk, dict) and isinstance(chunk.get("choices"), list):
+            return chunk
+        raise UserError(self._strange(message_of(chunk) or text))
+
+    def _strange(self, said: str) -> str:
+        return (
+            f"{self.url} sent {' '.join(said.split())[:LONGEST]!r} instead of a reply; /retry asks again, and its log "
+            "may say more"
+        )
 
     def _refused(self, response: httpx2.Response) -> str:
         said = _said_by(response)
@@ -259,17 +277,6 @@ def _without_thoughts(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     return message | {"content": split_reasoning(message["content"] or "")[1]}
-
-
-def _checked(chunk: Any, url: str) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: The server reports an error inside its stream, or sends something else.
-    """
-    if isinstance(chunk, dict) and "choices" in chunk:
-        return chunk
-    said = message_of(chunk) or json.dumps(chunk)
-    raise UserError(f"{url} broke off ({' '.join(said.split())[:LONGEST]}); /retry asks again")
 
 
 def _said_by(response: httpx2.Response) -> str:

@@ -1,20 +1,23 @@
 """The chat itself: what the user types, and what becomes of it."""
 
 import shlex
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from smolpost.errors import UserError
+from smolpost.signals import Stopped
 from smolpost.talk.calls import calls_of
-from smolpost.talk.conversation import Conversation, Said, Tools, read_tools
+from smolpost.talk.conversation import INTERRUPTED, Conversation, Said, Tools, read_tools
 from smolpost.talk.saved import SavedRow
 from smolpost.talk.settings import Settings, changed
 from smolpost.talk.speaker import Speaker
-from smolpost.talk.view import Plain, Turn, View, foot_lines
+from smolpost.talk.view import Turn, View, clean, foot_lines
 
 NO_TOOLS = Tools()
 DEFAULT_FILE = "chats.jsonl"
+LONGEST_CALL = 60  # characters of a call that a prompt shows; all of it stands above
 WORDS = {True: "think", False: "no_think"}
 
 
@@ -68,13 +71,13 @@ class Session:
             try:
                 self._take(line)
             except UserError as error:
-                if isinstance(self.view, Plain):
+                if not self.view.interactive:
                     raise
                 self.view.note(str(error))
 
     def _prompt(self) -> str:
         if call := next((c.awaited[0][0] for c in self.conversations if c.awaited), None):
-            return f"result of {call}> "
+            return f"result of {clean(' '.join(call.split()))[:LONGEST_CALL]}> "
         pairs = zip(self.speakers, self.conversations, strict=True)
         try:
             modes = {speaker.mode(conversation, self.thinking) for speaker, conversation in pairs}
@@ -130,11 +133,14 @@ class Session:
                 conversation, self.settings, self.thinking, seed, lambda *piece: turn.show(place, *piece)
             )
         except UserError as error:
-            if isinstance(self.view, Plain):
+            if not self.view.interactive:
                 raise
             turn.end(place, None, [str(error)])
             return
+        if said.finish == INTERRUPTED and not self.view.interactive:
+            raise Stopped(signal.SIGINT)
         if said.empty:
+            conversation.attempts += 1
             turn.end(place, None, [f"{speaker.name} said nothing; /retry asks again"])
             return
         calls = calls_of(said, conversation.frame.tools)
@@ -216,7 +222,8 @@ class Session:
 
     def save(self, text: str) -> None:
         file = _path(text or DEFAULT_FILE, "/save")
-        self._save_to(file)
+        if not self.rows or self.rows[0].file != file:
+            self._save_to(file)
         self._save()
         kept = sum(conversation.row("") is not None for conversation in self.conversations)
         now = f"{kept} {'row is' if kept == 1 else 'rows are'} in {file}" if kept else f"nothing is in {file} yet"
@@ -234,8 +241,12 @@ class Session:
 
     def unfold(self, text: str) -> None:
         self.view.unfolded = True
-        lasts = [conversation.last for conversation in self.conversations]
-        thoughts = [said.reasoning.strip("\n") for said in lasts if said and said.reasoning.strip()]
+        lasts = [(name, conversation.last) for name, conversation in zip(self.names, self.conversations, strict=True)]
+        thoughts = [
+            (f"{name}:\n" if len(self.names) > 1 else "") + said.reasoning.strip("\n")
+            for name, said in lasts
+            if said and said.reasoning.strip()
+        ]
         self.view.note("\n\n".join(thoughts) or "thinking stays open from now on; /fold folds it again")
 
     def leave(self, text: str) -> None:

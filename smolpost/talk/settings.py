@@ -91,14 +91,15 @@ def changed(settings: Settings, words: Iterable[str]) -> Settings:
 def of_generation_config(config: dict[str, Any]) -> tuple[Settings, list[str]]:
     """The sampling that a checkpoint's generation_config.json asks for, and its further settings, which have no effect.
 
-    A model whose settings do not sample gets the defaults.
+    A model whose settings do not sample gets the defaults of `Settings`.
     """
     if not config.get("do_sample"):
         return Settings(), []
-    own = {name: config[name] for name in ("temperature", "top_p", "top_k") if config.get(name)}
+    # What it leaves open is off, as servers have it.
+    own = {"temperature": config.get("temperature") or 1.0, "top_p": config.get("top_p") or 1.0}
     plain = {"min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     others = [f"{name}={config[name]}" for name, off in plain.items() if config.get(name) not in (None, off)]
-    return Settings(**own), others
+    return Settings(**own, top_k=config.get("top_k") or None), others
 
 
 def _value(name: str, text: str) -> float | int | None:

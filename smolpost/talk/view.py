@@ -65,9 +65,11 @@ class View(ABC):
     """
     Attributes:
         unfolded: Thinking stays to be read.
+        interactive: A user is told what is wrong and goes on; otherwise the first error ends the chat.
     """
 
     unfolded = False
+    interactive = True
 
     @abstractmethod
     def read(self, prompt: str) -> str | None:
@@ -87,6 +89,8 @@ class View(ABC):
 
 class Plain(View):
     """Prompts and commands from the lines of stdin; answers alone go to stdout, all else to stderr."""
+
+    interactive = False
 
     def read(self, prompt: str) -> str | None:
         parts = []
@@ -173,6 +177,7 @@ class _Stacked(Turn):
     def show(self, place: int, kind: str, text: str, heard: Heard) -> None:
         self._name(place)
         if kind == THINKING:
+            text = text if self.thinking else text.lstrip("\r\n")
             self.thinking += text
             self._think(clean(text))
             return

@@ -250,9 +250,9 @@ def test_a_pair_is_noted_by_its_chosen_side(tmp_path):
     assert ledger(load_template("smollm3"), pairs, tmp_path, APOStage(**STAGE))["notes"] == {"mode": 1}
 
 
-@pytest.mark.parametrize("file, kind", [("tau_airline/conversations", sft), ("gsm8k/smoltalk2_sft", sft)])
-def test_real_rows_lose_nothing(shared_data, file, kind, tmp_path):
-    with open(shared_data / f"{file}.jsonl") as lines:
+@pytest.mark.parametrize("name", ["tools", "sft"])
+def test_rows_of_files_lose_nothing(rows_file, name, tmp_path):
+    with rows_file(name).open() as lines:
         rows = [json.loads(line) for line in islice(lines, 32)]
     entry = ledger(load_template("smollm3"), rows, tmp_path, sft(max_seq_len=2**18))
     says = "chat_template_kwargs" in rows[0]

@@ -25,6 +25,8 @@ def test_a_url_and_a_folder_are_what_they_say(tmp_path):
     assert model_named(str(tmp_path), []).folder == tmp_path
     with pytest.raises(UserError, match="/nowhere does not exist; name a checkpoint folder, a stage, or the URL"):
         model_named(f"{tmp_path}/nowhere", [])
+    with pytest.raises(UserError, match=r"config\.json is a file; name a checkpoint folder, a stage, or the URL"):
+        model_named(f"{tmp_path}/config.json", [])
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"data has no config\.json, so it is not a checkpoint"):
         model_named(f"{tmp_path}/data", [])

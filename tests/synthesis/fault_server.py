@@ -142,16 +142,17 @@ class Answer(NamedTuple):
 
     def streamed(self) -> "Answer":
         """The same chat completion as server-sent events: a word of the reply in each, then the end and the counts."""
-        if self.status != 200 or self.content_type != "application/json" or b'"choices"' not in self.body:
+        try:
+            content = json.loads(self.body)
+            choice, usage = content["choices"][0], content.pop("usage")
+        except (ValueError, LookupError):  # an error, or what is no chat completion
             return self
-        content = json.loads(self.body)
-        choice, usage = content["choices"][0], content.pop("usage")
         deltas = [
             {name: word}
             for name in ("reasoning", "reasoning_content", "content")
-            for word in re.findall(r"\S+\s*|\s+", choice["message"].get(name) or "")
+            for word in re.findall(r"\S+\s*|\s+", choice.get("message", {}).get(name) or "")
         ]
-        for call in choice["message"].get("tool_calls") or ():
+        for call in choice.get("message", {}).get("tool_calls") or ():
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             deltas.append({"tool_calls": [call | {"index": 0, "function": {"name": name, "arguments": ""}}]})
             deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in arguments]
@@ -222,11 +223,12 @@ class Service:
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}
         if self.faults.kind != "vllm":
             pages["/v1/models"]["data"] = [{"id": model["id"], "object": "model"} for model in models]
-        if self.faults.kind == "transformers":  # without a cache to list
+        if self.faults.kind == "transformers" and path != "/health":  # without a cache to list
             return as_json(500, {"detail": "Cache directory not found"})
         pages |= {
             "vllm": {"/version": {"version": "0.11.0"}, "/health": {}},
             "sglang": {"/get_server_info": {"version": "0.5.3", "model_path": self.faults.models[0]}},
+            "transformers": {"/health": {"status": "ok"}},
             "llama_cpp": {"/props": {"build_info": "b6700-abc", "chat_template": "{{ messages }}"}},
         }.get(self.faults.kind, {})
         return as_json(200, pages[path]) if path in pages else as_json(404, {"detail": "Not Found"})

@@ -10,6 +10,7 @@ from smolpost.talk.settings import Settings
 from smolpost.talk.view import Turn, View
 from tests.char_model import char_tokenizer
 from tests.rigged import Rigged
+from tests.synthesis.conftest import thinking_models  # noqa: F401  a fixture
 
 
 class Script(View):
