@@ -83,6 +83,7 @@ def test_other_shells_get_the_same_names(shell, capsys):
         main(["completion", shell])
     text = capsys.readouterr().out
     assert "smollm3_from_release" in text and "heldout_pairs" in text and "--environment" in text.replace("-l ", "--")
+    assert shell != "zsh" or '"*:key\\=value:_smolpost_words"' in text  # each of the words, not the first alone
     if program := shutil.which(shell):
         subprocess.run([program, "-n", "/dev/stdin"], input=text, text=True, check=True, timeout=60)
 

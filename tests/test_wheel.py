@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -103,8 +104,9 @@ def test_plan_runs_from_the_wheel_outside_the_clone(wheel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_an_empty_environment_with_all_extras(wheel, tmp_path):
+def test_an_empty_environment_with_all_extras(wheel, tmp_path, request):
     """Everything from the package registry, then what a new user does, in an empty folder."""
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path / "env"))  # gigabytes, which pytest would keep
     venv.create(tmp_path / "env", with_pip=True)
     program = tmp_path / "env" / "bin"
     (tmp_path / "empty").mkdir()

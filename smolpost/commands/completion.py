@@ -1,6 +1,7 @@
 """smolpost completion: a script that teaches a shell the verbs, the options and the names of recipes and stages."""
 
 import argparse
+import re
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def command(options: argparse.Namespace) -> int:
             elif action.type is Path:
                 action.complete = shtab.FILE
     script = shtab.complete(parser, options.shell, preamble=functions[options.shell](groups, stages))
+    # What shtab writes for zsh completes the first of the words only.
+    script = re.sub(rf'"\(\*\)::(.*:{WORDS})"', r'"*:\1"', script)
     print(script + (_BASH_END if options.shell == "bash" else ""))
     return 0
 

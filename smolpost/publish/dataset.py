@@ -46,4 +46,4 @@ def dataset_package(
     note = "with the teachers' replies word by word; --no-provenance leaves them out"
     if not with_provenance:
         note = "without the teachers' raw replies"
-    return packed("dataset", f"{rows:,} rows of key {key}", folder, files, {"key": key, "rows": rows}, [note])
+    return packed("dataset", f"{rows:,} rows of key {key}", folder, manifest, files, {"key": key, "rows": rows}, [note])

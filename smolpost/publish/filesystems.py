@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smolpost.errors import UserError
 from smolpost.files import replacing
+from smolpost.progress import Progress
 from smolpost.publish.package import Content, Package, as_bytes
 from smolpost.publish.targets import PUSHED, Target, stated, unfinished
 
@@ -57,8 +58,10 @@ class FolderPlace:
             for name in reversed(old):  # what was written last goes first: what remains does not load
                 if name in found.names:
                     self._system.rm_file(f"{self._root}/{name}")
-            for name, content in package.files.items():
-                _put(self._system, f"{self._root}/{name}", content)
+            with Progress(f"push to {self.url}", len(package.files), "file") as progress:
+                for name, content in package.files.items():
+                    _put(self._system, f"{self._root}/{name}", content)
+                    progress.update()
             _put(self._system, f"{self._root}/{PUSHED}", as_bytes(package.stated))
         except Exception as error:
             raise self._refusal("written", error) from error

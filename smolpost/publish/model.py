@@ -45,7 +45,7 @@ def model_package(
     files |= {name: folder / name for name in sorted(names, key=lambda name: name == CONFIG)}
     stage, key = manifest.get("stage", "checkpoint"), manifest["key"]
     return packed(
-        "model", f"model {stage} of key {key}", folder, files, {"key": key, "stage": stage},
+        "model", f"model {stage} of key {key}", folder, manifest, files, {"key": key, "stage": stage},
         [f"{name} names a path of this machine: {path}" for name in names for path in _paths_in(folder / name)],
     )  # fmt: skip
 

@@ -61,6 +61,7 @@ def packed(
     repo_type: RepoType,
     summary: str,
     folder: Path,
+    manifest: dict[str, Any],
     files: Mapping[str, Content],
     facts: dict[str, Any],
     notes: Iterable[str] = (),
@@ -68,13 +69,10 @@ def packed(
     """The package of these files of the folder, each with its hash.
 
     Args:
+        manifest: Of the folder: its hashes were verified, so what it lists is not read again.
         facts: What is stated beside the hashes.
     """
-    listed = hashed((file for file in files.values() if isinstance(file, Path)), folder)
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            listed[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    listed = {name: listed[name] for name in files}
+    listed = {name: _entry(folder, manifest["files"].get(name), content) for name, content in files.items()}
     left_out = sorted(p.name for p in folder.iterdir() if p.name not in files and not p.name.startswith("."))
     return Package(repo_type, summary, dict(files), facts | {"files": listed}, left_out, list(notes))
 
@@ -82,6 +80,13 @@ def packed(
 def as_bytes(value: dict[str, Any]) -> bytes:
     """JSON, as the files that smolpost writes."""
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _entry(folder: Path, known: dict[str, Any] | None, content: Content) -> dict[str, Any]:
+    """SHA-256 and bytes."""
+    if isinstance(content, bytes):
+        return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    return known or next(iter(hashed([content], folder).values()))
 
 
 def own_card(file: Path) -> str:

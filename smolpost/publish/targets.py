@@ -23,7 +23,7 @@ class Target(NamedTuple):
     @property
     def own(self) -> set[str]:
         """Names that `smolpost push` writes or has written there."""
-        return {PUSHED, *self.stated.get("files", ())} if self.stated else set()
+        return {PUSHED, *self.stated["files"]} if "files" in self.stated else set()
 
 
 class Place(Protocol):
@@ -62,7 +62,7 @@ def is_there(package: Package, found: Target, url: str, replace: bool) -> bool:
         raise UserError(f"{url} holds {others[0]}{more}, which `smolpost push` did not write; name an empty target")
     if found.stated == package.stated:
         return True
-    if found.stated and "key" in found.stated and not replace:
+    if "key" in found.stated and not replace:
         raise UserError(
             f"{url} holds what was pushed of key {found.stated['key']}; --replace puts this in its place, or name "
             "another target"

@@ -216,6 +216,15 @@ def test_model_repository_of_the_hub(stage, hub):  # noqa: F811
     assert push(stage, "me/sums").endswith(", as before") and len(hub.commits) == 1
 
 
+def test_a_file_of_others_with_the_name_of_ours_stays(stage, tmp_path):
+    (tmp_path / "out").mkdir()
+    for text in ('{"a": 1}', "[]", "text"):
+        (tmp_path / "out" / PUSHED).write_text(text)
+        with pytest.raises(UserError, match=f"holds {PUSHED}, which `smolpost push` did not write"):
+            push(stage, f"file://{tmp_path}/out", replace=True)
+        assert (tmp_path / "out" / PUSHED).read_text() == text
+
+
 @pytest.mark.parametrize("writes", range(10))
 def test_an_interrupted_push_leaves_no_model_that_loads(stage, monkeypatch, tmp_path, writes):
     """Killed after so many writes, over the push of another key with shards of its own."""
