@@ -76,7 +76,7 @@ def new(asked: Asked, console: Console) -> Path:
         raise UserError(f"--gpus {asked.gpus} is below 1; give 1 for a CPU or one GPU")
     found = _look(asked)
     pipeline = _pipeline(asked, found, template_file)
-    _write(file, template_file, pipeline, found, console)
+    _write(file, template_file, pipeline, found)
     _report(found, asked, file, console)
     return file
 
@@ -203,7 +203,7 @@ def _set_stage(
         pipeline.set(f"{key}.{setting.key}", setting.value, setting.why)
 
 
-def _write(file: Path, template_file: Path, pipeline: Pipeline, found: Found, console: Console) -> None:
+def _write(file: Path, template_file: Path, pipeline: Pipeline, found: Found) -> None:
     """Adopt the checkpoint, write the files and plan the pipeline; if that is refused, remove all of it."""
     made = []
     try:
