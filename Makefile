@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo seeds test test-all lint bench wheel clean
+.PHONY: help demo seeds test test-all lint bench docs wheel release-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,9 +39,17 @@ lint: .venv/test  ## ruff, check and format
 bench: .venv/test  ## every benchmark beside its peer, results in benchmarks/results
 	for name in plan prepare packing sft row_length apo head checkpoint generation merge teacher_client teacher_run; do $(PY) benchmarks/$$name.py || exit 1; done
 
+docs: .venv/test  ## the documentation site in site/; `python -m http.server -d site` shows it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 wheel: .venv/test  ## build a wheel into dist/
 	rm -rf build dist
 	$(PY) -m build --wheel --no-isolation
 
+release-check: .venv/test  ## build sdist and wheel, and install the wheel in an empty environment: 10 minutes
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+	SMOLPOST_DIST=dist $(PY) -m pytest tests/test_wheel.py
+
 clean:  ## remove the environment and what was built
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: recipes and jobs go into the wheel as data under smolpost/."""
+"""Only what pyproject.toml cannot say: recipes, jobs and tested versions go into the wheel as data under smolpost/."""
 
 import shutil
 from pathlib import Path
@@ -16,6 +16,7 @@ class BuildWithRooms(build_py):
             for room in ROOMS:
                 target = Path(self.build_lib) / "smolpost" / room
                 shutil.copytree(room, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy("constraints.txt", Path(self.build_lib) / "smolpost")  # what `doctor --environment` compares
 
 
 setup(cmdclass={"build_py": BuildWithRooms})

@@ -9,14 +9,17 @@ import re
 import sys
 from collections.abc import Iterator
 
-from smolpost import __version__, disks, signals, third_party
+from smolpost import __version__, disks, signals, stage_log, third_party
 from smolpost.errors import UserError
 
 third_party.silence()  # here, as all programs import this file before the libraries that it silences
 
 VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
+    "new": ("new", "look at a checkpoint and rows of yours, and write the pipeline that trains it on them"),
     "plan": ("plan", "print the stages, their settings and the exact commands; run nothing"),
     "run": ("run", "run the pipeline, or one stage and what it needs; skips finished stages, continues stopped ones"),
+    "status": ("status", "list runs, their stages, where each is, and the command that goes on"),
+    "logs": ("logs", "print what a stage's commands have printed; --follow goes on while it runs"),
     "make": ("make", "make one stage whose inputs are finished, in this process"),
     "generate": (
         "generate",
@@ -36,7 +39,9 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "evaluate",
         "evaluate a stage's model; stage=checkpoint is the model that the pipeline starts from",
     ),
+    "chat": ("chat", "talk to a stage, a checkpoint folder or a server, or to two of them side by side"),
     "compare": ("compare", "compare runs of one pipeline with several seeds: means, ranges, a plot of their sweeps"),
+    "sample": ("sample", "ask several models the same prompts, in both modes, and write one page of their replies"),
     "merge": ("merge", "merge checkpoint folders by a weighted mean, a mergekit method or a mergekit YAML file"),
     "add-tokens": ("add_tokens", "write a copy of a checkpoint that has the control tokens of a chat template"),
     "import": (
@@ -48,16 +53,22 @@ VERBS = {  # verb -> (its file in `smolpost.commands`, what it does)
         "serve",
         "print the command that serves a teacher, for vLLM, SGLang, transformers or llama.cpp; --run runs it",
     ),
-    "push": ("push", "copy a stage's synthetic rows, their card and provenance to the Hub or another file system"),
+    "card": ("card", "print the card of a finished stage: what it is, how it was made, its scores"),
+    "push": (
+        "push",
+        "copy a finished model or synthetic rows, with a card, to the Hub or another file system; --yes writes",
+    ),
+    "completion": ("completion", "print a script that completes verbs, options and names in bash, zsh or fish"),
     "adopt": ("adopt", "check a checkpoint folder from elsewhere and write its manifest"),
 }
-EPILOG = """key=value words are Hydra overrides. pipeline=, model=, data= and accelerate=NAME choose files in recipes/
-or in a --recipes FOLDER. pipeline=./FILE.yaml uses that file. stage=NAME chooses a stage. Every other field is set by
-its full key, e.g. stages.sft.learning_rate=1e-4."""
+EPILOG = """key=value words are Hydra overrides. pipeline=NAME is NAME.yaml or pipeline/NAME.yaml in a --recipes FOLDER
+or in the current folder, else a pipeline of the library; pipeline=./FILE.yaml is that file. model=, data= and
+accelerate=NAME choose files in a --recipes FOLDER or in the library. stage=NAME chooses a stage. Every other field is
+set by its full key, e.g. stages.sft.learning_rate=1e-4."""
 HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
     ("-m", "--multirun"): "a pipeline is one run; loop over the values in the shell, with a run_dir=FOLDER for each",
     ("-i", "--info"): "smolpost plan shows stages and commands, smolpost plan --cfg job the recipe",
-    ("-cp", "--config-path", "-cd", "--config-dir"): "--recipes FOLDER names a folder of recipes",
+    ("-cp", "--config-path", "-cd"): "--recipes FOLDER names a folder of recipes",
     ("-cn", "--config-name"): "pipeline=NAME or pipeline=./FILE.yaml chooses the recipe",
     ("-p", "--package"): "smolpost plan --cfg job prints the recipe from its root",
     ("-r", "--run", "--hydra-help", "-sc", "--shell-completion", "--experimental-rerun"): "leave it out",
@@ -67,6 +78,12 @@ HYDRA_FLAGS = {  # of Hydra's own command line -> what to use here
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """The one place where a user's mistake, a disk that takes no more and a signal become a line and an exit code."""
+    with stage_log.command(), _as_lines():
+        yield
+
+
+@contextlib.contextmanager
+def _as_lines() -> Iterator[None]:
     try:
         with signals.handled_by(signals.stop):
             yield

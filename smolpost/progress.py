@@ -3,13 +3,18 @@
 All of it goes to stderr, beside what commands print.
 """
 
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import ClassVar
 
 from tqdm import tqdm
 
+from smolpost import stage_log
+
 LINES = 30  # seconds between two lines of a log file, at least
+LATER = "SMOLPOST_SECONDS_LATER"  # in the environment of a training: what its run needs after it; "": not known
 REDRAW = 0.1  # seconds between two looks of a bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
@@ -24,6 +29,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def seconds_later() -> float | None:
+    """Seconds that the run around this process needs after it, as the run estimates them; None: not known."""
+    text = os.environ.get(LATER)
+    return float(text) if text else None
+
+
 class Progress:
     """Work of a known number of units, as a context.
 
@@ -36,12 +47,16 @@ class Progress:
         done: Units that an earlier run has done: the bar starts there, and they are no basis for an estimate.
         shown: False on ranks that leave it to another one.
         aside: What gets a unit ready, and is quick beside it: moves no outer bar and has no line at its end.
+        lines: False where the work prints lines of its own: a log file then gets only the one at the end.
     """
 
     _open: ClassVar[list["Progress"]] = []  # from the outermost to the innermost
 
-    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, shown: bool = True, aside: bool = False):
-        self.what, self.total, self.unit, self.aside = what, total, unit, aside
+    def __init__(
+        self, what: str, total: int, unit: str, *, done: int = 0, shown: bool = True, aside: bool = False,
+        lines: bool = True,
+    ):  # fmt: skip
+        self.what, self.total, self.unit, self.aside, self.lines = what, total, unit, aside, lines
         self.done = self.found = done
         self.part = 0.0  # of the unit at work, by what is open inside
         self._outer = self._open[-1] if self._open else None
@@ -107,10 +122,11 @@ class Hidden:
 
 
 class Terminal:
-    """tqdm's bar."""
+    """tqdm's bar, with lines in the log of the stage."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
+        self.lines = Lines(progress, stage_log.line)
         # Averages over all of this run: evaluations begin with their longest prompts, and workers report in bursts.
         self.bar = tqdm(
             desc=str(progress), total=progress.total, initial=progress.done, bar_format=BAR, smoothing=0,
@@ -119,6 +135,7 @@ class Terminal:
         self.last = time.monotonic()
 
     def show(self) -> None:
+        self.lines.show()
         now = time.monotonic()
         if now - self.last >= REDRAW:
             self.last = now
@@ -127,6 +144,7 @@ class Terminal:
     def close(self, *, finished: bool) -> None:
         self._draw()
         self.bar.close()
+        self.lines.close(finished=finished)
 
     def _draw(self) -> None:
         self.bar.n = min(self.progress.done + self.progress.part, self.progress.total)
@@ -134,28 +152,31 @@ class Terminal:
         self.bar.set_description_str(str(self.progress))
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Lines:
     """Lines for a log file: at most one every LINES seconds, and one at the end."""
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
+    def __init__(self, progress: Progress, say: Callable[[str], None] = _say):
+        self.progress, self.say = progress, say
         self.began = self.last = time.monotonic()
 
     def show(self) -> None:
         now = time.monotonic()
-        if now - self.last < LINES or self.progress.fraction == 1:
+        if not self.progress.lines or now - self.last < LINES or self.progress.fraction == 1:
             return
         self.last = now
         left = self.progress.left(now - self.began)
         about = "" if left is None else f", about {duration(left)} left"
-        print(f"{self.progress}, {self.progress.fraction:.0%}{about}", file=sys.stderr, flush=True)
+        self.say(f"{self.progress}, {self.progress.fraction:.0%}{about}")
 
     def close(self, *, finished: bool) -> None:
         if finished and self.progress.done > self.progress.found and not self.progress.aside:
             made = self.progress.done
             found = f" ({self.progress.found:,} were there)" if self.progress.found else ""
-            print(
+            self.say(
                 f"{self.progress.what}: {made:,} {plural(self.progress.unit, made)} in "
-                f"{duration(time.monotonic() - self.began)}{found}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                f"{duration(time.monotonic() - self.began)}{found}"
+            )

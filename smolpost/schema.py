@@ -87,6 +87,7 @@ class Source:
     roles: dict[str, str] = field(default_factory=dict)  # role of the file -> system, user, assistant or tool
     last_user_is_reply: bool = False  # a last user turn right after another one is a reply with a wrong label
     enable_thinking: bool | None = None  # the mode of conversations that do not say theirs; null: the template's own
+    mode_from_reply: bool = False  # in place of it: they think if their last reply has a think block
     first_row: int = number("[0, inf)", 0)  # rows before it are left out, e.g. the training head of a held-out tail
     max_rows: int | None = count(None)  # at most this many rows, counted from first_row
     max_row_bytes: int = count(8 * 2**20)  # of a row in its file; larger ones are refused

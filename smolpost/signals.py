@@ -36,9 +36,13 @@ def exit_code(signum: int) -> int:
 
 def stopped_line(code: int, where: str = "") -> str:
     """The line that says why the process ended with `exit_code`."""
+    return f"smolpost: stopped by {name(code)}{where}; the same command continues here"
+
+
+def name(code: int) -> str:
+    """The signal that an exit code of `exit_code` stands for, as people call it."""
     number = signal.Signals(code - 128)
-    name = "ctrl-C" if number == signal.SIGINT else number.name
-    return f"smolpost: stopped by {name}{where}; the same command continues here"
+    return "ctrl-C" if number == signal.SIGINT else number.name
 
 
 def is_stop(code: int) -> bool:

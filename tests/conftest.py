@@ -1,6 +1,7 @@
-"""Shared by all tests: no network, no noise, and where the real rows lie."""
+"""Shared by all tests: no network, no noise, and rows."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import settings
 from smolpost.objectives.losses import loss
 from smolpost.registry import LOSSES
 from tests.hinge import Hinge
+from tests.made_rows import FILES, LAYERS, REAL, make_rows
 
 # The same examples on every run; `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -21,7 +23,6 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-ROOT = Path(__file__).parent.parent
 SLOWEST = ("test_launch.py", "test_chain.py", "test_resume.py", "test_run.py", "test_golden.py")
 
 
@@ -31,12 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def gsm8k() -> Path:
-    """Folder of the real GSM8K rows that lie beside the checkout."""
-    folder = ROOT.parent / "shared" / "data" / "gsm8k"
-    if not folder.is_dir():
-        pytest.skip("the real rows of ../shared/data/gsm8k are not here")
+def made_rows(tmp_path_factory) -> Path:
+    """Folder of rows that data_gen makes."""
+    folder = tmp_path_factory.mktemp("made_rows")
+    make_rows(folder)
     return folder
+
+
+@pytest.fixture(scope="session", params=LAYERS)
+def rows_file(request, made_rows) -> Callable[[str], Path]:
+    """rows_file("sft"): a file of made rows, then of real ones where they lie beside the checkout."""
+    return lambda name: made_rows / FILES[name][0] if request.param == "made" else REAL / FILES[name][1]
 
 
 @pytest.fixture

@@ -8,21 +8,23 @@ import pytest
 LIBRARY = Path(__file__).parent.parent / "smolpost"
 FLOORS = {
     "schema": 0, "errors": 0, "registry": 0, "files": 0, "screen": 0, "signals": 0, "disks": 0, "progress": 0,
-    "third_party": 0, "hub": 0,
+    "stage_log": 0, "third_party": 0, "hub": 0, "markdown": 0,
     "model": 1, "chat": 1, "data": 1, "objectives": 1, "merging": 1, "inference": 1,
     "training": 2, "synthesis": 2, "evaluation": 2,
     "selection": 3, "report": 3,
     "stages": 4, "recipe": 4,
     "pipeline": 5, "doctor": 5, "export": 5, "fidelity": 5, "importing": 5,
+    "starting": 5, "publish": 5, "talk": 5,
     "commands": 6, "cli": 6, "train": 6, "bench": 6, "launch": 6,
 }  # fmt: skip
 # The exceptions on one floor.
 NEIGHBOURS = {
     ("files", "errors"), ("hub", "errors"), ("hub", "files"), ("registry", "errors"), ("schema", "registry"),
-    ("disks", "errors"), ("data", "chat"),
+    ("disks", "errors"), ("stage_log", "files"), ("progress", "stage_log"), ("data", "chat"),
     ("merging", "model"), ("inference", "model"), ("inference", "chat"), ("inference", "objectives"),
-    ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"),
-    ("cli", "commands"), ("train", "cli"), ("bench", "train"), ("launch", "cli"), ("launch", "train"),
+    ("recipe", "stages"), ("doctor", "pipeline"), ("importing", "pipeline"), ("starting", "pipeline"),
+    ("starting", "importing"), ("cli", "commands"), ("commands", "cli"), ("train", "cli"), ("bench", "train"),
+    ("launch", "cli"), ("launch", "train"),
 }  # fmt: skip
 
 

@@ -100,6 +100,20 @@ def test_a_rank_that_is_not_asked_says_nothing(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("text, seconds", [(None, None), ("", None), ("90", 90.0)])
+def test_a_training_knows_what_its_run_needs_later(monkeypatch, text, seconds):
+    monkeypatch.delenv(progress.LATER, raising=False)
+    if text is not None:
+        monkeypatch.setenv(progress.LATER, text)
+    assert progress.seconds_later() == seconds
+
+
+def test_work_with_lines_of_its_own_gets_only_the_last_one(clock, capsys):
+    with Progress("train", 100, "step", lines=False) as bar:
+        work(clock, bar, 100)
+    assert capsys.readouterr().err == "train: 100 steps in 2 min\n"
+
+
 class Screen(io.StringIO):
     def isatty(self):
         return True

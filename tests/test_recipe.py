@@ -165,7 +165,7 @@ def test_accelerate_values_become_launcher_flags():
         ),
         (
             ["stages.sft.kind=ppo"],
-            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, gsm8k, init, released, sft",
+            "stages.sft.kind=ppo is not a stage kind; choose one of: tasks, practice, gsm8k, init, released, sft",
         ),
         (["stages.sft.max_seq_len"], "cannot read the argument 'stages.sft.max_seq_len'; write key=value"),
         (
@@ -247,6 +247,10 @@ def test_a_stage_and_a_task_from_the_command_line():
         (["+data.mine.sources.a={path:x,weight:0}"], "data.mine.sources.a.weight=0 must be above 0"),
         (["+data.mine.sources.a={path:x,columns:csv}"], "data.mine.sources.a.columns=csv is not a choice; choose"),
         (["+data.mine.sources.a.seed=1"], "data.mine.sources.a.seed is not a key of the recipe"),
+        (
+            ["+data.mine.sources.a={path: a.jsonl, mode_from_reply: true, enable_thinking: false}"],
+            "data.mine.sources.a.mode_from_reply=true stands in place of enable_thinking=false; leave one of them out",
+        ),
         (["+data.mine.seed=1"], "data.mine has no sources; add one: +data.mine.sources.NAME.path=FILE"),
         (["+data.mine.sources.a.weight=1"], "data.mine.sources.a.path has no value; give it as"),
         (["+data.mine=x.jsonl"], "data.mine=x.jsonl has no fields; give them, as 'data.mine={FIELD: VALUE}'"),

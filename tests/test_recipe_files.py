@@ -312,10 +312,59 @@ def test_a_pipeline_file_starts_from_a_shipped_one(here):
     assert (found.recipe.pipeline, found.overrides) == ("tiny", ("pipeline=./mine.yaml",))
     shipped = recipe.load(["pipeline=tiny"]).recipe
     assert dataclasses.replace(found.recipe.stages["sft"], learning_rate=1e-3) == shipped.stages["sft"]
-    # A file with the name of a shipped pipeline is the file.
+    # A file with the name of a shipped pipeline is the file, and is said to be where it is found by that name.
     write(here, {"tiny.yaml": TINY + "pipeline: other\n"})
-    assert recipe.load(["pipeline=tiny.yaml"]).recipe.pipeline == "other"
-    assert recipe.load(["pipeline=tiny"]).recipe.pipeline == "tiny"
+    for word, replaced in (
+        ("pipeline=tiny.yaml", ()),
+        ("pipeline=tiny", ("tiny.yaml replaces the library's pipeline/tiny.yaml",)),
+    ):
+        found = recipe.load([word])
+        assert (found.recipe.pipeline, found.replaced, found.overrides) == ("other", replaced, (word,))
+    assert recipe.load([]).recipe.pipeline == "tiny"
+
+
+def test_a_pipeline_of_the_users_own_is_found_by_name(here):
+    """The first of --recipes FOLDERs, the current folder and the library that has one wins."""
+
+    def pipeline(seed: int) -> str:
+        return f"{TINY}pipeline: mine\nseed: {seed}\n"
+
+    def seed(*words: str) -> int:
+        found = recipe.load([*words, "pipeline=mine"])
+        assert found.overrides == (*(word.replace("config-dir", "recipes") for word in words), "pipeline=mine")
+        return found.recipe.seed
+
+    write(here, {"pipeline/mine.yaml": pipeline(1), "b/pipeline/mine.yaml": pipeline(3), "a/mine.yaml": pipeline(4)})
+    write(here, {"a/stage/sft.yaml": (room("recipes") / "stage" / "sft.yaml").read_text()})
+    assert seed() == 1
+    write(here, {"mine.yaml": pipeline(2)})
+    assert seed() == 2
+    assert seed("--recipes=b") == 3
+    assert seed("--recipes=b", "--config-dir=a") == 3
+    assert seed("--config-dir=a", "--recipes=b") == 4
+    assert recipe.load(["--config-dir=a", "pipeline=mine"]).replaced == (
+        "a/stage/sft.yaml replaces the library's stage/sft.yaml",
+    )
+
+
+def test_files_that_are_not_pipelines_are_not_found_by_name(here):
+    config = "model: gpt2\n"
+    write(here, {"tiny.yaml": config, "mine.yaml": TINY, "pipeline/third.yaml": TINY, "other.yaml": config})
+    assert recipe.load(["pipeline=tiny"]).replaced == ()
+    known = "gsm8k, mine, smollm3, smollm3_ablated, smollm3_data, smollm3_from_release, teachers, third, tiny, "
+    assert refusal("pipeline=mne") == (
+        f"pipeline=mne does not exist; did you mean mine? choose one of: {known}tiny_distill"
+    )
+    assert refusal("pipeline=other") == (
+        "pipeline=other does not exist; other.yaml does not begin with the line `# @package _global_`, as a pipeline "
+        "does; add it"
+    )
+    write(here, {"more.yaml": HEAD + "defaults:\n  - /pipeline/mine\n  - _self_\n"})
+    assert refusal("pipeline=more") == (
+        "more.yaml: pipeline=mine does not exist; a defaults list does not find mine.yaml; move it to pipeline/mine.yaml"
+    )
+    (here / "pipeline" / "mine.yaml").write_text((here / "mine.yaml").read_text())
+    assert recipe.load(["pipeline=more"]).recipe.pipeline == "tiny"  # the name that it starts from
 
 
 def test_a_pipeline_without_a_name_is_called_as_its_file(here):

@@ -42,7 +42,12 @@ def _names() -> dict[str, Path]:
 
 
 def load_template(name: str | Path) -> str:
-    """The text of a chat template.
+    """The text of a chat template; argument and errors are those of `template_file`."""
+    return template_file(name).read_text(encoding="utf-8")
+
+
+def template_file(name: str | Path) -> Path:
+    """The file of a chat template.
 
     Args:
         name: A template of this package (the file's name without `.jinja`), or the path of a .jinja file.
@@ -55,7 +60,7 @@ def load_template(name: str | Path) -> str:
         raise UserError(
             f"chat template {str(name)!r} does not exist; use one of {', '.join(known)} or the path of a .jinja file"
         )
-    return path.read_text(encoding="utf-8")
+    return path
 
 
 def has_foreign_tags(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -1,6 +1,7 @@
 """The key=value words that most verbs take, and the recipe and stage that they mean."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolpost.errors import UserError
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipes", action="append", default=[], metavar="FOLDER", help="searched before the library's recipes"
+        "--recipes",
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="searched before the library's recipes",
     )
 
 
@@ -25,6 +31,15 @@ def add_words(parser: argparse.ArgumentParser, metavar: str = "key=value") -> No
 def words_of(options: argparse.Namespace) -> list[str]:
     """The words of `add_words`, with the folders of recipes among them."""
     return [*(f"--recipes={folder}" for folder in options.recipes), *options.words]
+
+
+def named_models(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that name models (stages, folders, URLs), and the key=value words beside them."""
+
+    def is_model(word: str) -> bool:
+        return not word.startswith("--recipes=") and ("=" not in word or "://" in word or Path(word).exists())
+
+    return [word for word in words if is_model(word)], [word for word in words if not is_model(word)]
 
 
 def one_stage(words: list[str]) -> tuple["Request", "Lineage", "Located"]:

@@ -6,6 +6,7 @@ Every command reads rows through `as_row`, so all see the same ones.
 import re
 from typing import Any
 
+from smolpost.chat.reasoning import reasoning_ranges
 from smolpost.data import row_shapes  # noqa: F401 - registers the library's own
 from smolpost.data.keys import DESIRED, MARKS, REFUSED_IN_ROWS, ROW, is_empty, mark_of, refuse
 from smolpost.data.row_shapes.shape import text_of, without
@@ -102,7 +103,8 @@ def _in_our_keys(row: dict, where: str, source: Source, unread: set[str], judged
             content["completion_turns"] = len(own_turns(turns[-number:], f"{where}: {key}", source.roles, set())[0])
         tools += [(f"{key}[].tools", value) for value in given]
     if found:
-        content = _with_system(_with_mode(content, where, source.enable_thinking), found, where)
+        usual = _last_reply_thinks(content[found[0]]) if source.mode_from_reply else source.enable_thinking
+        content = _with_system(_with_mode(content, where, usual), found, where)
         if source.last_user_is_reply:
             content |= {key: _with_last_reply(content[key]) for key in found}
     if tools:
@@ -188,6 +190,11 @@ def _with_mode(row: dict, where: str, usual: bool | None) -> dict:
         if thinks is not None:
             row = {**row, "chat_template_kwargs": {**(kwargs or {}), "enable_thinking": thinks}}
     return without(row, *said)
+
+
+def _last_reply_thinks(turns: list[dict]) -> bool:
+    reply = next((turn for turn in reversed(turns) if turn["role"] == "assistant"), {})
+    return bool(reply.get("reasoning_content") or reasoning_ranges(reply.get("content") or ""))
 
 
 def _says_mode(kwargs) -> bool:

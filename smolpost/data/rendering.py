@@ -22,7 +22,8 @@ REFUSED = {
 #: Note -> what is said of the rows that have it, after their number.
 NOTES = {
     "mode": "do not state their mode and have no think block, so they train as replies in think mode; set "
-    "enable_thinking: false of the source, or in each row's chat_template_kwargs",
+    "enable_thinking: false of the source, mode_from_reply: true where other rows of it think, or each row's own in "
+    "chat_template_kwargs",
     "no mode": "say enable_thinking: false, which the chat template does not read, so nothing in them asks for "
     "no-think; use a template with both modes, such as smollm3, if the model should have them",
     "no-think reasoning": "have reasoning that is left out because they say enable_thinking: false",

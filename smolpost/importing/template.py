@@ -38,8 +38,8 @@ def from_text(draft: Draft, text: str, name: str) -> None:
     else:
         draft.set(".template", None, name)
         draft.template = text
-        if "generation" in text and not _marks_replies(text):
-            draft.template = _without_marks(text)
+        if marks_more(text):
+            draft.template = without_marks(text)
             what = "its {% generation %} marks hold more than replies; replies and their stop tokens train here"
             draft.differs(name, what)
     draft.set(".allow_template_change", True, note="the file sets its own template")
@@ -95,8 +95,13 @@ def _rendered(text: str) -> list[str] | None:
         return None
 
 
+def marks_more(text: str) -> bool:
+    """Whether the template has {% generation %} marks that hold more than replies."""
+    return re.search(r"{%[-+]?\s*generation\b", text) is not None and not _marks_replies(text)
+
+
 def _marks_replies(text: str) -> bool:
-    """Whether the template's {% generation %} marks begin after the generation prompt, in all PROBES."""
+    """Whether the marks begin after the generation prompt, in all PROBES."""
     for messages, kwargs in PROBES:
         options = {"template_kwargs": kwargs, "today": RELEASE_DAY}
         try:
@@ -109,7 +114,7 @@ def _marks_replies(text: str) -> bool:
     return True
 
 
-def _without_marks(text: str) -> str:
+def without_marks(text: str) -> str:
     """The template without {% generation %} marks: the tags become conditions that hold, so that no space moves."""
     opened = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", text)
     return re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", opened)

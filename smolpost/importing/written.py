@@ -54,9 +54,9 @@ def listing(draft: Draft, empty: list[str], width: int) -> list[str]:
     groups = {group: [(", ".join(names), what) for what, names in draft.said[group].items()] for group in Group}
     for ours, setting in draft.settings.items():
         if setting.keys:
-            groups[Group.TRANSLATED].append((", ".join(setting.keys), f"{ours}={_value(setting.value)}"))
+            groups[Group.TRANSLATED].append((", ".join(setting.keys), f"{ours}={yaml_value(setting.value)}"))
     prefix = f"stages.{draft.stage}."
-    own = [f"{o.removeprefix(prefix)}={_value(s.value)}" for o, s in draft.settings.items() if _is_default(o, s)]
+    own = [f"{o.removeprefix(prefix)}={yaml_value(s.value)}" for o, s in draft.settings.items() if _is_default(o, s)]
     if own:
         groups[Group.DEFAULT].append((", ".join(own), ""))
     if empty:
@@ -91,11 +91,11 @@ def _lines(tree: dict[str, Any], indent: str, draft: Draft):
         note = node.note
         if not node.keys and not note and indent.startswith("    ") and key not in ("kind", "init_from", "data"):
             note = f"{draft.trainer}'s default"
-        line = f"{indent}{key}: {_value(node.value)}"
+        line = f"{indent}{key}: {yaml_value(node.value)}"
         yield f"{line}   # {_inline(note)}" if note else line
 
 
-def _value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """As YAML writes it in one line."""
     if isinstance(value, list | dict):
         text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)

@@ -26,6 +26,8 @@ WINDOW = 256
 MAX_TOKENS = 16384
 # Replays between looks at whether all rows are finished; the host waits for the device at each.
 STEPS_PER_LOOK = 16
+# Of a reply that is read as it comes: often enough for an eye, rarely enough for the device.
+STEPS_PER_GLANCE = 4
 # A capture costs about as much as three steps without a graph, so it has to be used for more of them.
 FEWEST_REPLAYS = 8
 # Attention functions that take a boolean mask [B, 1, L, S] as it is.
@@ -87,6 +89,7 @@ class Decoder:
         max_new_tokens: int,
         seed: int | torch.Tensor,
         check: Callable[[], object] | None = None,
+        stream: Callable[[list[int]], object] | None = None,
     ) -> list[list[int]]:
         """Reply to B prompts.
 
@@ -96,6 +99,7 @@ class Decoder:
             max_new_tokens: Longest reply, > 0.
             seed: Decides the random numbers; [B] int64: those of each row, as `RowSampling` draws them.
             check: Called now and then; what it raises ends the batch.
+            stream: Called now and then with the new tokens of the first reply, and at the end with the rest.
         Returns:
             B lists of as many tokens: a reply up to its stop token, then the padding token or anything.
         Raises:
@@ -107,6 +111,7 @@ class Decoder:
         if self.seeds is None:
             self.generator.manual_seed(seed)
         self._prefill(input_ids, attention_mask)
+        given = length  # columns before it were streamed
         for column in range(length, end - 1):
             window = _round_up(column + 1)
             replay = self.replays.get(window)
@@ -115,6 +120,9 @@ class Decoder:
                 break
             if check is not None and column % STEPS_PER_LOOK == 0:
                 check()
+            if stream is not None and column % STEPS_PER_GLANCE == 0:
+                stream(self.tokens[0, given : column + 1].tolist())
+                given = column + 1
             self._draw(column + 1 - length)
             if replay is not None:
                 replay()
@@ -125,6 +133,8 @@ class Decoder:
                 self._capture(window, step)
         if self.has_nan:
             raise NotFinite()
+        if stream is not None:
+            stream(self.tokens[0, given:end].tolist())
         return self.tokens[:, length:end].tolist()
 
     def _prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:

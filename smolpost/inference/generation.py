@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from smolpost.inference.decoding import Decoder, cuda_graphs, fits
 from smolpost.inference.sampling import RowSampling, Sampling
@@ -38,7 +39,9 @@ def generate(
     eos_token_ids: Sequence[int],
     pad_token_id: int,
     batch_size: int,
+    top_k: int | None = None,
     progress: Callable[[int], object] | None = None,
+    stream: Callable[[list[int]], object] | None = None,
 ) -> list[list[int]]:
     """Reply to each prompt; the same arguments give the same replies.
 
@@ -54,16 +57,21 @@ def generate(
         eos_token_ids: Tokens that end a reply; none: every reply is as long as it may be.
         pad_token_id: Fills prompts on the left up to their batch's longest; may be a stop token too.
         batch_size: Prompts per call of the model, longest prompts first: what needs too much memory fails at once.
+        top_k: Number of likeliest tokens sampled from; None: all.
         progress: Called with the number of prompts done since the last call.
+        stream: Called with the tokens of the reply that are new, one or a few at a time; for a single prompt. What it
+            raises ends the reply.
     Returns:
         A list of token ids per prompt, in the order given: the reply without the prompt, and with the stop token as
         its last one unless it was cut at max_new_tokens.
     Raises:
-        ValueError: A prompt is empty.
+        ValueError: A prompt is empty, or there are several to stream.
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens cannot be replied to")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    if stream is not None and len(prompts) != 1:
+        raise ValueError(f"one prompt can be streamed, not {len(prompts)}")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k or 0} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -72,7 +80,7 @@ def generate(
         use_cache=True,
         **sampling,
     )
-    nucleus = Sampling(temperature, top_p)
+    nucleus = Sampling(temperature, top_p, top_k)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     replies: list[list[int]] = [[] for _ in prompts]
     with inference(model):
@@ -82,7 +90,8 @@ def generate(
             if len(rows) != num_rows:  # the first and the last batch
                 num_rows, decoder = len(rows), None  # frees the cache before another is made
                 decoder = _decoder(model, num_rows, len(prompts[rows[0]]), config, nucleus)
-            batch = _generate_batch(model, [prompts[i] for i in rows], config, derive_seed(seed, index), decoder)
+            batch_prompts = [prompts[i] for i in rows]
+            batch = _generate_batch(model, batch_prompts, config, derive_seed(seed, index), decoder, stream)
             for i, reply in zip(rows, batch, strict=True):
                 replies[i] = reply
             if progress is not None:
@@ -180,10 +189,15 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, reply: Sequence[int], stop_to
         reply: Token ids, as `generate` returns them.
         stop_tokens: Never part of the text, whether the tokenizer calls them special or not.
     """
-    added = tokenizer.added_tokens_decoder
-    dropped = {i for i, token in added.items() if token.special and token.content not in REPLY_TOKENS}
-    dropped.update(stop_tokens)
+    dropped = silent_tokens(tokenizer, stop_tokens)
     return tokenizer.decode([i for i in reply if i not in dropped], clean_up_tokenization_spaces=False)
+
+
+def silent_tokens(tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int]) -> set[int]:
+    """Ids that are no part of a reply's text; arguments as `reply_text`."""
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special and token.content not in REPLY_TOKENS}
+    return special.union(stop_tokens)
 
 
 def _decoder(
@@ -204,22 +218,57 @@ def _decoder(
     )
 
 
+class _Streamer(BaseStreamer):
+    """Gives tokens to a function as transformers' `generate` chooses them; the prompt, which comes first, is left out.
+
+    Tokens after a stop token are not given: on a GPU `generate` may look for it some steps late.
+    """
+
+    def __init__(self, take: Callable[[list[int]], object], stops: Collection[int]):
+        self.take, self.stops, self.is_prompt, self.ended = take, stops, True, False
+
+    def put(self, value: torch.Tensor) -> None:
+        """A prompt [1, L], or new tokens [N]."""
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.give(value.flatten().tolist())
+
+    def give(self, tokens: list[int]) -> None:
+        tokens = [] if self.ended else _until_stop(tokens, self.stops)
+        if tokens:
+            self.ended = tokens[-1] in self.stops
+            self.take(tokens)
+
+    def end(self) -> None:
+        pass
+
+
 def _generate_batch(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, seed: int, decoder: Decoder | None
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    seed: int,
+    decoder: Decoder | None,
+    stream: Callable[[list[int]], object] | None,
 ) -> list[list[int]]:
     """Replies to B prompts in one call; without a decoder, by transformers' `generate`."""
     device = model.device
     input_ids, attention_mask = _padded(prompts, config.pad_token_id, device)
+    stops = config.eos_token_id or ()
+    streamer = None if stream is None else _Streamer(stream, stops)
     if decoder is not None:
-        replies = decoder.reply(input_ids, attention_mask, config.max_new_tokens, seed)
-        return [_until_stop(row, config.eos_token_id or ()) for row in replies]
+        give = None if streamer is None else streamer.give
+        replies = decoder.reply(input_ids, attention_mask, config.max_new_tokens, seed, stream=give)
+        return [_until_stop(row, stops) for row in replies]
     with (
         _own_generation_config(model, config),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
-    return [_until_stop(row, config.eos_token_id or ()) for row in output[:, input_ids.shape[1] :].tolist()]
+        watched = {} if streamer is None else {"streamer": streamer}
+        output = model.generate(input_ids, attention_mask=attention_mask, generation_config=config, **watched)
+    return [_until_stop(row, stops) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
 def _padded(prompts: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,7 +39,7 @@ def bench(request: Request, steps: int, console: Console) -> int:
         launch = stage.making[-1]
         at = launch.index("-m")
         words = launch[at + 2 :]
-        code = execute((*launch[:at], "-m", "smolpost.bench", folder, str(steps), *words), console)
+        code = execute((*launch[:at], "-m", "smolpost.bench", folder, str(steps), *words), console, {})
     if signals.is_stop(code):
         print(signals.stopped_line(code).partition(";")[0], file=sys.stderr)
     return code

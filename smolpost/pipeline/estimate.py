@@ -42,6 +42,19 @@ def seconds_left(todo: list[tuple[Located, str]], finished: set[str], elapsed: f
     return sum(rest) * (elapsed / made if made else 1.0)
 
 
+def seconds_after(stage: Located, todo: list[tuple[Located, str]], finished: set[str], elapsed: float) -> float | None:
+    """Seconds that a run needs once the stage is made: for its own evaluation and for the other stages; None: unknown.
+
+    The arguments are those of `seconds_left`.
+    """
+    measuring = _seconds(stage, "evaluate") if stage.measuring else 0.0
+    others = [(other, word) for other, word in todo if other.name != stage.name]
+    if all(other.name in finished for other, _ in others):
+        return measuring
+    left = seconds_left(others, finished, elapsed)
+    return None if left is None or measuring is None else left + measuring
+
+
 def _seconds(stage: Located, word: str) -> float | None:
     """Seconds that the stage's commands last took for as much work, with its own seed if possible; None: never."""
     same = [m for m in finished_before(stage) if _work(m["config"]) == _work(as_stored(stage))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from smolpost import disks, schema
+from smolpost import disks, schema, stage_log
 from smolpost.data.paths import is_hub_id
 from smolpost.data.sources import fingerprint
 from smolpost.errors import UserError
@@ -137,7 +137,10 @@ class Lineage:
         source = self._at_commit(source)
         rows = self._stage_rows(source) if source.stage else self._fingerprint(source)
         changes = dict.fromkeys(without) | ({} if source.stage else {"path": None})
-        return [rows, dataclasses.asdict(source) | changes, ROW_SHAPES[source.columns].VERSION]
+        settings = dataclasses.asdict(source) | changes
+        if not source.mode_from_reply:  # so that stages from before this field are still done
+            del settings["mode_from_reply"]
+        return [rows, settings, ROW_SHAPES[source.columns].VERSION]
 
     def against(self, mixture: schema.Mixture) -> list[str]:
         """Content of the evaluation files that hygiene compares the mixture's rows with."""
@@ -247,6 +250,10 @@ class Lineage:
 
     def _checkpoint(self, name: str) -> str:
         return self.recipe.model.checkpoint if name == CHECKPOINT else str(self.stages[name].folder)
+
+    def log(self, folder: Path) -> Path:
+        """The log of the stage with this folder, or with this folder of evaluations."""
+        return self.root / stage_log.FOLDER / f"{folder.name}.log"
 
     def evaluation_of(self, name: str) -> tuple[Path, dict[str, Path]]:
         """Where a stage's model is measured, or the "checkpoint" that the pipeline starts from.

@@ -8,10 +8,17 @@ from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST
 from smolpost.pipeline import manifest
-from smolpost.screen import shown
+from smolpost.screen import command_line, shown
 from smolpost.stages.base import CHECKPOINT
 
 CONFIG = "config.json"  # of a checkpoint folder
+
+
+ADAPTER = "adapter_config.json"  # of a folder that holds a LoRA adapter
+
+
+class UnknownModel(UserError):
+    """No model has the name."""
 
 
 class NamedModel(NamedTuple):
@@ -44,12 +51,40 @@ def model_named(text: str, words: list[str]) -> NamedModel:
     folder = Path(text)
     if (folder / CONFIG).is_file():
         return NamedModel(text, folder)
+    if (folder / ADAPTER).is_file():
+        merge = command_line(["smolpost", "merge", "OUT", f"{text}=1"])
+        raise UserError(f"{text} holds a LoRA adapter without its base model; `{merge}` writes the whole model to OUT")
     if folder.is_dir() or "/" in text:
-        what = f"has no {CONFIG}, so it is not a checkpoint" if folder.is_dir() else "does not exist"
+        if folder.is_dir():
+            what = f"has no {CONFIG}, so it is not a checkpoint"
+        else:
+            what = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"{text} {what}; name a checkpoint folder, a stage, or the URL of a server")
     if any(word.startswith("pipeline=") for word in words):
         return _planned(text, words)
-    return _newest(text, words)
+    return NamedModel(text, _newest(text, words))
+
+
+def finished_folder(text: str, words: list[str]) -> Path:
+    """The folder of a finished stage of any kind, or of an adopted checkpoint.
+
+    Args:
+        text: The folder, or a stage's name, looked up as `model_named` does.
+    Raises:
+        UserError: There is no such folder or stage, it is not finished, or several runs have one of that name.
+    """
+    if Path(text).is_dir() or "/" in text:
+        return Path(text)
+    if not any(word.startswith("pipeline=") for word in words):
+        return _newest(text, words, models_only=False)
+    from smolpost import recipe
+    from smolpost.pipeline.lineage import Lineage
+    from smolpost.pipeline.plan import select_one
+
+    lineage = Lineage(recipe.load(words), look_up=True)
+    stage = select_one(lineage.stages.planned.values(), text).name
+    lineage.require(stage)
+    return lineage.stages[stage].folder
 
 
 def _planned(stage: str, words: list[str]) -> NamedModel:
@@ -59,30 +94,35 @@ def _planned(stage: str, words: list[str]) -> NamedModel:
     from smolpost.pipeline.plan import select_one
 
     lineage = Lineage(recipe.load(words), look_up=True)
+    makers = [planned.name for planned in lineage.stages.planned.values() if planned.config.MAKES_MODEL]
     if stage == CHECKPOINT:
+        if not lineage.recipe.model.checkpoint:
+            raise UserError(
+                f"{stage} stands for model.checkpoint, which has no value here; choose one of: {', '.join(makers)}"
+            )
         return NamedModel(stage, steps.model_folder(lineage, stage))
     planned = select_one(lineage.stages.planned.values(), stage)
     if not planned.config.MAKES_MODEL:
-        makers = [p.name for p in lineage.stages.planned.values() if p.config.MAKES_MODEL]
         raise UserError(f"{stage} makes no model; choose one of: {', '.join(makers)}")
     return NamedModel(planned.name, steps.model_folder(lineage, planned.name))
 
 
-def _newest(stage: str, words: list[str]) -> NamedModel:
+def _newest(stage: str, words: list[str], models_only: bool = True) -> Path:
     given = [word.partition("=")[2] for word in words if word.startswith("run_dir=")]
     root = Path(given[-1] if given else schema.Recipe.run_dir)
-    found: dict[str, list[tuple[str, Path]]] = {}  # pipeline -> (when finished, folder) of each model
+    found: dict[str, list[tuple[str, Path]]] = {}  # pipeline -> (when finished, folder) of each result
     for file in root.glob(f"*/*/{MANIFEST}"):
         made = manifest.read(file.parent)
-        if made and stage == made.get("stage") and (file.parent / CONFIG).is_file():
+        if made and stage == made.get("stage") and (not models_only or (file.parent / CONFIG).is_file()):
             found.setdefault(file.parent.parent.name, []).append((made["finished"], file.parent))
     if not found:
-        raise UserError(
-            f"{stage} is not a checkpoint folder, and no run under {shown(root)} has a finished model of that name; "
-            "name a folder, a stage with pipeline=NAME, or the URL of a server"
+        raise UnknownModel(
+            f"{stage} is not a {'checkpoint ' if models_only else ''}folder, and no run under {shown(root)} has a "
+            f"finished {'model' if models_only else 'stage'} of that name; name a folder, or a stage with "
+            f"pipeline=NAME{', or the URL of a server' if models_only else ''}"
         )
     if len(found) > 1:
         choices = " or ".join(f"pipeline={name}" for name in sorted(found))
         raise UserError(f"{stage} is a stage of several runs under {shown(root)}; add {choices}")
-    [models] = found.values()
-    return NamedModel(stage, max(models)[1])
+    [results] = found.values()
+    return max(results)[1]

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from smolpost import signals
@@ -46,14 +48,18 @@ class Process(Protocol):
         """The exit code, negative for a signal that killed it."""
 
 
-def start(command: tuple[str, ...]) -> Process:
+def start(command: tuple[str, ...], variables: Mapping[str, str] = MappingProxyType({})) -> Process:
     """Start a command as a plan prints it; ctrl-C never reaches it, as this process passes that on.
 
     A command begins with `python FILE`, `smolpost VERB` or `accelerate launch`.
+
+    Args:
+        variables: What its environment has beside this process's own.
     """
+    environment = ENVIRONMENT | os.environ | variables
     forked = warm()
     with signals.no_ctrl_c():
-        return Fork(command) if forked else subprocess.Popen(arguments(command), env=ENVIRONMENT | os.environ)
+        return Fork(command, environment) if forked else subprocess.Popen(arguments(command), env=environment)
 
 
 def arguments(command: tuple[str, ...]) -> list[str]:
@@ -86,7 +92,7 @@ def warm() -> bool:
 class Fork:
     """A command in a fork of this process."""
 
-    def __init__(self, command: tuple[str, ...]):
+    def __init__(self, command: tuple[str, ...], environment: Mapping[str, str]):
         sys.stdout.flush()
         sys.stderr.flush()
         # A signal that came to the fork before it has handlers of its own would run this process's.
@@ -94,7 +100,7 @@ class Fork:
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                _become(command, before)
+                _become(command, environment, before)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -102,7 +108,7 @@ class Fork:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def _become(command: tuple[str, ...], mask: set[signal.Signals]) -> None:
+def _become(command: tuple[str, ...], environment: Mapping[str, str], mask: set[signal.Signals]) -> None:
     """Do in this fork what the program would do, and end as it would."""
     code = 1
     try:
@@ -110,7 +116,7 @@ def _become(command: tuple[str, ...], mask: set[signal.Signals]) -> None:
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.environ.update(ENVIRONMENT | os.environ)
+        os.environ.update(environment)
         # Streams like those of a program: by the file numbers, as sys.stdout may be another one here, and unbuffered.
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         _main(command)

@@ -13,19 +13,20 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.rule import Rule
 
-from smolpost import disks, schema, signals
+from smolpost import disks, schema, signals, stage_log
 from smolpost.errors import UserError
 from smolpost.evaluation import results
 from smolpost.evaluation.task import Context, EvaluationTask
 from smolpost.files import MANIFEST, write_json
-from smolpost.pipeline import estimate, manifest, processes
+from smolpost.pipeline import estimate, manifest, processes, record
 from smolpost.pipeline.code import made_by_others
 from smolpost.pipeline.lineage import Lineage, Located
 from smolpost.pipeline.measurable import check_measurable
 from smolpost.pipeline.plan import select
-from smolpost.progress import duration, plural
+from smolpost.progress import LATER, duration, plural
 from smolpost.recipe import Request
 from smolpost.screen import command_line
+from smolpost.training import trackers
 
 
 def status(stage: Located) -> tuple[str, str]:
@@ -80,18 +81,23 @@ def run(request: Request, console: Console) -> int:
     """
     lineage = Lineage(request, look_up=True)
     wanted = _with_parents(lineage, [p.name for p in select(lineage.stages.planned.values(), request.stage)])
-    if any(status(lineage.stages[name])[0] != "done" for name in wanted):
+    todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
+    todo = [(stage, word) for stage, word in todo if word != "done"]
+    if todo:
+        for stage, word in todo:
+            if word != "evaluate":
+                stage.config.check_installed(stage.entry)
         disks.check_writable(lineage.root, f"run_dir={request.recipe.run_dir}")
         processes.warm()
         if request.recipe.evaluation.tasks:
             _check_tasks(request.recipe.evaluation.tasks)
+        record.write(lineage.root, request, map(lineage.stages.__getitem__, wanted))
     began = time.monotonic()
-    todo = [(stage, status(stage)[0]) for stage in map(lineage.stages.__getitem__, wanted)]
-    todo = [(stage, word) for stage, word in todo if word != "done"]
     waiting: list[str] = []  # models whose evaluation reads rows of a stage that is still to come
     for number, name in enumerate(wanted, 1):
         word, reason = status(lineage.stages[name])
-        left = estimate.seconds_left(todo, set(wanted[: number - 1]), time.monotonic() - began)
+        done, elapsed = set(wanted[: number - 1]), time.monotonic() - began
+        left = estimate.seconds_left(todo, done, elapsed)
         about = f", about {duration(left)} left" if left is not None and word != "done" else ""
         heading(f"{number}/{len(wanted)} {name}: {word}{about}{f' ({reason})' if reason else ''}", console)
         stage = lineage.stages[name]
@@ -104,12 +110,31 @@ def run(request: Request, console: Console) -> int:
         ready = [model for model in waiting if lineage.measured_on(model) <= made]
         waiting = [model for model in waiting if model not in ready]
         commands += [(model, lineage.stages[model].measuring) for model in ready]
-        for owner, command in commands:
-            code = execute(command, console)
-            if code:
-                return _stopped(lineage.stages[owner], command, code, console)
+        later = estimate.seconds_after(stage, todo, done, elapsed) if commands else None
+        if code := _carry_out(lineage, stage, commands, later, console):
+            return code
         _check_made(lineage.stages[name], [lineage.stages[model] for model in ready])
     return _conclude(lineage, wanted, time.monotonic() - began, console)
+
+
+def _carry_out(
+    lineage: Lineage, stage: Located, commands: list[tuple[str, tuple[str, ...]]], later: float | None, console: Console
+) -> int:
+    """Run the commands of a stage, and of models that can be measured with it; the run's exit code where one fails.
+
+    Args:
+        commands: Each with the name of its stage.
+        later: Seconds that the run needs after these; None: not known.
+    """
+    if not commands:
+        return 0
+    with stage_log.held(lineage.log(stage.folder)):
+        for owner, command in commands:
+            began = stage_log.now()
+            code = execute(command, console, {LATER: "" if later is None else f"{later:.0f}"})
+            if code:
+                return _stopped(lineage, lineage.stages[owner], command, code, began, console)
+    return 0
 
 
 def _check_tasks(tasks: dict[str, EvaluationTask]) -> None:
@@ -138,27 +163,36 @@ def _with_parents(lineage: Lineage, names: list[str]) -> list[str]:
     return [name for name in lineage.stages if name in wanted]
 
 
-def execute(command: tuple[str, ...], console: Console) -> int:
+def execute(command: tuple[str, ...], console: Console, variables: dict[str, str]) -> int:
     """Run one command of a plan in the foreground; its exit code, negative for a signal that killed it.
 
     A signal for this process goes on to the command, which is waited for, so nothing runs on unseen. The exit code is
     then the signal's, whatever the command made of it.
+
+    Args:
+        variables: For the command's environment.
     """
     console.print(f"$ {command_line(command)}", soft_wrap=True, style="dim")
     with signals.PassedOn() as asked:
-        code = processes.start(command).wait()
+        code = processes.start(command, variables).wait()
     return signals.exit_code(asked.signum) if asked.signum else code
 
 
-def _stopped(stage: Located, command: tuple[str, ...], code: int, console: Console) -> int:
+def _stopped(
+    lineage: Lineage, stage: Located, command: tuple[str, ...], code: int, began: str, console: Console
+) -> int:
     if code == 2:  # the command has said in one line what is wrong
         return 2
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    log = lineage.log(stage.folder)
+    if stage_log.state(log).get("began", "") >= began:  # of this command, which may have died without a word
+        said = {} if signals.is_stop(code) else {"said": how} | stage_log.state(log)
+        stage_log.note(log, **said | {"ended": stage_log.now(), "exit_code": code})
     if signals.is_stop(code):
         word, reason = status(stage)
         at = f" {reason}" if word == "resume" and reason.startswith("at step") else ""
         print(signals.stopped_line(code, f" in stage {stage.name}{at}"), file=sys.stderr)
         return code
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     where = f"stage {stage.name}: `{' '.join(command[:2])}` {how}"
     console.print(f"{where}; the same command continues here", soft_wrap=True)
     return 1
@@ -225,9 +259,7 @@ def _pictures(lineage: Lineage, names: list[str]) -> list[str]:
     maps = {file.name for folder in folders for file in (measured / folder.name).glob("*.png")}
     plots += [f"{measured}/*/{name}" for name in sorted(maps)]
     lines = [f"plots: {', '.join(plots)}"] if plots else []
-    if any(True for folder in folders for _ in folder.glob("**/events.out.tfevents.*")):
-        lines.append(f"training curves: `{command_line(['tensorboard', '--logdir', lineage.root])}`")
-    return lines
+    return lines + trackers.places(lineage.root, folders)
 
 
 def heading(text: str, console: Console) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolpost import disks, screen
+from smolpost import disks, screen, stage_log
 from smolpost.chat.render import load_template, template_hash
 from smolpost.data.mixtures import mix
 from smolpost.data.settings import SELECTING
@@ -36,15 +36,21 @@ def make(lineage: Lineage, stage: Located) -> Path:
     with lock(stage.folder):
         if stage.finished():
             print(f"{stage.folder} is finished", flush=True)
-        elif stage.config.RESUMABLE:
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            _finish(lineage, stage, stage.folder)
         else:
-            with building(stage.folder) as part:
-                _finish(lineage, stage, part)
+            stage_log.begin(lineage.log(stage.folder), "make")
+            _make(lineage, stage)
         if stage.config.RESUMABLE:  # under the lock: an orphan that has just finished tidies, too
             stage.config.tidy(stage.folder)
     return stage.folder
+
+
+def _make(lineage: Lineage, stage: Located) -> None:
+    if stage.config.RESUMABLE:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        _finish(lineage, stage, stage.folder)
+        return
+    with building(stage.folder) as part:
+        _finish(lineage, stage, part)
 
 
 def _finish(lineage: Lineage, stage: Located, folder: Path) -> None:
@@ -106,6 +112,7 @@ def generate(lineage: Lineage, stage: Located, task: int | None) -> None:
         UserError: The stage asks no teacher, a parent is not finished, or what the asking raises.
     """
     lineage.require_inputs(stage)
+    stage_log.begin(lineage.log(stage.folder), "generate")
     stage.config.generate(work_of(lineage, stage, stage.folder), task)
 
 
@@ -150,10 +157,10 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     lineage.require_inputs(stage)
     config.check_start(work_of(lineage, stage, stage.prepared))
     with lock(stage.prepared):
-        if manifest.read(stage.prepared):
-            verify(stage.prepared)
+        if is_prepared(stage):
             print(f"{stage.prepared} is prepared", flush=True)
             return stage.prepared
+        stage_log.begin(lineage.log(stage.folder), "prepare")
         with contextlib.ExitStack() as locks:
             kept = stage.prepared.with_name(f"{stage.prepared.name}.refused.txt")
             kept.unlink(missing_ok=True)  # of an earlier try
@@ -168,6 +175,18 @@ def prepare(lineage: Lineage, stage: Located) -> Path:
     look = screen.command_line(["smolpost", "inspect", stage.prepared])
     print(f"{stage.prepared}; `{look}` shows its rows", flush=True)
     return stage.prepared
+
+
+def is_prepared(stage: Located) -> bool:
+    """Whether the stage's prepared rows are there.
+
+    Raises:
+        UserError: Their files are no longer those that were written.
+    """
+    if manifest.read(stage.prepared) is None:
+        return False
+    verify(stage.prepared)
+    return True
 
 
 def _prepare(lineage: Lineage, stage: Located, locks: contextlib.ExitStack) -> dict:
@@ -226,8 +245,11 @@ def make_on_ranks(lineage: Lineage, stage: Located, rank: int) -> None:
     if not stage.config.LAUNCHED:
         raise UserError(f"stage={stage.name} of kind {stage.config.kind} is not a training stage; see `smolpost plan`")
     lineage.require_inputs(stage)
+    if not stage.finished():
+        stage_log.begin(lineage.log(stage.folder), "train")
     if rank == 0:
-        prepare(lineage, stage)
+        if not is_prepared(stage):
+            prepare(lineage, stage)
         make(lineage, stage)
         print(f"{stage.folder}", flush=True)
         return
@@ -249,6 +271,8 @@ def evaluate(lineage: Lineage, stage: str) -> tuple[Path, dict[str, dict]]:
     """
     root, folders = lineage.evaluation_of(stage)
     unmeasured = {name: folder for name, folder in folders.items() if not results.read(folder)}
+    if unmeasured or lineage.recipe.harness.kind != "none":
+        stage_log.begin(lineage.log(root), "eval")
     if unmeasured:
         _measure(lineage, stage, unmeasured)
     found = {name: results.read(folder) for name, folder in folders.items()}

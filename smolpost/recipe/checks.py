@@ -42,6 +42,12 @@ def check(recipe: schema.Recipe, written: Written) -> None:
         for source, spec in rows.sources.items():
             if spec.stage is not None:
                 _check_reference(f"data.{mixture}.sources.{source}.stage", spec.stage, recipe.stages, STAGE)
+            if spec.mode_from_reply and spec.enable_thinking is not None:
+                mode = str(spec.enable_thinking).lower()
+                raise Wrong(
+                    f"data.{mixture}.sources.{source}.mode_from_reply",
+                    f"=true stands in place of enable_thinking={mode}; leave one of them out",
+                )
 
 
 def _check_names(recipe: schema.Recipe) -> None:

@@ -20,14 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from smolpost import schema
 from smolpost.errors import UserError
 from smolpost.recipe import plugins, yaml_file
-from smolpost.recipe.places import GROUPS, PLACED, Places
+from smolpost.recipe.places import GROUPS, PACKAGE, PLACED, Places
 from smolpost.recipe.written import NAMED, Written, near
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
 from smolpost.screen import command_line, shown
 
 ROOT = "recipe_root"  # what every recipe starts from: a pipeline chooses everything else
 EMPTY = "nothing"  # to which a file is added that is wanted alone
-PACKAGE = "# @package _global_"  # the first line of a pipeline file: its keys stand at the recipe's root
 
 
 class Composed(NamedTuple):
@@ -250,7 +249,9 @@ def _missing(error: MissingConfigException, words: list[str], places: Places) ->
     file = places.file(parent[1]) if parent and not asked else None
     options = places.options(group) or ([*STAGE_KINDS, *TASK_KINDS] if group == "schema" else [])
     groups = ("pipeline", "stage", *GROUPS)
-    if name and options:
+    if group == "pipeline" and (why := places.unusable(name)):
+        line = f"pipeline={name} does not exist; {why}"
+    elif name and options:
         line = f"{group}={name} does not exist; {near('', name, options)}choose one of: {', '.join(options)}"
     elif name:
         line = f"{group} is not a group; {near('', group, groups)}groups: {', '.join(groups)}"

@@ -53,7 +53,8 @@ def load(words: list[str]) -> Request:
     """Compose the recipe that the command line's `key=value` words describe.
 
     `stage=` is not a part of it, `tasks=A,B` is short for the harness's tasks in place of its own list,
-    `pipeline=FILE.yaml` names the pipeline by its file, and `--recipes=FOLDER` a folder that is searched first.
+    `pipeline=FILE.yaml` names the pipeline by its file, `pipeline=NAME` also finds a file of the user's own
+    (`places.own_pipelines`), and `--recipes=FOLDER` or `--config-dir=FOLDER` is a folder that is searched first.
 
     Raises:
         UserError: A word or a file cannot be read, a group, key or value does not exist or has the wrong type, or the
@@ -123,18 +124,21 @@ def _asked(words: list[str]) -> _Words:
         if name == "stage":
             stage = value
             continue
-        if name == "--recipes":
+        if name in ("--recipes", "--config-dir"):
             folders.append(value or (words.pop(0) if words else ""))
             word = f"--recipes={folders[-1]}"
         elif name == "tasks":
             word = f"harness.tasks=[{value}]"
             hydra.append(word)
-        elif name == "pipeline" and value.endswith((".yaml", ".yml")):
+        elif name == "pipeline":
             pipeline = value
         else:
             hydra.append(word)
         overrides.append(word)
-    return _Words(tuple(overrides), hydra, Places.of(folders, pipeline), stage)
+    places = Places.of(folders, pipeline)
+    if pipeline is not None and places.pipeline is None:
+        hydra.append(f"pipeline={pipeline}")
+    return _Words(tuple(overrides), hydra, places, stage)
 
 
 def _launch_flags(recipe: schema.Recipe, composed: Composed) -> dict:

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
+from smolpost import stage_log
+
 NAME = re.compile(r"\$\{oc\.env:\s*[\"']?(\w+)")
 LEAST = 6  # characters of a text that is masked; shorter ones stand in other words, too
 MARK = re.compile("\0(\\w+)\0")
@@ -17,6 +19,7 @@ def mask(config: DictConfig) -> None:
     """From now on, this process prints the names of the variables that the recipe uses instead of their values."""
     texts = {os.environ.get(name, ""): f"${{oc.env:{name}}}" for name in NAME.findall(OmegaConf.to_yaml(config))}
     names = {text: texts[text] for text in sorted(texts, key=len, reverse=True) if len(text) >= LEAST}
+    stage_log.hide(names)
     for stream in ("stdout", "stderr") if names else ():
         setattr(sys, stream, _Masked(getattr(sys, stream), names))
 

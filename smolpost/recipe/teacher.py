@@ -20,11 +20,11 @@ def teacher(name: str, folders: list[str]) -> Teacher:
     Raises:
         UserError: There is no such file, or it does not hold a teacher.
     """
-    places = Places.of(folders, None)
+    places = Places.of(folders)
     names = places.options("teacher")
     if name not in names:
         raise UserError(
-            f"{name} is neither a teacher nor a checkpoint folder with its config.json; {near('', name, names)}"
+            f"{name} is neither a teacher, a finished stage nor a checkpoint folder; {near('', name, names)}"
             f"teachers: {', '.join(names)}"
         )
     file = shown(places.file(f"teacher/{name}"))

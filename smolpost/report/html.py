@@ -1,4 +1,7 @@
-"""What the pages of `smolpost inspect` share: each is one file that needs no network and runs no script of others."""
+"""What the pages of `smolpost inspect` and `smolpost sample` share.
+
+Each is one file that needs no network and runs no script of others.
+"""
 
 import base64
 import hashlib
@@ -13,17 +16,19 @@ from smolpost.data.report import short
 from smolpost.errors import UserError
 from smolpost.files import write_bytes
 
-MARK = '<meta name="generator" content="smolpost inspect">'  # by which a page is known as one of ours
+MARK = '<meta name="generator" content="smolpost {}">'  # by which a page is known as one of a command of ours
 HEAD_BYTES = 1000  # of a page, within which the mark stands
 
 
-def write_html(file: Path, template: str, **values: Any) -> int:
+def write_html(file: Path, template: str, *, command: str = "inspect", **values: Any) -> int:
     """Render a template of this folder into a file, which is replaced in one step.
 
+    Args:
+        command: That writes the page.
     Returns:
         Bytes written.
     """
-    content = _template(template).render(mark=Markup(MARK), **values).encode("utf-8", "replace")
+    content = _template(template).render(mark=Markup(MARK.format(command)), **values).encode("utf-8", "replace")
     write_bytes(file, content)
     return len(content)
 
@@ -34,8 +39,10 @@ def as_json(data: Any) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def check_is_ours(file: Path) -> None:
+def check_is_ours(file: Path, command: str = "inspect") -> None:
     """
+    Args:
+        command: That writes such pages.
     Raises:
         UserError: The file cannot be written, or it is something else than such a page.
     """
@@ -45,9 +52,9 @@ def check_is_ours(file: Path) -> None:
         raise UserError(f"--html {file} is a folder; name a file in it")
     if file.exists():
         with open(file, "rb") as there:
-            if MARK.encode() not in there.read(HEAD_BYTES):
+            if MARK.format(command).encode() not in there.read(HEAD_BYTES):
                 raise UserError(
-                    f"--html {file} exists and is not a page of `smolpost inspect`; remove it or give another name"
+                    f"--html {file} exists and is not a page of `smolpost {command}`; remove it or give another name"
                 )
 
 

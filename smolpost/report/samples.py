@@ -195,7 +195,7 @@ def _failed(entry: Mapping[str, Any], row: Mapping[str, Any]) -> Shown:
 
 
 def _shown(entry: Mapping[str, Any], conversations: Mapping[str, list[Message]]) -> Shown:
-    sides = {name: [_turn(message) for message in messages] for name, messages in conversations.items()}
+    sides = {name: [turn_of(message) for message in messages] for name, messages in conversations.items()}
     shared = _shared(list(sides.values()))
     return Shown(
         **{key: entry[key] for key in ("id", "source", "status", "error", "verdicts", "replies")},
@@ -213,7 +213,8 @@ def _shared(sides: Sequence[list[Turn]]) -> int:
     return min([number, *ends])
 
 
-def _turn(message: Message) -> Turn:
+def turn_of(message: Message) -> Turn:
+    """A message as it is shown."""
     text = text_of(message.get("content") or "")
     reasoning, answer = split_reasoning(text) if message["role"] == "assistant" else (None, text)
     calls = [call["function"] for call in message.get("tool_calls") or []]

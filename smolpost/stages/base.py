@@ -246,6 +246,13 @@ class Stage:
             UserError: With the remedy.
         """
 
+    def check_installed(self, entry: str) -> None:
+        """Refuse, before a run makes anything, what needs a package that is not installed here.
+
+        Raises:
+            UserError: With the command that installs it.
+        """
+
     # ------------------------------------------------------------ key
 
     def key_parts(self, keys: Keys, stage: Planned) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from smolpost.errors import UserError, Wrong
 from smolpost.files import MANIFEST, read_json
 from smolpost.schema import ADDED_TOKENS, Architecture, Recipe
 from smolpost.stages.base import CHECKPOINT, Stage, Work
+from smolpost.training import trackers
 from smolpost.training.batch_size import check_global_batch
 from smolpost.training.memory import memory, setup_of, shape_of, shown
 from smolpost.training.settings import or_our_engine
@@ -73,6 +74,7 @@ class TrainStage(Stage):
     # ------------------------------------------------------------ checks
 
     def check(self, key, recipe, place):
+        trackers.check_names(key, self.report_to)
         if self.engine == "smolpost" and self.trl != type(self.trl)():
             raise Wrong(f"{key}.trl", f" is read under {key}.engine=trl alone; set that, or leave it out")
         if self.engine == "trl" and self.data in recipe.data:
@@ -89,6 +91,9 @@ class TrainStage(Stage):
                 f"={self.snapshot_steps} keeps whole weights, and {key}.lora.r={self.lora.r} trains adapters; set one "
                 "of them to null or 0",
             )
+
+    def check_installed(self, entry):
+        trackers.check_installed(f"stages.{entry}", self.report_to)
 
     def check_plan(self, entry, recipe):
         """Refuse more ranks than rows, and another template than the start's.
@@ -186,6 +191,7 @@ class TrainStage(Stage):
         """
         from smolpost.training.start import check_start
 
+        self.check_installed(work.stage.entry)
         stage, attention = work.stage, work.recipe.model.attn_implementation
         check_start(stage.entry, self, work.inputs[self.init_from], attention)
 
@@ -232,6 +238,11 @@ class TrainStage(Stage):
         return prepare(self, work.data[self.data], tokenizer, shards, work.folder)
 
     def make(self, work: Work):
+        self.check_installed(work.stage.entry)
+        with trackers.environment(self.report_to, work.folder):  # which TRL's imports read, too
+            return self._train(work)
+
+    def _train(self, work: Work) -> dict[str, Any]:
         from smolpost.model.stored import one_line
         from smolpost.training.environment import detect
         from smolpost.training.train import train

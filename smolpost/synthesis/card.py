@@ -1,11 +1,9 @@
 """The dataset card: what the rows are, how they were made, and how to load them. The Hub shows it as README.md."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from smolpost.markdown import header, replace_section, split_header, table
 from smolpost.synthesis.row_table import PROVENANCE_ROWS, ROWS
 
 LOADING = """## Load
@@ -61,18 +59,18 @@ def card(report: Mapping[str, Any]) -> str:
 
 def without_provenance(text: str) -> str:
     """A card, also one that its owner has changed, for rows that are published without their provenance."""
-    text = re.sub(r"(?ms)^## Provenance\n.*?(?=^## |\Z)", "", text)
-    if not (found := re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)):
+    text = replace_section(text, "Provenance", "")
+    content, body = split_header(text)
+    if not content:
         return text
-    header = yaml.safe_load(found[1])
-    header["configs"] = [entry for entry in header.get("configs", []) if entry.get("data_files") != PROVENANCE_ROWS]
-    return _yaml_header(header) + text[found.end() :]
+    content["configs"] = [entry for entry in content.get("configs", []) if entry.get("data_files") != PROVENANCE_ROWS]
+    return header(content) + body
 
 
 def _header(num_rows: int) -> str:
     files = {"default": ROWS, "provenance": PROVENANCE_ROWS}
     size = next((name for limit, name in SIZES if num_rows < limit), "n>10M")
-    return _yaml_header(
+    return header(
         {
             "configs": [{"config_name": name, "data_files": file} for name, file in files.items()],
             "tags": ["synthetic", "smolpost"],
@@ -81,18 +79,14 @@ def _header(num_rows: int) -> str:
     )
 
 
-def _yaml_header(content: Mapping[str, Any]) -> str:
-    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
-
-
 def _counts(report: Mapping[str, Any]) -> str:
     lines = [
         [name, entry["prompts"], entry["accepted"], sum(entry["filtered"].values()), entry["failed"], _share(entry)]
         for name, entry in [*report["sources"].items(), ("all", report)]
     ]
-    text = "## Counts\n\n" + _table(["source", "prompts", "accepted", "filtered", "failed", "accepted share"], lines)
+    text = "## Counts\n\n" + table(["source", "prompts", "accepted", "filtered", "failed", "accepted share"], lines)
     if report["filtered"]:
-        text += "\n" + _table(["filtered by", "prompts"], report["filtered"].items())
+        text += "\n" + table(["filtered by", "prompts"], report["filtered"].items())
     return text
 
 
@@ -103,7 +97,7 @@ def _lengths(lengths: Mapping[str, Any]) -> str:
         for role, found in lengths["replies"].items()
         for kind in ("accepted", "dropped")
     ]
-    text = "## Lengths\n\n" + _table(["teacher", "replies", "number", "mean tokens", "median tokens"], lines)
+    text = "## Lengths\n\n" + table(["teacher", "replies", "number", "mean tokens", "median tokens"], lines)
     if pairs := lengths["pairs"]:
         text += (
             f"\nThe chosen side is longer in {pairs['chosen_longer']:.0%} of {pairs['count']:,} pairs (means: about "
@@ -133,15 +127,4 @@ def _teachers(report: Mapping[str, Any]) -> str:
 
 def _settings(title: str, settings: Mapping[str, Any]) -> str:
     stated = [(key, value) for key, value in settings.items() if value is not None]
-    return f"### {title}\n\n{_table(['key', 'value'], stated)}"
-
-
-def _table(heads: list[str], rows: Iterable) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    """A value in one cell, whatever it holds."""
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return f"### {title}\n\n{table(['key', 'value'], stated)}"

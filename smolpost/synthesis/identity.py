@@ -15,6 +15,11 @@ LOOK_UP = 30.0  # seconds for one page
 POLL = 2.0  # seconds between two looks at a server that is loading its model
 # transformers lists its cache, fails without one, and loads what is asked; hosted APIs do not list all their names.
 UNLISTED = ("transformers", "hosted")
+# Server -> a page beside the API, and what only this server has there; one further down may have the page, too.
+OWN_PAGES = {
+    "sglang": ("get_server_info", "model_path"), "llama_cpp": ("props", "build_info"), "vllm": ("version", "version"),
+    "transformers": ("health", "status"),
+}  # fmt: skip
 AGAIN = "run the same command again: it goes on from here"
 
 
@@ -48,6 +53,18 @@ async def identify(connection: Connection, teacher: Teacher) -> tuple[str, dict[
         "version": page.get("version") or page.get("build_info"),
         "template": hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None,
     }
+
+
+async def server_kind(connection: Connection) -> str:
+    """Which of `settings.SERVERS` answers, by the pages that only one of them has; "hosted" where none is there."""
+    root = connection.url.rsplit("/", 1)[0]
+    for kind, (path, key) in OWN_PAGES.items():
+        found = await connection.send("GET", f"{root}/{path}", LOOK_UP)
+        if isinstance(found, Fault) and found.unreached:
+            break
+        if not isinstance(found, Fault) and key in found:
+            return kind
+    return "hosted"
 
 
 async def _models(connection: Connection, teacher: Teacher) -> list[dict[str, Any]]:

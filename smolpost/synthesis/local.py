@@ -61,6 +61,7 @@ class LocalTeacher:
         teacher: Its template renders the prompts, whatever template the tokenizer has.
         today: Date rendered into prompts.
         key: Of the teacher in the recipe, for messages.
+        template: Text of a chat template, in place of the teacher's.
     Raises:
         UserError: The template is unknown.
     """
@@ -72,9 +73,10 @@ class LocalTeacher:
         today: str,
         *,
         key: str,
+        template: str | None = None,
     ):
         self.load, self.teacher, self.today, self.key = load, teacher, today, key
-        self.template = load_template(teacher.template)
+        self.template = load_template(teacher.template) if template is None else template
         self.sampling = Sampling(
             teacher.temperature,
             top_p=teacher.top_p,

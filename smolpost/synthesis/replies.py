@@ -15,7 +15,7 @@ from typing import Any
 from smolpost.chat.reasoning import CLOSE, OPEN, ends_thinking, split_reasoning
 from smolpost.synthesis.records import Reply
 
-_FIELDS = ("reasoning", "reasoning_content", "thinking")
+FIELDS = ("reasoning", "reasoning_content", "thinking")
 _TEXTS = ("text", "thinking", "reasoning", "content", "summary")  # where a part has its text
 
 
@@ -40,8 +40,8 @@ def reply_of(
         attempts, seconds: As `Reply`.
     """
     message, finish_reason = choice["message"], choice["finish_reason"]
-    content, inside = _texts(message.get("content"))
-    field = next((text for name in _FIELDS if (text := _text(message.get(name)))), inside).strip("\r\n")
+    content, inside = texts_of(message.get("content"))
+    field = next((text for name in FIELDS if (text := _text(message.get(name)))), inside).strip("\r\n")
     tool_calls = message.get("tool_calls") or None
     cut = finish_reason == "length"
     if field.strip():
@@ -84,7 +84,7 @@ def _without_copy(content: str, field: str) -> str:
     return answer if inline is not None and inline.strip() in ("", field.strip()) else content
 
 
-def _texts(content: Any) -> tuple[str, str]:
+def texts_of(content: Any) -> tuple[str, str]:
     """Answer and reasoning of a message's content, which may be a list of parts."""
     if not isinstance(content, list):
         return _text(content), ""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.live import Live
 
-from smolpost import progress
+from smolpost import progress, stage_log
 from smolpost.files import write_json
 from smolpost.progress import duration
 from smolpost.screen import Blocks
@@ -92,7 +92,8 @@ class RunStatus:
         self._past = deque([(self._began, 0, 0)])  # (time, replies, tokens), the oldest at the start of the window
         self._live = None
         if sys.stderr.isatty():
-            console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+            screen = stage_log.screen(sys.stderr)
+            console = Console(file=screen, markup=False, emoji=False, highlight=False)
             self._live = Live(get_renderable=self._table, console=console, auto_refresh=False)
             self._live.start()
         write_json(self.file, self.snapshot())
@@ -107,7 +108,7 @@ class RunStatus:
         if self._live:
             self._live.refresh()
             self._live.stop()
-        elif self._prompts or kind:
+        if self._prompts or kind:
             self._print()
         write_json(self.file, self.snapshot())
 
@@ -154,7 +155,7 @@ class RunStatus:
                 self._past.popleft()
             if self._live:
                 self._live.refresh()
-            elif now - self._told >= progress.LINES:
+            if now - self._told >= progress.LINES:
                 self._told = now
                 self._print()
             if now - self._saved >= SAVE:
@@ -167,9 +168,11 @@ class RunStatus:
 
     def _print(self) -> None:
         cells = _cells(self.snapshot())
-        print(
-            f"{self.what}: {', '.join(f'{name} {cell}' for name, cell in cells.items())}", file=sys.stderr, flush=True
-        )
+        line = f"{self.what}: {', '.join(f'{name} {cell}' for name, cell in cells.items())}"
+        if self._live:
+            stage_log.line(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _cells(found: dict[str, Any]) -> dict[str, str]:

@@ -38,6 +38,8 @@ def shared_settings(stage: Training, seed: int, num_rows: int, out: Path, enviro
     """What every engine is set to, under the names of TrainingArguments; the parameters are `training_arguments`'."""
     return {
         "output_dir": str(out),
+        "run_name": out.name,  # in trackers
+        "project": out.parent.name,
         "seed": seed,
         "data_seed": seed,
         "use_cpu": environment.use_cpu,

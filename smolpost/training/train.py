@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from smolpost.chat.render import load_template
 from smolpost.errors import UserError
@@ -119,6 +120,7 @@ def train(
             model, the disk has no room for the checkpoints, or the written model is not the trained one.
     """
     began = time.monotonic()
+    logging.disable_progress_bar()  # weights loaded and written, for seconds each: the stage shows a bar of its own
     check_global_batch(name, stage.global_batch_size, environment.world_size)
     rows = load_from_disk(str(prepared))
     method.check(name, stage, rows, environment)

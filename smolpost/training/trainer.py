@@ -2,7 +2,9 @@
 
 import abc
 import contextlib
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,16 +23,17 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import logging
 
+from smolpost import signals, stage_log
 from smolpost.objectives.transfer import to_device
-from smolpost.progress import Progress
+from smolpost.progress import Progress, seconds_later
 from smolpost.signals import Stopped
 from smolpost.training import checkpoints
 from smolpost.training.adapters import frozen_in_bf16
 from smolpost.training.batches import GlobalBatches, MicroBatch
 from smolpost.training.checkpoint_writer import Writer
 from smolpost.training.environment import backend_name
+from smolpost.training.log_lines import Table
 from smolpost.training.optimizer import decayed_parameters
 from smolpost.training.scoring import score_tokens
 from smolpost.training.speed import Meter
@@ -283,22 +286,37 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.first_tokens = state.global_step, state.num_input_tokens_seen
-        logging.disable_progress_bar()  # the checkpoint writer's bar: only one bar at a time
-        self.shown.callback(logging.enable_progress_bar)
+        self._since: tuple[float, int] | None = None  # time and step at the end of this process's first step
+        self._later = seconds_later()
+        self._table = Table(state.max_steps, under_run=signals.UNDER_RUN in os.environ)
         what = f"train on {args.world_size} x {args.device.type}"
-        progress = Progress(what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero)
+        progress = Progress(
+            what, state.max_steps, "step", done=self.first, shown=state.is_world_process_zero, lines=False
+        )
         self.progress = self.shown.enter_context(progress)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._since = self._since or (time.monotonic(), state.global_step)
         self.progress.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            counted = {key: int(v) if key == "num_tokens" else v for key, v in logs.items()}  # TRL counts in floats
-            # Not 1.2e+04 tokens per second, but 11996.
-            words = {k: f"{v:.4g}" if abs(v) < 1e4 else f"{v:.0f}" for k, v in counted.items() if isinstance(v, float)}
-            shown = {k: v for k, v in (counted | words).items() if k != "total_flos"}
-            tqdm.write(str(shown))
+        if state.is_world_process_zero and "loss" in logs:
+            left = self._left(state)
+            for line in self._table.lines(state.global_step, logs, left, self._later):
+                tqdm.write(line)
+            stage_log.note_step(
+                step=state.global_step,
+                steps=state.max_steps,
+                loss=float(logs["loss"]),
+                tokens_per_second=logs.get("tokens_per_second"),
+                seconds_left=left,
+            )
+
+    def _left(self, state) -> float | None:
+        """Seconds until the last step, at the pace since the first one, which also compiles."""
+        began, first = self._since
+        done = state.global_step - first
+        return (time.monotonic() - began) * (state.max_steps - state.global_step) / done if done else None
 
 
 class PassRows(torch.utils.data.Dataset):

@@ -124,9 +124,9 @@ def test_another_thread_is_refused_and_never_judged_wrong(mathematics):
     assert "threaded environment" in errors[0]
 
 
-def test_every_real_answer_is_read_alike_by_both(mathematics, gsm8k):
+def test_every_answer_of_a_file_is_read_alike_by_both(mathematics, rows_file):
     pattern = PatternAnswers(r"The answer is (.*)\.", "key")
-    lines = (gsm8k / "smoltalk2_sft.jsonl").read_text().splitlines()[:300]
+    lines = rows_file("sft").read_text().splitlines()[:300]
     for line in lines:
         reply = json.loads(line)["messages"][-1]["content"]
         answer = parts_of(reply).answer

@@ -154,7 +154,7 @@ def test_own_texts_under_smollm3(char, messages, kwargs, own):
 
 def test_places_found_by_search_are_those_found_by_marks(bpe, rows):
     exact = Policy(roles=("assistant", "tool"))  # asks the template for every place
-    for row in rows("tau_airline/conversations", 12):
+    for row in rows("tools", 12):
         searched = encode(bpe, row["messages"], tools=row["tools"], today=DAY)
         marked = encode(bpe, row["messages"], tools=row["tools"], today=DAY, policy=exact)
         kept = [(a, b) for a, b in zip(searched.fates, marked.fates, strict=True) if b != Fate.TRAINED]

@@ -174,8 +174,8 @@ def test_chatml_spans_and_prefixes_agree(chatml, messages):
     assert encode(chatml, messages, today=DAY) == trained_by_prefixes(chatml, messages, today=DAY)
 
 
-@pytest.mark.parametrize("name", ["gsm8k/smoltalk2_sft", "gsm8k/smoltalk2_mid"])
-def test_derivations_agree_on_gsm8k(bpe, rows, name):
+@pytest.mark.parametrize("name", ["sft", "mid"])
+def test_derivations_agree_on_word_problems(bpe, rows, name):
     for row in rows(name, 300):
         options = {"template_kwargs": row.get("chat_template_kwargs"), "today": DAY}
         encoded = encode(bpe, row["messages"], **options)
@@ -186,7 +186,7 @@ def test_derivations_agree_on_gsm8k(bpe, rows, name):
 
 
 def test_derivations_agree_on_tool_conversations(bpe, rows):
-    for row in rows("tau_airline/conversations", 15):
+    for row in rows("tools", 15):
         options = {"tools": row["tools"], "today": DAY}
         encoded = encode(bpe, row["messages"], **options)
         assert encoded == trained_by_prefixes(bpe, row["messages"], **options)
@@ -316,8 +316,8 @@ def test_pair_without_a_common_prompt_is_refused(bpe):
         encode_pair(bpe, [USER, DIALOG[2]], other, today=DAY)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("gsm8k/smoltalk2_preference", 200), ("tau_airline/preference", 18)])
-def test_pairs_of_real_data_equal_encode(bpe, rows, name, limit):
+@pytest.mark.parametrize(("name", "limit"), [("preference", 200), ("tool_pairs", 18)])
+def test_pairs_of_files_equal_encode(bpe, rows, name, limit):
     for row in rows(name, limit):
         options = {"template_kwargs": row.get("chat_template_kwargs"), "tools": row.get("tools"), "today": DAY}
         pair = encode_pair(bpe, row["chosen"], row["rejected"], **options)

@@ -34,7 +34,7 @@ def test_template_hash_matches_known_value():
 
 
 def test_render_equals_the_stock_call(bpe, rows):
-    for row in rows("tau_airline/conversations", 5):
+    for row in rows("tools", 5):
         messages = row["messages"]
         for message in messages:
             for call in message.get("tool_calls", []):

@@ -1,23 +1,13 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from smolpost.chat.tokenizer import build_tokenizer
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer(["a few words"], kind="char", vocab_size=256, template="smollm3")
-
-
-@pytest.fixture(scope="session")
-def shared_data():
-    if not SHARED.is_dir():
-        pytest.skip("../shared/data is absent")
-    return SHARED
 
 
 @pytest.fixture

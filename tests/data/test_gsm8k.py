@@ -214,7 +214,13 @@ def test_without_pairs_problems_need_no_marks(tmp_path):
         written(tmp_path, plain)
 
 
-def test_the_real_file(gsm8k, tmp_path):
-    found = [row for _, row in mix(Mixture(sources={"p": Source(path=str(gsm8k / "test.jsonl"), columns="gsm8k")}))]
-    report, _ = written(tmp_path, found)
-    assert report["rows"] == {"mid": 699, "sft": 464, "heldout": 24, "preference": 125, "heldout_pairs": 7}
+def test_a_whole_file(rows_file, tmp_path):
+    source = Source(path=str(rows_file("problems")), columns="gsm8k")
+    report, _ = written(tmp_path, [row for _, row in mix(Mixture(sources={"p": source}))])
+    assert (
+        report["rows"]
+        == {
+            1000: {"mid": 530, "sft": 352, "heldout": 18, "preference": 95, "heldout_pairs": 5},
+            1319: {"mid": 699, "sft": 464, "heldout": 24, "preference": 125, "heldout_pairs": 7},
+        }[report["problems"]]
+    )

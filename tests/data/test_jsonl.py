@@ -33,8 +33,8 @@ def test_gzipped_jsonl(tmp_path):
         read(path)
 
 
-def test_written_rows_come_back_equal(shared_data):
-    path = shared_data / "tau_airline" / "conversations.jsonl"
+def test_written_rows_come_back_equal(rows_file):
+    path = rows_file("tools")
     with path.open() as lines:
         assert [row for _, row in read(path)] == [without_nulls(json.loads(line)) for line in lines]
 

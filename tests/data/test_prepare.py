@@ -491,10 +491,10 @@ def policy_text(tokenizer, row):
     return text
 
 
-def test_collated_labels_of_real_conversations_decode_to_the_policys_text(shared_data, bpe, tmp_path):
+def test_collated_labels_of_conversations_in_files_decode_to_the_policys_text(rows_file, bpe, tmp_path):
     sources = {
-        "math": Source(path=str(shared_data / "gsm8k" / "smoltalk2_sft.jsonl"), max_rows=150),
-        "tools": Source(path=str(shared_data / "tau_airline" / "conversations.jsonl"), max_rows=10),
+        "math": Source(path=str(rows_file("sft")), max_rows=150),
+        "tools": Source(path=str(rows_file("tools")), max_rows=10),
     }
     rows = mix(Mixture(sources=sources, shuffle=False))
     stage = sft(max_seq_len=40_000)
@@ -511,10 +511,8 @@ def test_collated_labels_of_real_conversations_decode_to_the_policys_text(shared
     assert 0 < thinks < 150
 
 
-def test_collated_masks_of_real_pairs_decode_to_the_policys_text(shared_data, bpe, tmp_path):
-    rows = mix(
-        Mixture(sources={"tau": Source(path=str(shared_data / "gsm8k" / "smoltalk2_preference.jsonl"), max_rows=40)})
-    )
+def test_collated_masks_of_pairs_in_files_decode_to_the_policys_text(rows_file, bpe, tmp_path):
+    rows = mix(Mixture(sources={"pairs": Source(path=str(rows_file("preference")), max_rows=40)}))
     dataset, _ = prepared(apo(max_seq_len=8192), rows, bpe, tmp_path)
     batch = collate_pairs(list(dataset))
     sides = batch["targets"][batch["side_tokens"]].split(batch["side_lengths"].tolist())
@@ -522,25 +520,26 @@ def test_collated_masks_of_real_pairs_decode_to_the_policys_text(shared_data, bp
     assert [bpe.decode(side) for side in sides] == expected
 
 
-def test_real_multi_turn_pairs_score_assistant_turns_only(shared_data, bpe, tmp_path):
-    with (shared_data / "tau_airline" / "preference.jsonl").open() as lines:
+def test_multi_turn_pairs_in_files_score_assistant_turns_only(rows_file, bpe, tmp_path):
+    with rows_file("tool_pairs").open() as lines:
         rows = [json.loads(line) for line in lines][:4]
-    for row in rows:  # these trajectories end with the user's goodbye
+    for row in rows:  # the real ones end with the user's goodbye
         for side in ("chosen", "rejected"):
             while row[side][-1]["role"] != "assistant":
                 row[side].pop()
     dataset, _ = prepared(apo(max_seq_len=60_000), rows, bpe, tmp_path)
     for row, columns in zip(rows, dataset, strict=True):
+        equal = [one == other for one, other in zip(row["chosen"], row["rejected"], strict=False)]
         for side in ("chosen", "rejected"):
             scored = np.array(columns["prompt_mask"] + columns[f"{side}_mask"], bool)
             ids = np.array(columns["prompt_ids"] + columns[f"{side}_ids"])
-            assert bpe.decode(ids[scored]) == policy_text(bpe, {"messages": row[side]})
+            assert bpe.decode(ids[scored]) == policy_text(bpe, {"messages": row[side][equal.index(False) :]})
 
 
-def test_the_chatml_template_prepares_mid_training_rows(shared_data, bpe, tmp_path):
+def test_the_chatml_template_prepares_mid_training_rows(rows_file, bpe, tmp_path):
     tokenizer = build_tokenizer(["x"], kind="bpe", vocab_size=300, template="chatml")
     assert tokenizer.chat_template == load_template("chatml")
-    rows = mix(Mixture(sources={"mid": Source(path=str(shared_data / "gsm8k" / "smoltalk2_mid.jsonl"), max_rows=50)}))
+    rows = mix(Mixture(sources={"mid": Source(path=str(rows_file("mid")), max_rows=50)}))
     dataset, _ = prepared(sft(packing="wrapped", max_seq_len=100_000), rows, tokenizer, tmp_path)
     text = decoded_labels(tokenizer, labels_of(dataset[0]))
     assert text == "".join(row["messages"][-1]["content"] + END for _, row in rows)

@@ -8,9 +8,12 @@ import pytest
 from rich.console import Console
 
 from smolpost.chat.render import load_template
+from smolpost.data.columns import as_row
 from smolpost.data.rendering import NOTES
 from smolpost.data.report import format_report
+from smolpost.data.rows import Row
 from smolpost.errors import UserError
+from smolpost.schema import Source
 from smolpost.stages.preference import APOStage
 from smolpost.stages.sft import SFTStage
 from tests.families import byte_level
@@ -198,8 +201,32 @@ def test_rows_that_do_not_say_their_mode_are_noted_with_share_and_setting(tmp_pa
     console.print(format_report(report))
     assert (
         "only: 2 of 8 rows (25%) do not state their mode and have no think block, so they train as replies in think "
-        "mode; set enable_thinking: false of the source, or in each row's chat_template_kwargs\n"
+        "mode; set enable_thinking: false of the source, mode_from_reply: true where other rows of it think, or each "
+        "row's own in chat_template_kwargs\n"
     ) in console.file.getvalue()
+
+
+def test_a_source_may_take_the_mode_from_the_last_reply(tmp_path):
+    """Stated modes stay; an empty block, reasoning of an earlier reply and words about the tag do not think."""
+    aside = {**THINKING, "reasoning_content": "so"}
+    rows = [
+        row(USER, THINKING),
+        row(USER, {**REPLY, "reasoning_content": "so"}),
+        row(USER, REPLY),
+        row(USER, {**REPLY, "content": f"<think>\n\n</think>\n\n{REPLY['content']}"}),
+        row(USER, aside, USER, REPLY),
+        row(USER, {**REPLY, "content": "It writes <think>a</think> first."}),
+        row(USER, REPLY) | {"chat_template_kwargs": {"enable_thinking": True}},
+    ]
+    modes = [
+        as_row(Row(content, "f", number), Source(path="f", mode_from_reply=True))["chat_template_kwargs"]
+        for number, content in enumerate(rows, 1)
+    ]
+    assert [mode["enable_thinking"] for mode in modes] == [True, True, False, False, False, False, True]
+    pair = {"chosen": [USER, THINKING], "rejected": [USER, REPLY]}
+    assert as_row(Row(pair, "f", 1), Source(path="f", mode_from_reply=True))["chat_template_kwargs"] == {
+        "enable_thinking": True
+    }
 
 
 @pytest.mark.parametrize("thinks", [True, False])
@@ -229,9 +256,9 @@ def test_a_pair_is_noted_by_its_chosen_side(tmp_path):
     assert ledger(load_template("smollm3"), pairs, tmp_path, APOStage(**STAGE))["notes"] == {"mode": 1}
 
 
-@pytest.mark.parametrize("file, kind", [("tau_airline/conversations", sft), ("gsm8k/smoltalk2_sft", sft)])
-def test_real_rows_lose_nothing(shared_data, file, kind, tmp_path):
-    with open(shared_data / f"{file}.jsonl") as lines:
+@pytest.mark.parametrize("name", ["tools", "sft"])
+def test_rows_of_files_lose_nothing(rows_file, name, tmp_path):
+    with rows_file(name).open() as lines:
         rows = [json.loads(line) for line in islice(lines, 32)]
     entry = ledger(load_template("smollm3"), rows, tmp_path, sft(max_seq_len=2**18))
     says = "chat_template_kwargs" in rows[0]

@@ -280,16 +280,14 @@ def test_berkeley_types_become_json_schema():
     assert json_schema_tool(json_schema_tool(wrapped)) == json_schema_tool(wrapped)
 
 
-def test_real_berkeley_functions_become_json_schema(shared_data):
+@pytest.mark.parametrize("name", ["simple_questions", "multiple_questions"])
+def test_berkeley_functions_of_a_file_become_json_schema(rows_file, name):
     kinds, standard = set(), {"object", "array", "string", "integer", "number", "boolean"}
-    for _, row in read_rows(Source(path=str(shared_data / "bfcl" / "*e*.jsonl"))):
-        if "function" in row:
-            tools = as_row(Row({**CHAT, "tools": row["function"]}, "f", 1), Source(path="f"))["tools"]
-            kinds |= set(re.findall(r'"type": "(\w+)"', json.dumps(tools)))
-            with pytest.raises(
-                UserError, match=r"are Berkeley function-calling prompts, .* rename \{function: tools\}"
-            ):
-                validate_row(row, row.where)
+    for _, row in read_rows(Source(path=str(rows_file(name)))):
+        tools = as_row(Row({**CHAT, "tools": row["function"]}, "f", 1), Source(path="f"))["tools"]
+        kinds |= set(re.findall(r'"type": "(\w+)"', json.dumps(tools)))
+        with pytest.raises(UserError, match=r"are Berkeley function-calling prompts, .* rename \{function: tools\}"):
+            validate_row(row, row.where)
     assert kinds and kinds <= standard
 
 
@@ -429,17 +427,17 @@ def test_broken_rows_are_refused(row, message):
 
 
 @pytest.mark.parametrize(
-    "file, shape, count",
+    "name, shape",
     [
-        ("gsm8k/smoltalk2_mid.jsonl", "messages", 4000),
-        ("gsm8k/smoltalk2_sft.jsonl", "messages", 3473),
-        ("gsm8k/smoltalk2_preference.jsonl", "preference", 499),
-        ("tau_airline/conversations.jsonl", "messages", 120),
-        ("tau_airline/preference.jsonl", "preference", 18),
+        ("mid", "messages"),
+        ("sft", "messages"),
+        ("preference", "preference"),
+        ("tools", "messages"),
+        ("tool_pairs", "preference"),
     ],
 )
-def test_real_rows_are_accepted(shared_data, file, shape, count):
-    rows = list(read_rows(Source(path=str(shared_data / file))))
+def test_rows_of_files_are_accepted(rows_file, name, shape):
+    rows, count = list(read_rows(Source(path=str(rows_file(name))))), len(rows_file(name).read_bytes().splitlines())
     assert [validate_row(as_row(row, Source()), row.where) for _, row in rows] == [shape] * count
 
 

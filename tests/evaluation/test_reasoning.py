@@ -262,10 +262,10 @@ def test_mathematics(tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["pattern", "math"])
-def test_real_rows_answered_with_their_own_replies(tokenizer, gsm8k, answer):
+def test_rows_of_a_file_answered_with_their_own_replies(tokenizer, rows_file, answer):
     if answer == "math":
         pytest.importorskip("math_verify", reason="math-verify is not installed (smolpost[eval])")
-    lines = (gsm8k / "smoltalk2_sft.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    lines = rows_file("sft").read_text(encoding="utf-8").splitlines()[:40]
     rows = [("gsm8k", row) for row in map(json.loads, lines)]
     replies = {row["messages"][0]["content"]: row["messages"][1]["content"] for _, row in rows}
 

@@ -1,4 +1,4 @@
-"""Berkeley's rows asked in both styles: right replies score one, each fault is named; all real rows alike."""
+"""Berkeley's rows asked in both styles: right replies score one, each fault is named; all rows of files alike."""
 
 import copy
 import json
@@ -15,8 +15,6 @@ from smolpost.evaluation.tasks.tool_calls import ToolCalls, ToolCallsTask, categ
 from smolpost.inference.engine import Reply
 from smolpost.inference.local import LocalEngine
 from tests.evaluation.canned import Canned
-
-REAL = Path(__file__).parents[3] / "shared" / "data" / "bfcl"
 
 
 def question(number, kind="simple", **changes):
@@ -251,11 +249,11 @@ def test_bad_settings_are_refused(make, settings, message):
         make(**settings)
 
 
-# ---------------------------------------------------------------- real rows
+# ---------------------------------------------------------------- files of rows
 
 
 @pytest.fixture(scope="module")
-def real_tokenizer():
+def bpe():
     return build_tokenizer(["some words"], kind="bpe", vocab_size=400, template="smollm3")
 
 
@@ -318,22 +316,20 @@ class InOrder:
         return [[Reply(text, 1, False)] for _, text in zip(prompts, self.texts, strict=True)]
 
 
-@pytest.mark.parametrize("part", ["simple_python", "multiple"])
-def test_all_real_rows(real_tokenizer, part):
-    if not REAL.is_dir():
-        pytest.skip("the real rows of ../shared/data/bfcl are not here")
-    paths = {"questions": str(REAL / f"{part}.jsonl"), "answers": str(REAL / f"{part}_answers.jsonl")}
+@pytest.mark.parametrize("part", ["simple", "multiple"])
+def test_all_rows_of_a_file(bpe, rows_file, part):
+    paths = {name: str(rows_file(f"{part}_{name}")) for name in ("questions", "answers")}
     config = ToolCallsTask(**paths, max_rows=None)
     task = ToolCalls("bfcl", config, Context("08 July 2025", 0, lambda name: []))
-    items = task.items(real_tokenizer)
-    assert len(items) == {"simple_python": 800, "multiple": 400}[part]
+    items = task.items(bpe)
+    assert len(items) == 2 * len(rows_file(f"{part}_questions").read_bytes().splitlines())
     assert task.notes == {"rows_without_answer": 0}
     replies = {}
     for item in items:
         [(name, accepted)] = item.about.expected
         arguments = right_arguments(accepted, item.about.functions[name]["parameters"]["required"])
         style = item.about.style
-        replies.setdefault("right", []).append((item, rendered(real_tokenizer, style, name, arguments)))
+        replies.setdefault("right", []).append((item, rendered(bpe, style, name, arguments)))
         for fault, *call in faults(name, arguments):
             replies.setdefault(fault, []).append((item, written(style, *call)))
     assert {fault: len(pairs) for fault, pairs in replies.items()} == dict.fromkeys(replies, len(items))

@@ -16,6 +16,8 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
+import smolpost.stages  # registers the kinds
+from smolpost.data.practice import write_practice
 from smolpost.data.settings import PREPARE_VERSION, TOKENIZE_VERSION
 from smolpost.data.sources import read_rows
 from smolpost.registry import STAGE_KINDS, TASK_KINDS
@@ -100,6 +102,11 @@ def compared(kept, found, tolerance: float, place: str):
 def test_tasks(project):
     folder = project.stage("tasks")
     check("tasks", {file.stem: digest(file.read_text()) for file in sorted(folder.glob("*.jsonl"))})
+
+
+def test_practice(tmp_path):
+    write_practice(tmp_path, problems=40, conversations=10, pairs=10, calls=20, seed=1)
+    check("practice", {file.stem: digest(file.read_text()) for file in sorted(tmp_path.glob("*.jsonl"))})
 
 
 @pytest.mark.parametrize("stage", ["init", "byte_pairs"])

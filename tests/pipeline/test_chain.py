@@ -1,4 +1,4 @@
-"""The whole chain on 200 real rows: killed, continued, and every claim checked on what it left behind."""
+"""The whole chain on 200 rows: killed, continued, and every claim checked on what it left behind."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from smolpost.evaluation import results
 from smolpost.pipeline import manifest
 from smolpost.pipeline.lineage import Lineage
 from smolpost.report.score_tables import headlines
+from tests.made_rows import LAYERS, REAL
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -28,13 +29,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def chain_words(data_root: Path, run_dir: Path) -> list[str]:
     rows = [f"data.{name}.sources.gsm8k.max_rows={n}" for name, n in (("mid", 200), ("sft", 200), ("preference", 40))]
+    rows += ["data.heldout.sources.gsm8k.first_row=200", "data.heldout_pairs.sources.gsm8k.first_row=40"]
     small = ["hidden_size=64", "intermediate_size=128", "num_attention_heads=4"]
     return [
         "pipeline=gsm8k", "data=gsm8k_folder", f"data_root={data_root}", f"run_dir={run_dir}", *rows,
         *(f"model.architecture.{word}" for word in small), "stages.init.vocab_size=1024",
         "stages.base.global_batch_size=4", "stages.base.micro_batch_size=4", "stages.base.save_steps=2",
         "stages.long_context.max_steps=6", "stages.mid.global_batch_size=4", "stages.sft.global_batch_size=4",
+        "stages.sft.logging_steps=1",
         "stages.apo.global_batch_size=8", "stages.apo.learning_rate=1e-3", "stages.apo.logging_steps=1",
+        "stages.apo.num_epochs=4",
         "evaluation.tasks.loss.max_rows=10", "evaluation.tasks.answer.max_rows=4",
         "evaluation.tasks.answer.max_new_tokens=8", "evaluation.tasks.pairs.max_rows=6",
         "evaluation.tasks.ruler.tasks=[niah_single_1]", "evaluation.tasks.ruler.lengths=[512]",
@@ -42,10 +46,13 @@ def chain_words(data_root: Path, run_dir: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def chain(gsm8k, tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[*LAYERS[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in LAYERS[1:])]
+)
+def chain(request, made_rows, tmp_path_factory):
     """The finished chain: (words, lineage, output of the run that was killed, output of the run that finished)."""
-    words = chain_words(gsm8k, tmp_path_factory.mktemp("chain"))
+    rows = made_rows if request.param == "made" else REAL / "gsm8k"
+    words = chain_words(rows, tmp_path_factory.mktemp("chain"))
     lineage = Lineage(recipe.load(words))
     command = [sys.executable, "-m", "smolpost.cli", "run", *words]
     first = subprocess.Popen(

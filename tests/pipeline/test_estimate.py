@@ -1,11 +1,13 @@
 """How long is left: from the same stages' seconds, and silent where one of them is unknown."""
 
+import dataclasses
+
 import pytest
 
 from smolpost import recipe
 from smolpost.files import write_json
 from smolpost.pipeline import manifest
-from smolpost.pipeline.estimate import STARTING, as_stored, seconds_left
+from smolpost.pipeline.estimate import STARTING, as_stored, seconds_after, seconds_left
 from smolpost.pipeline.lineage import Lineage
 
 WORDS = ["pipeline=gsm8k", "data=gsm8k_folder", "stages.apo.seeds=[42,43]", "evaluation=none"]
@@ -63,6 +65,19 @@ def test_another_seed_is_a_basis_and_the_pace_of_this_run_counts(lineage):
     twice = 2 * (30 + 2 * STARTING)
     assert left(lineage, "apo-42", "apo-43", finished=["apo-42"], elapsed=twice) == twice
     assert left(lineage, "apo-42", "apo-43", finished=["apo-42", "apo-43"], elapsed=90.0) is None
+
+
+def test_what_follows_a_stage_is_its_own_evaluation_and_the_other_stages(lineage):
+    mid, sft = lineage.stages["mid"], lineage.stages["sft"]
+    todo = [(mid, "run"), (sft, "run")]
+    assert seconds_after(sft, todo, {"mid"}, 1.0) == 0.0  # without evaluation the last stage is the end
+    assert seconds_after(mid, todo, set(), 0.0) is None  # of sft nothing is known
+    finish(sft, "a", 60.0)
+    assert seconds_after(mid, todo, set(), 0.0) == 60 + 2 * STARTING
+    measured = dataclasses.replace(mid, measuring=("smolpost", "eval"))
+    assert seconds_after(measured, todo, set(), 0.0) is None
+    finish(mid, "a", 100.0, measuring=20.0)
+    assert seconds_after(measured, todo, set(), 0.0) == 60 + 2 * STARTING + 20 + STARTING
 
 
 def test_other_stages_of_a_similar_name_are_none(lineage):

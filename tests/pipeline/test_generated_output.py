@@ -8,7 +8,7 @@ import pytest
 
 from smolpost.cli import main
 from smolpost.files import digest
-from smolpost.synthesis.push import push
+from smolpost.publish.push import package, place_of, push
 from smolpost.synthesis.records import RequestFailed
 from tests.synthesis.fakes import thinking_reply
 from tests.synthesis.generated import Generated
@@ -42,7 +42,8 @@ def test_provenance_follows_a_row_back_to_its_request(generated):
 
 
 def test_addresses_and_names_of_keys_are_not_published(generated, tmp_path):
-    push(generated.make(), f"file://{tmp_path}/out")
+    found = package(generated.make())
+    push(found, place_of(f"file://{tmp_path}/out", found))
     for file in (tmp_path / "out").iterdir():
         assert b"secret-host" not in file.read_bytes() and b"api_key" not in file.read_bytes(), file
     assert "| model | fake |" in (tmp_path / "out" / "README.md").read_text()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from smolpost.errors import UserError
-from smolpost.pipeline.models import NamedModel, model_named
+from smolpost.pipeline.models import NamedModel, finished_folder, model_named
 
 
 def made(root, pipeline: str, stage: str, key: str, finished: str, model: bool = True):
@@ -25,6 +25,8 @@ def test_a_url_and_a_folder_are_what_they_say(tmp_path):
     assert model_named(str(tmp_path), []).folder == tmp_path
     with pytest.raises(UserError, match="/nowhere does not exist; name a checkpoint folder, a stage, or the URL"):
         model_named(f"{tmp_path}/nowhere", [])
+    with pytest.raises(UserError, match=r"config\.json is a file; name a checkpoint folder, a stage, or the URL"):
+        model_named(f"{tmp_path}/config.json", [])
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"data has no config\.json, so it is not a checkpoint"):
         model_named(f"{tmp_path}/data", [])
@@ -54,3 +56,13 @@ def test_a_stage_of_a_pipeline_must_make_a_model_and_be_finished(tmp_path):
         model_named("sft", words)
     with pytest.raises(UserError, match="sfft"):
         model_named("sfft", words)
+
+
+def test_a_finished_folder_is_of_any_kind(tmp_path):
+    words = [f"run_dir={tmp_path}"]
+    rows = made(tmp_path, "mine", "traces", "t1", "2026-01-01T00:00:00+00:00", model=False)
+    assert finished_folder("traces", words) == rows == finished_folder(str(rows), [])
+    with pytest.raises(UserError, match=r"nothing is not a folder, and no run under .* has a finished stage"):
+        finished_folder("nothing", words)
+    with pytest.raises(UserError, match="stage tasks is not finished"):
+        finished_folder("tasks", ["pipeline=tiny", *words])

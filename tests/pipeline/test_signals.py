@@ -94,7 +94,7 @@ class Run:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "ctrl-C"])
 def test_a_signal_to_run_alone_saves_after_the_step(cut, tmp_path, name):
     run = Run(cut, tmp_path / "log")
-    run.until("'loss'")
+    run.until("/60 ")  # a line of the training's log
     os.kill(run.process.pid, {"ctrl-C": signal.SIGINT}.get(name) or getattr(signal, name))
     run.stopped_at(name)
 
@@ -122,7 +122,7 @@ def test_ctrl_c_while_the_launcher_starts(whole, tmp_path):
 
 def test_a_second_signal_kills_what_does_not_end(whole, tmp_path):
     run = Run(untrained(whole, tmp_path), tmp_path / "log")
-    run.until("'loss'")
+    run.until("/60 ")  # a line of the training's log
     [training] = psutil.Process(run.process.pid).children()
     training.suspend()
     os.kill(run.process.pid, signal.SIGTERM)
@@ -142,7 +142,7 @@ def test_a_terminal_that_is_closed(whole, tmp_path):
         words = [sys.executable, "-m", "smolpost.cli", "run", *small.words, "stage=sft"]
         os.execve(sys.executable, words, environment())
     seen = b""
-    while not re.search(rb"'loss'[^\n]*\n", seen):  # not in the middle of a line, whose rest would be an error at once
+    while not re.search(rb"/60 [^\n]*\n", seen):  # not in the middle of a line, whose rest would be an error at once
         seen += os.read(terminal, 65536)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
@@ -156,7 +156,7 @@ def test_a_terminal_that_is_closed(whole, tmp_path):
 def test_ranks_stop_at_the_same_step(whole, tmp_path, config, name):
     small, words = untrained(whole, tmp_path), (f"accelerate={config}", "accelerate.num_processes=2")
     run = Run(small, tmp_path / "log", *words)
-    run.until("'loss'")
+    run.until("/60 ")  # a line of the training's log
     os.kill(run.process.pid, {"ctrl-C": signal.SIGINT}.get(name) or getattr(signal, name))
     run.stopped_at(name)
     done = small.smolpost("run", "stage=sft", *words)
@@ -173,7 +173,7 @@ def test_ranks_of_a_pasted_launch_stop_at_their_own_signal(whole, tmp_path, conf
     """accelerate's own launcher passes nothing on, but schedulers signal the ranks too: one of them is enough."""
     small = untrained(whole, tmp_path)
     run = Run(small, tmp_path / "log", command=small.launch_command("sft", config, num_ranks))
-    run.until("'loss'")
+    run.until("/60 ")  # a line of the training's log
     ranks = [p for p in run.processes("smolpost.train") if not any("accelerate" in word for word in p.cmdline())]
     assert len(ranks) == num_ranks
     ranks[-1].terminate()

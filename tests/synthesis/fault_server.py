@@ -140,6 +140,29 @@ class Answer(NamedTuple):
     content_type: str = "application/json"
     headers: tuple[str, ...] = ()
 
+    def streamed(self) -> "Answer":
+        """The same chat completion as server-sent events: a word of the reply in each, then the end and the counts."""
+        try:
+            content = json.loads(self.body)
+            choice, usage = content["choices"][0], content.pop("usage")
+        except (ValueError, LookupError):  # an error, or what is no chat completion
+            return self
+        deltas = [
+            {name: word}
+            for name in ("reasoning", "reasoning_content", "content")
+            for word in re.findall(r"\S+\s*|\s+", choice.get("message", {}).get(name) or "")
+        ]
+        for call in choice.get("message", {}).get("tool_calls") or ():
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            deltas.append({"tool_calls": [call | {"index": 0, "function": {"name": name, "arguments": ""}}]})
+            deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in arguments]
+        choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
+        choices.append([{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}])
+        chunks = [content | {"object": "chat.completion.chunk", "choices": part} for part in choices]
+        chunks.append(content | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+        return Answer(200, "".join(lines).encode(), "text/event-stream")
+
     def head(self) -> bytes:
         lines = [
             f"HTTP/1.1 {self.status} Said", f"Content-Type: {self.content_type}",
@@ -200,11 +223,12 @@ class Service:
         pages: dict[str, Any] = {"/v1/models": {"object": "list", "data": models}}
         if self.faults.kind != "vllm":
             pages["/v1/models"]["data"] = [{"id": model["id"], "object": "model"} for model in models]
-        if self.faults.kind == "transformers":  # without a cache to list
+        if self.faults.kind == "transformers" and path != "/health":  # without a cache to list
             return as_json(500, {"detail": "Cache directory not found"})
         pages |= {
             "vllm": {"/version": {"version": "0.11.0"}, "/health": {}},
             "sglang": {"/get_server_info": {"version": "0.5.3", "model_path": self.faults.models[0]}},
+            "transformers": {"/health": {"status": "ok"}},
             "llama_cpp": {"/props": {"build_info": "b6700-abc", "chat_template": "{{ messages }}"}},
         }.get(self.faults.kind, {})
         return as_json(200, pages[path]) if path in pages else as_json(404, {"detail": "Not Found"})
@@ -344,6 +368,8 @@ class Connection(asyncio.Protocol):
         if await self.broken(action, noted):
             return None
         answer = answer_of(action, reply(text, body, action, service.faults))
+        if body.get("stream"):
+            answer = answer.streamed()
         service.answered += answer.status == 200
         service.note("/v1/chat/completions", answer.status, **noted)
         if action == "drop":

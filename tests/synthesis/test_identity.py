@@ -7,6 +7,9 @@ import pytest
 from smolpost.errors import UserError
 from smolpost.synthesis import identity
 from smolpost.synthesis.client import ChatEngine
+from smolpost.synthesis.connection import Connection
+from smolpost.synthesis.identity import server_kind
+from smolpost.synthesis.settings import SERVERS
 from tests.synthesis.asking import KEY, asked, identify, teacher_of
 from tests.synthesis.fault_server import start_fault_server
 
@@ -17,6 +20,16 @@ def test_the_server_says_who_it_is(tmp_path):
             "server": "vllm", "model": "teacher", "revision": "abc", "max_model_len": 131072, "version": "0.11.0",
             "template": None, "modes": ["default"],
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_which_server_answers_is_seen_from_its_pages(tmp_path, kind):
+    async def ask():
+        async with Connection(server.url, None, key=KEY) as connection:
+            return await server_kind(connection)
+
+    with start_fault_server(tmp_path, kind=kind) as server:
+        assert asyncio.run(ask()) == kind
 
 
 def test_the_probe_tries_the_modes_that_are_needed(tmp_path):

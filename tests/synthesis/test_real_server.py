@@ -1,24 +1,29 @@
 """A real server: a tiny model that thinks, behind `transformers serve` on loopback, asked by the real client."""
 
 import asyncio
+import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from smolpost import cli
 from smolpost.errors import UserError
+from smolpost.pipeline import manifest
 from smolpost.synthesis.client import ChatEngine
 from smolpost.synthesis.probe import probe
 from smolpost.synthesis.records import Reply, Request, RequestFailed
 from smolpost.synthesis.settings import Teacher
 from tests.small import environment
 from tests.synthesis.thinking_model import NUMBERS, Server, answer, question, reasoning, served
+from tests.synthesis.tiny_checkpoints import make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow  # training the models takes half a minute
 
@@ -135,25 +140,61 @@ def test_a_server_that_is_killed_and_restarted_loses_no_reply(thinking_models, c
 
 
 def test_smolpost_serve_runs_the_server(thinking_models, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "mine.yaml").write_text(
         f"model: {thinking_models[0]}\nserver: transformers\nurl: http://127.0.0.1:{port}/v1\nserve: {{device: cpu}}\n"
     )
-    command = [sys.executable, "-m", "smolpost.cli", "serve", "mine", "--recipes", str(tmp_path), "--run"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=Path.cwd())
+    with _serving(port, tmp_path, "mine", "--recipes", str(tmp_path)):
+        pass
+    assert not _answers(port)  # the program is the server itself: nothing is left behind
+
+
+def test_a_served_stage_replies_as_it_does_in_this_process(tmp_path, monkeypatch):
+    tokenizer, folder, port = make_tokenizer(), tmp_path / "runs" / "mine" / "sft-0", _free_port()
+    make_model(0, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    manifest.write(folder, stage="sft", key="0")
+    (tmp_path / "p.txt").write_text("2+2?\nHello, who are you?\n")
+    with _serving(port, tmp_path, "sft", f"run_dir={tmp_path}/runs", "--server", "transformers", "--port", str(port)):
+        monkeypatch.chdir(tmp_path)
+        models = ["sft", f"http://127.0.0.1:{port}/v1", "--model", str(folder), f"run_dir={tmp_path}/runs"]
+        with pytest.raises(SystemExit) as end:
+            cli.main(["sample", *models, "--prompts", "p.txt", "--temperature", "0", "--max-new-tokens", "24"])
+        assert end.value.code == 0
+    entries = [json.loads(line) for line in (tmp_path / "samples.replies.jsonl").read_text().splitlines()]
+    replies: dict[tuple, list] = {}
+    for entry in entries:
+        said = entry["reply"]
+        counts = [said[name] for name in ("finish_reason", "prompt_tokens", "completion_tokens")]
+        replies.setdefault((entry["prompt"], entry["mode"]), []).append([said["raw"]["content"] or "", *counts])
+    assert len(replies) == 4 and all(here == there for here, there in replies.values()), replies
+    assert len({here[0] for here, _ in replies.values()}) > 1
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _serving(port: int, folder: Path, *words: str) -> Iterator[None]:
+    """`smolpost serve WORDS --run`, from when it answers."""
+    command = [sys.executable, "-m", "smolpost.cli", "serve", *words, "--run"]
+    variables = environment() | {"HF_HUB_CACHE": str(folder / "cache")}
+    (folder / "cache").mkdir()
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=Path.cwd())
     try:
         deadline = time.monotonic() + 120
         while not _answers(port):
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.2)
+        yield
     finally:
         process.terminate()
         assert process.wait(timeout=30) is not None
-    assert not _answers(port)  # the program is the server itself: nothing is left behind
 
 
 def _answers(port: int) -> bool:

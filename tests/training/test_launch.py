@@ -88,7 +88,18 @@ def test_a_log_file_holds_our_lines_and_no_library_warns(started, tmp_path, conf
     assert [re.sub(r"\d+ s$", "", line) for line in done.stderr.split("\n")] == [
         "tokenize sft: 120 rows in ", f"train on {ranks} x cpu: 4 steps in ", ""
     ]  # fmt: skip
+    folder = small.folder_of("sft", "stages.sft.max_steps=4", *words)
+    said = done.stdout.partition("shows its rows\n")[2].splitlines()  # after the table of the prepared rows
+    # DeepSpeed prints it on a CPU, once for each rank.
+    said = [line for line in said if not re.fullmatch(r"DeepSpeed \S+ built successfully", line)]
+    assert said[-1] == str(folder) and [line.split()[0] for line in said[:-1]] == [
+        "learning", "step", "1/4", "2/4", "3/4", "4/4"
+    ]  # fmt: skip
     assert "WARN" not in done.stdout.upper() and "\r" not in done.stdout and "\x1b" not in done.stdout
+    kept = (folder.parent / "logs" / f"{folder.name}.log").read_text().splitlines()
+    assert kept[0].startswith("--- 20") and kept[-1].endswith("ends with exit code 0")
+    own = [line for line in kept[1:-1] if not line.startswith("[rank 1] ")]
+    assert sorted(own) == sorted(done.stdout.splitlines() + done.stderr.splitlines())
 
 
 def test_forks_of_a_run_give_the_bytes_of_the_pasted_commands(started, single, tmp_path):

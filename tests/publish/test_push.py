@@ -14,12 +14,19 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from smolpost.cli import main
 from smolpost.errors import UserError
 from smolpost.files import MANIFEST, hashes, write_json
-from smolpost.synthesis import push as pushing
+from smolpost.publish import filesystems
+from smolpost.publish.push import package, place_of
+from smolpost.publish.push import push as put
+from smolpost.publish.targets import PUSHED
 from smolpost.synthesis import results
-from smolpost.synthesis.push import PUSHED, push
 from tests.synthesis.outcomes import FACTS, accepted, filtered
 
 ALL = {"README.md", "report.json", "failed.jsonl", "filtered.jsonl", "provenance.parquet", "rows.parquet", PUSHED}
+
+
+def push(folder, target, *, replace=False, public=False, **settings):
+    found = package(folder, target, **settings)
+    return put(found, place_of(target, found, public=public), replace=replace)
 
 
 def stage(folder, *identities: str, key: str):
@@ -57,10 +64,17 @@ def target(request, tmp_path):
 
 def test_everything_arrives(first, target, capsys):
     url, there = target
-    with pytest.raises(SystemExit) as end:
-        main(["push", str(first), url])
-    assert end.value.code == 0
-    assert capsys.readouterr().out.startswith(f"{url}: 2 rows of key k1 (README.md, ")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as end:
+            main(["push", str(first), url, *words])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    assert run().endswith("nothing was written and nobody was asked; --check looks at the target; --yes pushes\n")
+    assert f"{url} is empty\n" in run("--check") and not there()
+    assert run("--yes").startswith(f"{url}: 2 rows of key k1 (README.md, ")
+    assert f"{url} holds this already; --yes would write nothing\n" in run("--check")
     assert set(there()) == ALL
     for name in ALL - {PUSHED}:
         assert there()[name] == (first / name).read_bytes()
@@ -81,7 +95,7 @@ def test_the_owners_changes_of_the_card_are_pushed(first, target):
     push(first, url)
     text = (first / "README.md").read_text()
     (first / "README.md").write_text(text.replace("---\n", "---\nlicense: cc-by-4.0\n", 1) + "\n## Thanks\n\nTo ëll.\n")
-    with pytest.raises(UserError, match="--replace puts these"):
+    with pytest.raises(UserError, match="--replace puts this"):
         push(first, url)
     push(first, url, replace=True)
     assert there()["README.md"] == (first / "README.md").read_bytes()
@@ -98,7 +112,7 @@ def test_the_owners_changes_of_the_card_are_pushed(first, target):
 def test_other_rows_are_replaced_only_when_asked(first, second, target):
     url, there = target
     push(first, url)
-    with pytest.raises(UserError, match="holds the rows of key k1; --replace puts these"):
+    with pytest.raises(UserError, match="holds what was pushed of key k1; --replace puts this"):
         push(second, url)
     assert there()["rows.parquet"] == (first / "rows.parquet").read_bytes()
     push(second, url, replace=True, with_provenance=False)
@@ -129,15 +143,15 @@ def test_an_interrupted_push_leaves_nothing_that_loads(first, second, target, mo
     url, there = target
     if before:
         push(first, url)
-    put, done = pushing._put, []
+    write, done = filesystems._put, []
 
     def stops(system, path, file):
         if len(done) == writes:
             raise KeyboardInterrupt
         done.append(path)
-        put(system, path, file)
+        write(system, path, file)
 
-    monkeypatch.setattr(pushing, "_put", stops)
+    monkeypatch.setattr(filesystems, "_put", stops)
     with pytest.raises(KeyboardInterrupt):
         push(second, url, replace=before)
     if writes == 0:
@@ -146,7 +160,7 @@ def test_an_interrupted_push_leaves_nothing_that_loads(first, second, target, mo
         assert not loads(there())
     else:  # all but the last word: the rows are whole
         assert there()["rows.parquet"] == (second / "rows.parquet").read_bytes()
-    monkeypatch.setattr(pushing, "_put", put)
+    monkeypatch.setattr(filesystems, "_put", write)
     push(second, url, replace=before)  # the same command
     assert set(there()) == ALL and there()["rows.parquet"] == (second / "rows.parquet").read_bytes()
 
@@ -164,11 +178,11 @@ def test_what_cannot_be_pushed(first, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write_json(other / MANIFEST, {"key": "k"})
-    refused("holds no synthetic data", other)
+    refused("is of kind None, which makes neither a trained model nor synthetic data", other)
     refused("Protocol not known: nowhere", target="nowhere://x")
     refused("is not a target; give a dataset id", target="/data/rows")
     refused("is a file or folder here; write file://", target=str(tmp_path / "first"))
-    refused("--public is for datasets on the Hub", public=True)
+    refused("--public is for the Hub", public=True)
     (tmp_path / "file").write_text("x")
     refused("is a file; name a folder", target=f"file://{tmp_path}/file")
     refused("NotADirectoryError", target=f"file://{tmp_path}/file/below")
@@ -185,9 +199,10 @@ class FakeHub:
     endpoint = "https://huggingface.co"
 
     def __init__(self, folder):
-        self.folder, self.files, self.private, self.commits = folder, None, None, []
+        self.folder, self.files, self.private, self.commits, self.repo_type = folder, None, None, [], "dataset"
 
-    def dataset_info(self, identity):
+    def repo_info(self, identity, *, repo_type):
+        assert repo_type == self.repo_type
         if self.files is None:
             response = SimpleNamespace(headers={}, request=None, status_code=404)
             raise RepositoryNotFoundError("404", response=response)
@@ -196,7 +211,7 @@ class FakeHub:
         )
 
     def create_repo(self, identity, *, repo_type, private, exist_ok):
-        assert repo_type == "dataset" and exist_ok
+        assert repo_type == self.repo_type and exist_ok
         if self.files is None:
             self.files, self.private = {".gitattributes": b""}, private
 
@@ -204,7 +219,8 @@ class FakeHub:
         (self.folder / name).write_bytes(self.files[name])
         return str(self.folder / name)
 
-    def create_commit(self, identity, operations, *, commit_message, repo_type):
+    def create_commit(self, identity, operations, *, commit_message, repo_type, parent_commit):
+        assert parent_commit == ("0" * 40 if self.commits else None)
         for operation in operations:
             if isinstance(operation, huggingface_hub.CommitOperationAdd):
                 with operation.as_file() as content:
@@ -227,7 +243,7 @@ def test_hub_gets_one_private_commit(first, second, hub, tmp_path):
     assert line.startswith("https://huggingface.co/datasets/me/rows: 2 rows of key k1") and line.endswith("; private")
     assert set(hub.files) == ALL | {".gitattributes"} and hub.private and hub.commits == ["smolpost push k1"]
     assert push(first, "hf://datasets/me/rows").endswith(", as before") and len(hub.commits) == 1
-    with pytest.raises(UserError, match="holds the rows of key k1"):
+    with pytest.raises(UserError, match="holds what was pushed of key k1"):
         push(second, "me/rows")
     push(second, "me/rows", replace=True, with_provenance=False)
     assert set(hub.files) == {"README.md", "report.json", "rows.parquet", PUSHED, ".gitattributes"}

@@ -1,0 +1,34 @@
+"""smolpost new: a first pipeline for a checkpoint and rows of the user's own."""
+
+import argparse
+
+from smolpost import screen
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="of the pipeline; it is written to NAME.yaml in the current folder"
+    )
+    parser.add_argument("--checkpoint", metavar="MODEL", help="folder or Hub id of the model to train")
+    parser.add_argument("--sft", nargs="+", action="extend", metavar="FILE", help="conversations: JSONL, JSON, Parquet")
+    parser.add_argument(
+        "--preference", nargs="+", action="extend", metavar="FILE", help="pairs of a chosen and a rejected reply"
+    )
+    parser.add_argument(
+        "--roles",
+        nargs="+",
+        action="extend",
+        metavar="NAME=ROLE",
+        help="roles with names of their own, as bot=assistant",
+    )
+    parser.add_argument("--lora", action="store_true", help="train low-rank adapters instead of all weights")
+    parser.add_argument("--gpus", type=int, metavar="N", help="that train; default: those of this machine")
+
+
+def command(options: argparse.Namespace) -> int:
+    from smolpost.starting.command import new
+    from smolpost.starting.questions import asked
+
+    console = screen.console()
+    new(asked(options, console), console)
+    return 0

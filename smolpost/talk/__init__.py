@@ -1,0 +1,1 @@
+"""Talking to models at a terminal or through a pipe."""
