@@ -142,8 +142,28 @@ def check_prefix(text: str, prefix: str) -> None:
 
 def _reply(conversation: Conversation, text: str, i: int, stops: list[str]) -> tuple[int, int]:
     before = replace(conversation, messages=conversation.messages[:i], add_generation_prompt=True).text()
+    if i == len(conversation.messages) - 1 and not text.startswith(before):
+        raise _unlike_prompt(conversation, text, i, before)
     check_prefix(text, before)
     end = turn_end(conversation, text, i, stops)
     if end < len(before):
         raise UserError(f"messages[{i}]: the chat template's generation prompt is longer than the turn it begins")
     return len(before), end
+
+
+def _unlike_prompt(conversation: Conversation, text: str, i: int, before: str) -> UserError:
+    """The error for a last reply whose prompt is not what the rendering begins with.
+
+    Args:
+        before: The prompt.
+    """
+    history = replace(conversation, messages=conversation.messages[:i]).text()
+    if not text.startswith(history):
+        return UserError(
+            f"the chat template renders the turns before messages[{i}] differently when it follows; use a template "
+            "that does not, such as smollm3"
+        )
+    return UserError(
+        f"messages[{i}]: the chat template asks for this reply with {before[len(history) :]!r} and then writes "
+        f"{text[len(history) :][:40]!r}; correct the row's enable_thinking or think block, or use another template"
+    )

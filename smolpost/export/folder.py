@@ -43,7 +43,10 @@ class ExportSource:
         file = self.folder / "config.json"
         config = read_config(file)
         if not isinstance(config, SmolLM3Config):
-            raise UserError(f"{file}: model_type={config.model_type} is not exported; only smollm3 is")
+            raise UserError(
+                f"{file}: model_type={config.model_type} is not exported; only smollm3 is; vLLM, SGLang and "
+                "transformers serve the folder as it is"
+            )
         return config
 
     @cached_property

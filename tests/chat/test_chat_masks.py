@@ -250,7 +250,7 @@ def test_template_that_rewrites_history_is_refused(bpe):
     rewriting.chat_template = rewriting.chat_template.replace("}}{% endg", "}}<|im_end|>{% endg")
     with pytest.raises(UserError, match="renders earlier turns differently when later turns follow"):
         trained_by_prefixes(rewriting, dialog, today=DAY)
-    with pytest.raises(UserError, match="renders earlier turns differently"):
+    with pytest.raises(UserError, match=r"renders the turns before messages\[3\] differently"):
         encode_pair(rewriting, dialog, [*dialog[:3], {"role": "assistant", "content": "c"}], today=DAY)
 
 
