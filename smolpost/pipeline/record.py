@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from smolpost.files import MANIFEST, read_json, write_json
 from smolpost.pipeline import manifest
 
-if TYPE_CHECKING:  # they import hydra, which `smolpost status` can do without
+if TYPE_CHECKING:  # `smolpost status` needs none of what they import
     from smolpost.pipeline.lineage import Located
     from smolpost.recipe import Request
 

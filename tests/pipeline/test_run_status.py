@@ -16,7 +16,7 @@ from smolpost.pipeline import logs, manifest, record, status
 from smolpost.pipeline.run import _stopped
 
 KEY = "0123456789ab"
-STEP = {"step": 30, "steps": 120, "loss": 1.25, "tokens_per_second": 5000.0, "seconds_left": 100.0}
+STEP = {"step": 30, "steps": 120, "loss": 1.25, "tokens_per_second": 5000.0, "seconds_left": 600.0}
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_running_stage_shows_its_step_and_how_to_follow_it(runs, capsys, monke
     monkeypatch.setenv("COLUMNS", "120")
     with stage_log.held(log_of(runs)):
         assert shown(capsys)[2:] == [
-            "  sft    training  step 30 of 120, loss 1.25, 5,000 tokens/s, about 2 min left",
+            "  sft    training  step 30 of 120, loss 1.25, 5,000 tokens/s, about 10 min left",
             "  apo-1  waiting",
             "follow it: `smolpost logs sft --follow`",
         ]
