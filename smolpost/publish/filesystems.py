@@ -26,7 +26,7 @@ class FolderPlace:
     def __init__(self, url: str):
         import fsspec
 
-        self.url, self.words = url, f"folder {url}, with the permissions that it has"
+        self.url, self.what, self.access = url, "folder", ""
         try:
             self._system, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:

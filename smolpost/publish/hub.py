@@ -34,7 +34,7 @@ class HubPlace:
             )
         self.identity, self.repo_type, self.public, self._api = identity, repo_type, public, HfApi()
         self.url = f"{self._api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{identity}"
-        self.words = f"{repo_type} repository {self.url}, {'open to all' if public else 'private'}"
+        self.what, self.access = f"{repo_type} repository", "open to all" if public else "private"
         self._commit: str | None = None  # that was looked at
 
     def look(self) -> Target:

@@ -147,6 +147,8 @@ def _what(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
 
 def _use(folder: Path, name: str) -> str:
+    if not (folder / "tokenizer_config.json").is_file():
+        return "## Use\n\nThe checkpoint has no tokenizer; load it with that of the model that it comes from.\n"
     file = folder / "chat_template.jinja"
     if not file.is_file():
         return PLAIN_USE.format(name=name)

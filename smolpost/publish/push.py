@@ -94,7 +94,7 @@ def push(package: Package, place: Place, *, replace: bool = False) -> str:
     if is_there(package, found, place.url, replace):
         return f"{line}, as before"
     place.write(package, found)
-    return f"{line}; {place.words.rpartition(', ')[2]}"
+    return f"{line}; {place.access}" if place.access else line
 
 
 def check(package: Package, place: Place, *, replace: bool = False) -> str:
@@ -113,7 +113,7 @@ def described(folder: Path, package: Package, place: Place) -> Iterator[str]:
     """What a push would write, line by line."""
     yield f"what      {package.summary}"
     yield f"from      {folder}"
-    yield f"to        {place.words}"
+    yield f"to        {place.what} {place.url}{f', {place.access}' if place.access else ''}"
     sizes = {name: entry["bytes"] for name, entry in package.stated["files"].items()}
     for name, size in sizes.items():
         yield f"{'file' if name == next(iter(sizes)) else '':10}{size:>15,} bytes  {name}"

@@ -31,11 +31,13 @@ class Place(Protocol):
 
     Attributes:
         url: For people.
-        words: What it is, and who can read what is pushed there.
+        what: What it is, such as "folder".
+        access: Who can read what is pushed there; "" where the place itself decides.
     """
 
     url: str
-    words: str
+    what: str
+    access: str
 
     def look(self) -> Target:
         """
