@@ -8,6 +8,7 @@ from smolpost.importing.draft import Draft
 from smolpost.importing.trl_data import datasets
 from smolpost.importing.trl_keys import DIFFERING, LEFT_OUT, OWN, REMOVED, RENAMED
 from smolpost.screen import shown
+from smolpost.training.trackers import MODULES
 
 PACKINGS = {"bfd": "bfd", "bfd_split": "bfd", "bfd-requeue": "bfd", "ffd": "bfd", "wrapped": "wrapped"}
 KINDS = {"sft": ("sft", "sft"), "dpo": ("apo", "preference"), "kto": ("kto", "preference")}  # -> kind, mixture
@@ -211,10 +212,13 @@ def _weights(draft: Draft) -> None:
     if keys.given(workers):
         draft.copy(workers, ".num_workers", int, None)
     reported = [str(name) for name in keys.take("report_to", list, [])]
-    if reported and reported != ["all"]:
-        draft.set(".report_to", [name for name in reported if name != "none"], "report_to")
-    elif reported:
+    if reported == ["all"]:
         draft.left_out("report_to", "report_to names trackers one by one; tensorboard is the default")
+    elif reported:
+        known = [name for name in reported if name in MODULES]
+        draft.set(".report_to", known, "report_to")
+        if unknown := [name for name in reported if name not in known and name != "none"]:
+            draft.differs("report_to", f"{', '.join(unknown)} cannot be named here; choose from {', '.join(MODULES)}")
 
 
 def _adapters(draft: Draft, model: str) -> None:

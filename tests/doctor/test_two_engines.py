@@ -174,7 +174,7 @@ def test_a_verb_prints_both_engines_side_by_side(clinic, capsys, monkeypatch):
     lines = [line.split() for line in text.splitlines()]
     assert code == 0 and lines[0] == ["step", "number", "smolpost", "trl", "difference", "verdict"]
     assert sum(line[-1:] == ["pass"] for line in lines) == 13 and "both engines agree" in text
-    assert "learning" not in text  # the trainers' own lines
+    assert "peak" not in text  # the trainers' own lines
     right = ApoZero.values
     monkeypatch.setattr(ApoZero, "values", lambda *args: right(*args) + 0.25)
     code, text = call()
