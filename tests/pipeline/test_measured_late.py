@@ -16,7 +16,7 @@ def test_evaluations_wait_for_the_stages_that_write_their_rows(tmp_path, monkeyp
     words = ["pipeline=tiny", f"run_dir={tmp_path}"]
     lineage, done = Lineage(recipe.load(words)), []
 
-    def execute(command, console):
+    def execute(command, console, variables):
         """Leave what the command would: a manifest, or scores."""
         stage = lineage.stages[command[-1].removeprefix("stage=")]
         if command[:2] == ("smolpost", "eval"):

@@ -31,7 +31,7 @@ class Run:
     def lineage(self, *more) -> Lineage:
         return Lineage(recipe.load([*self.words, *more]))
 
-    def execute(self, command, console):
+    def execute(self, command, console, variables):
         lineage = self.lineage(*self.more)
         stage = lineage.stages[command[-1].removeprefix("stage=")]
         if command[1] == "eval":
