@@ -293,6 +293,17 @@ def test_a_refusal_is_one_line_and_writes_nothing(here, capsys, monkeypatch, cas
     assert sorted(here.rglob("*")) == before
 
 
+def test_the_name_may_stand_after_the_files(here, capsys):
+    words = ["new", "--checkpoint", "base", "--sft", write("a.jsonl", [chat("a", "b")] * 3)]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "mine"])
+    assert end.value.code == 0 and Path("mine.yaml").is_file()
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert "new needs a NAME for the pipeline, such as `smolpost new mine`" in capsys.readouterr().err
+
+
 def test_what_plan_refuses_leaves_nothing_behind(here, monkeypatch):
     def refuse(request):
         raise UserError("refused")
