@@ -347,8 +347,8 @@ def test_the_documented_example_is_real(here, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     page = (FILES.parent.parent / "docs/importing.md").read_text()
     settings, rest = page.split('```yaml title="sft.yaml"\n')[1].split("```", 1)
-    typed, printed = rest.split("```console\n")[1].split("```")[0].split("\n", 1)
+    typed, printed = rest.split("```console\n")[1].split("```")[0].split("\n$ ")[0].split("\n", 1)
     assert typed == "$ smolpost import sft.yaml --num-processes 8"
     Path("sft.yaml").write_text(settings)
     import_command(Path("sft.yaml"), num_processes=8)
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out.rstrip("\n") == printed.rstrip("\n")
