@@ -353,17 +353,19 @@ def context(lineage: Lineage, tasks: Iterable[str]):
 
 
 def adopt(folder: Path) -> None:
-    """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key.
+    """Give a checkpoint from elsewhere a manifest, with a hash of its files as its key; one that has it is verified.
 
     Raises:
-        UserError: The folder is not a checkpoint that loads completely, or it has a manifest already.
+        UserError: The folder is not a checkpoint that loads completely, or its files are not those of its manifest.
     """
     from smolpost.model.loading import check_usable
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    if manifest.read(folder):
-        raise UserError(f"{folder} has a {MANIFEST} already")
+    if made := manifest.read(folder):
+        verify(folder)
+        print(f"{folder} has a {MANIFEST} with key {made['key']} already, and its files are those that it lists")
+        return
     check_usable(folder)
     files = hashes(folder)
     key = digest({name: entry["sha256"] for name, entry in files.items()})

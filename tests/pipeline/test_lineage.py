@@ -155,6 +155,12 @@ def test_a_checkpoint_without_manifest_is_refused_until_adopted(words, tmp_path)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     adopt(folder)
     assert Lineage(recipe.load(plain)).stages["base"].parent_keys == {"checkpoint": manifest.read(folder)["key"]}
+    before = (folder / "manifest.json").read_bytes()
+    adopt(folder)
+    assert (folder / "manifest.json").read_bytes() == before
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json is not the file that was written"):
+        adopt(folder)
 
 
 # ---------------------------------------------------------------- templates and tokenized rows
