@@ -3,16 +3,29 @@
 import ast
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from smolpost import cli
+from smolpost import cli, registry
 from tests.page_files import write_inputs
 from tests.pages import PAGES, Reader, blocks, check_meaning, commands, write_files
 from tests.small import ROOT, call
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 TYPED = [page for page in PAGES if any(b.language == "console" and not b.not_run for b in blocks(page))]
+
+
+@pytest.fixture(autouse=True)
+def no_plugin_stays(monkeypatch):
+    """What the plugins of a page register is there in its test alone."""
+    for entries in (kind for kind in vars(registry).values() if isinstance(kind, registry.Registry)):
+        monkeypatch.setattr(entries, "_entries", dict(entries))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if "." not in name and (Path.cwd() / f"{name}.py").is_file():
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

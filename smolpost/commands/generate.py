@@ -2,7 +2,7 @@
 
 import argparse
 
-from smolpost.commands.words import add_words, one_stage, previewed, taken, words_of
+from smolpost.commands.words import add_words, one_stage, part, previewed, words_of
 from smolpost.errors import UserError
 
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     from smolpost.pipeline import steps
 
-    words, task = taken(words_of(options), "task", "the number of a task", 0, 0)
+    words, task = part(words_of(options))
     words, rows = previewed(words)
     if task is not None and rows is not None:
         raise UserError(f"task={task} goes with `smolpost generate`, without preview; leave it out")

@@ -3,7 +3,7 @@
 import argparse
 
 from smolpost import screen
-from smolpost.commands.words import add_words, one_stage, previewed, words_of
+from smolpost.commands.words import add_words, one_stage, part, previewed, words_of
 from smolpost.errors import UserError
 
 
@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     from smolpost.pipeline import steps
 
-    words = words_of(options)
-    if task := next((word for word in words if word.startswith("task=")), None):
-        raise UserError(f"{task} goes with `smolpost generate`, without preview; leave it out")
+    words, task = part(words_of(options))
+    if task is not None:
+        raise UserError(f"task={task} goes with `smolpost generate`, without preview; leave it out")
     words, rows = previewed(words)
     _, lineage, stage = one_stage(words)
     if rows is not None:

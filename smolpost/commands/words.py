@@ -73,3 +73,8 @@ def taken(words: list[str], name: str, what: str, least: int, example: int) -> t
 def previewed(words: list[str]) -> tuple[list[str], int | None]:
     """The words without preview=N, and N."""
     return taken(words, "preview", "a number of prompts", 1, 10)
+
+
+def part(words: list[str]) -> tuple[list[str], int | None]:
+    """The words without task=K, and K."""
+    return taken(words, "task", "the number of a task", 0, 0)

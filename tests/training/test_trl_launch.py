@@ -156,5 +156,5 @@ def test_a_log_file_holds_our_lines_and_no_library_warns(alone):
     assert done.returncode == 0, done.stderr
     lines = [re.sub(r"\d+ s$", "", line) for line in done.stderr.splitlines()]
     assert [line for line in lines if not line.startswith("tokenize")] == ["train on 1 x cpu: 2 steps in "]
-    steps = [line for line in done.stdout.splitlines() if re.match(r" *\d/2 ", line)]
+    steps = [line for line in done.stdout.splitlines() if re.match(r" *\d/2 +[\d.]+ ", line)]
     assert len(steps) == 2 and all(len(line) <= 80 for line in steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -181,6 +182,6 @@ def test_a_trl_that_is_not_there_is_said_in_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "smolpost.training.with_trl.sft")
     monkeypatch.delattr("smolpost.training.with_trl.sft")
     monkeypatch.setitem(sys.modules, "trl", None)
-    work = type("Work", (), {"stage": type("Planned", (), {"entry": "sft"})})
+    work = type("Work", (), {"stage": type("Planned", (), {"entry": "sft"}), "folder": Path("sft")})
     with pytest.raises(UserError, match=r"^stages.sft.engine=trl cannot be loaded .*trl.*; install what"):
         packs().make(work)
